@@ -1,0 +1,1641 @@
+#!/usr/bin/env python3
+"""iam-audit: every long-term credential of an AWS organization, one CSV an account.
+
+From a profile of the management account (or of a delegated administrator) a role is assumed in every
+member account, the IAM credential report and the access keys' last use are read, and what was found is written.
+
+Reads   the AWS profile's credentials, as the SDK finds them.
+Writes  OUTPUT_DIR/<run>/accounts/<account_id>.csv and OUTPUT_DIR/<run>/summary.json; files 0600, folders 0700.
+
+AWS actions, all of them:
+  with the profile's credentials
+    sts:GetCallerIdentity                who runs this, and in which partition
+    organizations:DescribeOrganization   which account is the management account
+    organizations:ListAccounts           the accounts
+    sts:AssumeRole                       the role, in every account that is audited
+  with the assumed role (the management account, if it is the profile's own: with the profile's credentials)
+    iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
+    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile
+
+GenerateCredentialReport makes IAM prepare a report; nothing else here changes anything in AWS. Each AssumeRole
+carries a session policy that allows the IAM actions above and no other, so that even an administrator role is
+read-only in this program's hands. No credential is written, logged or put on a command line. An account that could
+not be read in full gets no CSV: it is listed as failed, with the step that failed and why.
+
+The file, in the order in which it is best read; each section uses only those above it:
+  constants, data, AWS (all network calls), audit (one account, then all), files, present, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import contextvars
+import csv
+import functools
+import io
+import itertools
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, TextIO, TypeVar, Union
+
+import boto3
+import boto3.exceptions
+import botocore
+import botocore.session
+from botocore.config import Config
+from botocore.credentials import Credentials
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, ProfileNotFound
+from botocore.parsers import ResponseParserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants
+# ----------------------------------------------------------------------------------------------------------------------
+
+VERSION = "1.0.0"
+SUMMARY_FORMAT = 1
+
+CSV_COLUMNS = (
+    "account_id",
+    "account_name",
+    "username",
+    "password_status",
+    "password_last_used",
+    "access_key_id",
+    "status",
+    "created_date",
+    "last_used_date",
+    "service_name",
+    "mfa_status",
+)
+PASSWORD_SET = "Configurada"
+PASSWORD_NOT_SET = "No configurada"
+PASSWORD_NEVER_USED = "Nunca"
+KEY_NEVER_USED = "Nunca utilizada"
+NOT_APPLICABLE = "N/A"
+NO_MFA = "None"
+ROOT = "<root_account>"  # the credential report's own name for it
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet would take for a formula
+
+EXIT_OK = 0
+EXIT_NOT_DONE = 1
+EXIT_USAGE = 2  # argparse's own
+EXIT_ACCOUNTS_FAILED = 3
+EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
+
+ROLE_READS = {
+    "iam:GenerateCredentialReport": "has IAM prepare the credential report; the one call that is no pure read",
+    "iam:GetCredentialReport": "passwords, their last use, and the root user",
+    "iam:ListUsers": "the users there are now; the report may be four hours old",
+    "iam:ListAccessKeys": "each user's access keys, their status and creation date",
+    "iam:GetAccessKeyLastUsed": "when and for which service each access key was last used",
+    "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
+    "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
+    "iam:GetLoginProfile": "whether a user created after the report has a password",
+}
+CALLER_READS = {
+    "sts:GetCallerIdentity": "the caller's account and partition (AWS allows it to everyone)",
+    "organizations:DescribeOrganization": "which account is the management account",
+    "organizations:ListAccounts": "the accounts, their names, states and organizational units",
+}
+CALLER_ASSUMES = ("sts:AssumeRole", "enters each account; limited to the audit role's name")
+
+SESSION_NAME = "iam-audit"
+SESSION_POLICY = json.dumps(
+    {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": list(ROLE_READS), "Resource": "*"}]},
+    separators=(",", ":"),
+)
+
+# A profile without a Region still belongs to one partition; these are asked in turn until one knows the caller.
+PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
+CONNECT_TIMEOUT = 10  # seconds
+READ_TIMEOUT = 30  # seconds
+CALLS_PER_ACCOUNT = 8  # IAM throttles an account: more at a time gains nothing and disturbs its owner
+ASSUME_ROLE_AT_ONCE = 8  # one call an account: few connections do, and each new TLS connection costs CPU
+ACCOUNTS_PER_WORKER = 8  # accounts in hand, most of them waiting for their report, which takes no thread
+REPORT_FIRST_PAUSE = 1.0  # seconds
+REPORT_LONGEST_PAUSE = 10.0  # seconds
+REPORT_PAUSE_GROWTH = 1.25
+TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
+THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
+
+# botocore retries none of these for IAM's report, and rightly: they mean "not yet".
+REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
+THROTTLED = {"Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException", "SlowDown"}
+UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
+SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
+CANNOT_START = {
+    "AWSOrganizationsNotInUseException": " The profile must belong to an account of an organization.",
+    "AccessDenied": " The profile needs the permissions that README.md lists.",
+    "AccessDeniedException": " The profile must belong to the management account or to a delegated administrator, and "
+    "have the permissions that README.md lists.",
+    "ExpiredToken": " Sign in again (aws sso login, for one).",
+    "ExpiredTokenException": " Sign in again (aws sso login, for one).",
+}
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+
+REPORT_COLUMNS = {
+    "user",
+    "arn",
+    "user_creation_time",
+    "password_enabled",
+    "password_last_used",
+    "mfa_active",
+    *(
+        f"access_key_{slot}_{what}"
+        for slot in (1, 2)
+        for what in ("active", "last_rotated", "last_used_date", "last_used_service")
+    ),
+}
+REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data, in AWS's words
+# ----------------------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account of the organization. `path` is its place there (`o-.../r-.../ou-.../ID/`), None if AWS did not say."""
+
+    id: str
+    name: str
+    state: str
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class AccessKey:
+    """An access key; `last_used` None means never used, `service_name` is then N/A."""
+
+    id: str
+    status: str
+    created: datetime
+    last_used: datetime | None
+    service_name: str
+
+
+@dataclass(frozen=True)
+class User:
+    """An IAM user or root. `mfa` holds the kinds of its MFA devices; `password_last_used` None means never used."""
+
+    name: str
+    password: bool
+    password_last_used: datetime | None
+    mfa: tuple[str, ...]
+    keys: tuple[AccessKey, ...]
+
+
+@dataclass(frozen=True)
+class AuditedAccount:
+    """An account read in full: root first (where the report has it), then the users by name."""
+
+    account: Account
+    report_generated: datetime
+    users: tuple[User, ...]
+
+
+@dataclass(frozen=True)
+class FailedAccount:
+    """An account that could not be read in full: the API operation it failed at, AWS's code and message."""
+
+    account: Account
+    step: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class SkippedAccount:
+    """An account in scope that AWS does not let anybody audit, because its state is not ACTIVE."""
+
+    account: Account
+
+
+@dataclass(frozen=True)
+class OutOfScopeAccount:
+    """An account that the command line leaves out."""
+
+    account: Account
+
+
+Outcome = Union[AuditedAccount, FailedAccount, SkippedAccount, OutOfScopeAccount]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who runs the audit, from where: GetCallerIdentity's answer and the Region it came from."""
+
+    account: str
+    arn: str
+    partition: str
+    region: str
+
+
+@dataclass(frozen=True)
+class Organization:
+    id: str
+    management_account: str
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which accounts the command line selects; an empty set selects all."""
+
+    accounts: frozenset[str] = frozenset()
+    exclude: frozenset[str] = frozenset()
+    ous: frozenset[str] = frozenset()
+    include_management: bool = False
+
+    @property
+    def needs_whole_list(self) -> bool:
+        """Whether it names accounts or units that must exist, which only the organization's whole list can tell."""
+        return bool(self.accounts or self.ous)
+
+
+@dataclass(frozen=True)
+class Role:
+    """The role to assume in each account. `own_account` is read with the profile's own credentials instead."""
+
+    name: str
+    partition: str
+    external_id: str | None = None
+    own_account: str | None = None
+
+    def arn(self, account_id: str) -> str:
+        return f"arn:{self.partition}:iam::{account_id}:role/{self.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks of an audit."""
+
+    role: Role
+    scope: Scope
+    workers: int
+    report_timeout: float
+
+
+@dataclass(frozen=True)
+class AccountFigures:
+    """What is kept of an audited account once its CSV is written."""
+
+    account: Account
+    report_generated: datetime
+    has_root: bool
+    users: int
+    access_keys: int
+
+
+@dataclass
+class Run:
+    """What a run has found so far, as its summary needs it."""
+
+    started: datetime
+    folder: Path
+    plan: Plan
+    caller: Caller
+    organization: Organization
+    audited: list[AccountFigures] = field(default_factory=list)
+    failed: list[FailedAccount] = field(default_factory=list)
+    skipped: list[SkippedAccount] = field(default_factory=list)
+    out_of_scope: list[OutOfScopeAccount] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """How far the run is: in-scope accounts listed so far, those that are done, and of them those that failed."""
+
+    listed: int = 0
+    done: int = 0
+    failed: int = 0
+    all_listed: bool = False
+
+
+class AuditError(Exception):
+    """The audit cannot start or go on; the text says what failed and what to do next."""
+
+
+class StepFailed(Exception):
+    """One account's audit cannot go on: the operation that failed, the error code and the message.
+
+    `kind` says what a repetition is good for: `throttled` and `transient` calls may yet succeed, `final` ones not.
+    """
+
+    def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
+        super().__init__(f"{step}: {code}: {message}")
+        self.step, self.code, self.message, self.kind = step, code, message, kind
+
+
+def parse_time(text: str) -> datetime:
+    """An ISO 8601 time of AWS (`...Z` or `...+00:00`; fromisoformat takes `Z` only from Python 3.11), in UTC."""
+    moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+
+
+def to_second(moment: datetime) -> datetime:
+    return moment.astimezone(timezone.utc).replace(microsecond=0)
+
+
+def utc_now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def iso(moment: datetime) -> str:
+    return to_second(moment).isoformat()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AWS: the only section that touches the network, one small function an operation
+# ----------------------------------------------------------------------------------------------------------------------
+
+# All accounts share one IAM client, because a client and its TLS connections for each account cost more than the calls
+# themselves. Each request is signed with the credentials of the account it is for: `call_as` sets them for the thread
+# that makes the call, `sign_with_current_credentials` hands them to botocore's signer.
+SIGNING_CREDENTIALS: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING_CREDENTIALS")
+
+
+def call_as(credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
+    """Call an operation of the shared IAM client with one account's credentials."""
+    before = SIGNING_CREDENTIALS.set(credentials)
+    try:
+        return operation(**parameters)
+    finally:
+        SIGNING_CREDENTIALS.reset(before)
+
+
+def sign_with_current_credentials(request: Any, **_: Any) -> None:
+    """Handler of botocore's `before-sign.iam` event. Outside `call_as` it raises LookupError: nothing is sent then."""
+    signing = request.context.get("signing", {})
+    request.context["signing"] = {**signing, "request_credentials": SIGNING_CREDENTIALS.get()}
+
+
+class Threads:
+    """Threads that make the calls, the most urgent first.
+
+    The standard library's executor has no priorities, and at exit it waits for its threads: one that hangs in a read
+    would keep an interrupted program alive. These are daemons.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], asyncio.Future[Any]]]
+        self._calls = queue.PriorityQueue()
+        self._order = itertools.count()
+        for _ in range(size):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    async def run(self, urgency: tuple[int, int], call: Callable[[], T]) -> T:
+        """Make the call in a thread once its turn has come; the lowest `urgency` goes first."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.put((urgency, next(self._order), call, answer))
+        return await answer
+
+    def _work(self) -> None:
+        while True:
+            _, _, call, answer = self._calls.get()
+            if answer.cancelled():
+                continue
+            try:
+                settle = functools.partial(_settle, answer, call(), None)
+            except BaseException as error:  # whatever it is belongs to the caller, not to this thread
+                settle = functools.partial(_settle, answer, None, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                answer.get_loop().call_soon_threadsafe(settle)
+
+
+def _settle(answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if answer.cancelled():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)
+
+
+class Aws:
+    """The SDK's clients, made once for all accounts, and the threads their calls run in."""
+
+    def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
+        self.caller = caller
+        self.threads = Threads(workers)
+        self.assume_role_gate = asyncio.Semaphore(min(workers, ASSUME_ROLE_AT_ONCE))
+        self._session = session
+        self.sts = sts
+        self.organizations = session.client("organizations", region_name=caller.region, config=client_config(1))
+        # IAM calls are repeated by AccountSession, which waits without holding a thread and lets no account eat the
+        # retries of another; botocore's retry quota belongs to the client, and this client is shared. It has
+        # placeholders for credentials: no request can leave with the profile's by mistake.
+        self.iam = session.client(
+            "iam",
+            region_name=caller.region,
+            config=client_config(workers, total_max_attempts=1),
+            aws_access_key_id="none",
+            aws_secret_access_key="none",
+        )
+        self.iam.meta.events.register("before-sign.iam", sign_with_current_credentials)
+
+    def profile_credentials(self) -> Credentials:
+        """The profile's own credentials, as fresh as the SDK has them."""
+        found = self._session.get_credentials()
+        frozen: Any = found.get_frozen_credentials() if found else None
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+
+def connect(session: boto3.Session, workers: int) -> Aws:
+    """Find out who the caller is, and make the clients for his partition.
+
+    A profile without a Region is looked for in each partition in turn; the caller's ARN tells which one it is.
+    """
+    regions = [session.region_name] if session.region_name else list(PARTITION_REGIONS)
+    while True:
+        region = regions.pop(0)
+        sts = session.client("sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE)))
+        try:
+            return Aws(session, sts, get_caller_identity(sts, region), workers)
+        except ClientError as error:
+            if not regions or error_code(error) not in UNKNOWN_KEY:
+                raise
+
+
+def client_config(connections: int, total_max_attempts: int = 5) -> Config:
+    return Config(
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        max_pool_connections=connections,
+        retries={"mode": "standard", "total_max_attempts": total_max_attempts},
+        user_agent_extra=f"iam-audit/{VERSION}",
+    )
+
+
+def open_session(profile: str | None) -> boto3.Session:
+    """The SDK's session with its credentials resolved, so that the one MFA prompt there may be comes first of all.
+
+    Raises AuditError for a profile that needs an MFA code where nobody can type one: botocore would wait on a pipe for
+    ever. Raises BotoCoreError for an unknown profile or missing credentials.
+    """
+    core = botocore.session.Session(profile=profile)
+    credentials = core.get_credentials()
+    if credentials is None:
+        raise AuditError("No AWS credentials found: name a profile with --profile, or set AWS_PROFILE.")
+    if credentials.method == "assume-role" and asks_for_mfa_code(core) and not has_terminal():
+        raise AuditError(
+            f"Profile {core.profile or 'default'} asks for an MFA code (mfa_serial), and there is no terminal to type "
+            "it on: run it from a terminal, or give cron a profile without mfa_serial."
+        )
+    credentials.get_frozen_credentials()
+    return boto3.Session(botocore_session=core)
+
+
+def asks_for_mfa_code(core: botocore.session.Session) -> bool:
+    """Whether the profile, or one that it takes its credentials from, is a role with an mfa_serial."""
+    profiles: dict[str, dict[str, str]] = core.full_config["profiles"]
+    name, seen = core.profile or "default", set[str]()
+    while name in profiles and name not in seen:
+        seen.add(name)
+        if {"role_arn", "mfa_serial"} <= profiles[name].keys():
+            return True
+        name = profiles[name].get("source_profile", "")
+    return False
+
+
+def has_terminal() -> bool:
+    """Whether getpass can ask: it opens the controlling terminal, else it reads standard input."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | getattr(os, "O_NOCTTY", 0)))
+        return True
+    except OSError:
+        return sys.stdin is not None and sys.stdin.isatty()
+
+
+def get_caller_identity(sts: Any, region: str) -> Caller:
+    identity = sts.get_caller_identity()
+    return Caller(identity["Account"], identity["Arn"], identity["Arn"].split(":")[1], region)
+
+
+def describe_organization(aws: Aws) -> Organization:
+    organization = aws.organizations.describe_organization()["Organization"]
+    return Organization(organization["Id"], organization["MasterAccountId"])
+
+
+async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
+    """All accounts, page by page as they come; a page may be empty."""
+    pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
+    seen = set[str]()
+    while (page := await aws.threads.run((0, 0), lambda: next(pages, None))) is not None:
+        for entry in page["Accounts"]:
+            if entry["Id"] not in seen:  # accounts that join while pages are read can shift one to the next page
+                seen.add(entry["Id"])
+                yield account_of(entry)
+
+
+def account_of(entry: Mapping[str, Any]) -> Account:
+    """An entry of ListAccounts. State replaced Status, which AWS retired on 2026-09-09."""
+    state = entry.get("State") or entry.get("Status")
+    if not state:
+        raise AuditError(
+            f"ListAccounts told no State for account {entry['Id']}: botocore {botocore.__version__} may be too old to "
+            "know it (1.40.27 is the first that does). Upgrade boto3 and botocore."
+        )
+    return Account(entry["Id"], entry.get("Name", ""), state, next(iter(entry.get("Paths") or ()), None))
+
+
+class Pace:
+    """Spaces one account's calls as its throttling demands, all in the event loop's thread.
+
+    Each throttled call widens the gap by a quarter, each answered one narrows it by 3 %: the two balance where about
+    one call in eight is throttled, just above what the account allows, so that none of its rate is lost.
+    """
+
+    def __init__(self) -> None:
+        self._gap = 0.0
+        self._next = 0.0
+        self._answered = time.monotonic()
+
+    async def turn(self) -> None:
+        """Wait until this account may be called again."""
+        start = max(time.monotonic(), self._next)
+        self._next = start + self._gap
+        if (pause := start - time.monotonic()) > 0:
+            await asyncio.sleep(pause)
+
+    def answered(self) -> None:
+        self._answered = time.monotonic()
+        self._gap = self._gap * 0.97 if self._gap > 0.005 else 0.0
+
+    def throttled(self) -> bool:
+        """Slow down; False once the account has answered nothing else for too long."""
+        self._gap = min(max(self._gap * 1.25, 0.02), 5.0)
+        return time.monotonic() - self._answered < THROTTLING_PATIENCE
+
+
+class AccountSession:
+    """The calls for one account: its credentials, its pace, its repeated attempts.
+
+    `turn` is the account's place in the queue for threads. `step` is the operation begun last, for messages.
+    """
+
+    def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
+        self.aws, self.account, self.role = aws, account, role
+        self.step = ""
+        self._urgency = (0, turn)
+        self.log = log
+        self._logged = set[str]()
+        self._pace = Pace()
+        self._renewal = asyncio.Lock()
+        self._credentials: Credentials | None = None
+
+    async def sign_in(self) -> None:
+        """Get this account's credentials: the role's, or the profile's own where the account is the profile's."""
+        if self.role.own_account == self.account.id:
+            self._credentials = self.aws.profile_credentials()
+            return
+        request = functools.partial(assume_role, self.aws, self.role, self.account.id)
+        async with self.aws.assume_role_gate:
+            self._credentials = await self._attempt("AssumeRole", request)
+
+    def let_older_accounts_pass(self) -> None:
+        """From now on calls for older accounts go first: to start a report is urgent, what follows it is bulk."""
+        self._urgency = (1, self._urgency[1])
+
+    async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
+        """An operation of the shared IAM client, in this account; an expired session is renewed once a call."""
+        used = self._credentials
+        try:
+            return await self._signed(operation, parameters)
+        except StepFailed as failure:
+            if failure.code not in SESSION_EXPIRED:
+                raise
+        async with self._renewal:
+            if self._credentials is used:  # else another call of this account has renewed it meanwhile
+                await self.sign_in()
+        return await self._signed(operation, parameters)
+
+    async def _signed(self, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
+        if self._credentials is None:
+            raise LookupError("sign_in comes first")
+        step = self.aws.iam.meta.method_to_api_mapping[operation.__name__]
+        return await self._attempt(step, functools.partial(call_as, self._credentials, operation, parameters))
+
+    async def _attempt(self, step: str, call: Callable[[], T]) -> T:
+        """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest."""
+        self._begin(step)
+        attempts = 0
+        while True:
+            await self._pace.turn()
+            try:
+                answer = await self.aws.threads.run(self._urgency, call)
+            except (ClientError, BotoCoreError, ResponseParserError) as error:
+                failure = step_failed(step, error)
+            else:
+                self._pace.answered()
+                return answer
+            if failure.kind == "throttled" and self._pace.throttled():
+                continue
+            attempts += 1
+            if failure.kind != "transient" or attempts == TRANSIENT_ATTEMPTS:
+                raise failure
+            await asyncio.sleep(random.uniform(0.25, 0.5) * 2**attempts)
+
+    def _begin(self, step: str) -> None:
+        self.step = step
+        if step not in self._logged:
+            self._logged.add(step)
+            self.log(f"{self.account.id} {self.account.name}: {step}")
+
+
+def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
+    external_id: Any = {} if role.external_id is None else {"ExternalId": role.external_id}
+    issued = aws.sts.assume_role(
+        RoleArn=role.arn(account_id), RoleSessionName=SESSION_NAME, Policy=SESSION_POLICY, **external_id
+    )["Credentials"]
+    return Credentials(issued["AccessKeyId"], issued["SecretAccessKey"], issued["SessionToken"])
+
+
+async def generate_credential_report(session: AccountSession) -> bool:
+    """Whether the report is complete."""
+    return (await session.call(session.aws.iam.generate_credential_report))["State"] == "COMPLETE"
+
+
+async def get_credential_report(session: AccountSession) -> tuple[bytes, datetime]:
+    """The report's CSV and when it was generated."""
+    answer = await session.call(session.aws.iam.get_credential_report)
+    return answer["Content"], answer["GeneratedTime"]
+
+
+async def list_users(session: AccountSession) -> list[Mapping[str, Any]]:
+    operation = session.aws.iam.list_users
+    return [user async for page in pages(session, operation, MaxItems=1000) for user in page["Users"]]
+
+
+async def get_login_profile(session: AccountSession, user_name: str) -> bool:
+    """Whether the user has a password. A user who is gone has none; ListAccessKeys then says that he is gone."""
+    try:
+        await session.call(session.aws.iam.get_login_profile, UserName=user_name)
+        return True
+    except StepFailed as failure:
+        if failure.code == "NoSuchEntity":
+            return False
+        raise
+
+
+async def list_access_keys(session: AccountSession, user_name: str) -> list[Mapping[str, Any]]:
+    operation = session.aws.iam.list_access_keys
+    return [key async for page in pages(session, operation, UserName=user_name) for key in page["AccessKeyMetadata"]]
+
+
+async def get_access_key_last_used(session: AccountSession, access_key_id: str) -> tuple[datetime | None, str]:
+    """When the key was last used (None: never) and for which service (N/A: none)."""
+    answer = await session.call(session.aws.iam.get_access_key_last_used, AccessKeyId=access_key_id)
+    last_used = answer["AccessKeyLastUsed"]
+    if "LastUsedDate" not in last_used:
+        return None, NOT_APPLICABLE
+    return to_second(last_used["LastUsedDate"]), last_used["ServiceName"]
+
+
+async def list_mfa_devices(session: AccountSession, user_name: str) -> list[str]:
+    """The serial numbers of the user's MFA devices."""
+    operation = session.aws.iam.list_mfa_devices
+    return [
+        device["SerialNumber"]
+        async for page in pages(session, operation, UserName=user_name)
+        for device in page["MFADevices"]
+    ]
+
+
+async def list_virtual_mfa_devices(session: AccountSession) -> list[str]:
+    """The ARNs of the users (root among them) that a virtual MFA device is assigned to."""
+    operation = session.aws.iam.list_virtual_mfa_devices
+    return [
+        device.get("User", {}).get("Arn", "")
+        async for page in pages(session, operation, AssignmentStatus="Assigned")
+        for device in page["VirtualMFADevices"]
+    ]
+
+
+async def pages(session: AccountSession, operation: Callable[..., Any], **parameters: Any) -> AsyncIterator[Any]:
+    """The pages of an IAM list. botocore's paginator is a generator: it would end at the first throttled page."""
+    while True:
+        page = await session.call(operation, **parameters)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        parameters["Marker"] = page["Marker"]
+
+
+def error_code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def step_failed(step: str, error: Exception) -> StepFailed:
+    """What a failed call means for the account it was made for."""
+    if isinstance(error, ResponseParserError):  # its text quotes the answer, which may hold credentials
+        return StepFailed(step, "ResponseParserError", "AWS's answer could not be understood", "transient")
+    if isinstance(error, ClientError):
+        code, message = error_code(error), str(error.response.get("Error", {}).get("Message", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        throttled, transient = code in THROTTLED or status == 429, status >= 500
+    else:
+        code, message = type(error).__name__, str(error)
+        throttled, transient = False, isinstance(error, (HTTPClientError, ConnectionError))
+    kind = "throttled" if throttled else "transient" if transient else "final"
+    return StepFailed(step, code, without_secrets(message), kind)
+
+
+def without_secrets(message: str) -> str:
+    """An error message's first line, without anything that looks like a signature or a session token.
+
+    SignatureDoesNotMatch, for one, goes on to quote the signed request, token included.
+    """
+    first_line = message.strip().split("\n", 1)[0]
+    return re.sub(r"[0-9a-f]{64}|[A-Za-z0-9+/=%]{100,}", "***", first_line)[:500]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Audit: one account from AssumeRole to its users, and the organization as many of these side by side
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+async def audit_account(session: AccountSession, report_timeout: float) -> AuditedAccount | FailedAccount:
+    """Read one account in full, or say what could not be read: nothing that happens here stops the other accounts."""
+    account = session.account
+    try:
+        await session.sign_in()
+        content, generated = await credential_report(session, report_timeout)
+        report = parse_report(content, account.id)
+        users = await read_users(session, report)
+        return AuditedAccount(account, to_second(generated), users)
+    except StepFailed as failure:
+        return FailedAccount(account, failure.step, failure.code, failure.message)
+    except Exception as error:
+        for line in traceback.format_exc().splitlines():
+            session.log(line)
+        return FailedAccount(account, session.step, type(error).__name__, without_secrets(str(error)))
+
+
+async def credential_report(session: AccountSession, timeout: float) -> tuple[bytes, datetime]:
+    """Have the report generated and get it; whatever means "not yet" is waited out until the deadline."""
+    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
+    while True:
+        not_yet = "it was not COMPLETE"
+        try:
+            if await generate_credential_report(session):
+                report = await get_credential_report(session)
+                session.let_older_accounts_pass()
+                return report
+        except StepFailed as failure:
+            if failure.code not in REPORT_NOT_YET:
+                raise
+            not_yet = f"{failure.step} last answered {failure.code}"
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise StepFailed(session.step, "ReportTimeout", f"no credential report after {timeout:g} s: {not_yet}")
+        await asyncio.sleep(min(pause, left))
+        pause = min(pause * REPORT_PAUSE_GROWTH, REPORT_LONGEST_PAUSE)
+
+
+def parse_report(content: bytes, account_id: str) -> dict[str, dict[str, str]]:
+    """The credential report's rows by user name.
+
+    Raises StepFailed if it is no credential report, or if any row is of another account: all accounts share one
+    client, so this is what makes a mix-up impossible to miss.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise no_report(f"it is no CSV ({error})") from None
+    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
+        raise no_report(f"it lacks the columns {', '.join(sorted(missing))}")
+    for row in rows:
+        if None in row or None in row.values():
+            raise no_report(f"a row does not have as many cells as the header ({row['user']})")
+        check_account(row["arn"], account_id, "GetCredentialReport")
+    return {row["user"]: row for row in rows}
+
+
+def no_report(why: str) -> StepFailed:
+    return StepFailed("GetCredentialReport", "DamagedReport", f"the answer is no credential report: {why}")
+
+
+def check_account(arn: str, account_id: str, step: str) -> None:
+    if arn.split(":")[4:5] != [account_id]:
+        raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
+
+
+def report_date(row: Mapping[str, str], column: str) -> datetime | None:
+    text = row[column]
+    if text.lower() in REPORT_NO_DATE:
+        return None
+    try:
+        return to_second(parse_time(text))
+    except ValueError:
+        raise no_report(f"{column} of {row['user']} is {text!r}") from None
+
+
+def report_flag(row: Mapping[str, str], column: str) -> bool:
+    text = row[column].lower()
+    if text not in {"true", "false"}:
+        raise no_report(f"{column} of {row['user']} is {row[column]!r}")
+    return text == "true"
+
+
+async def read_users(session: AccountSession, report: Mapping[str, Mapping[str, str]]) -> tuple[User, ...]:
+    """Root (from the report alone) and all users there are now, read a few at a time, sorted by name."""
+    users: list[User] = []
+    entries = await list_users(session)
+    remaining = iter(entries)
+
+    async def read_one_after_the_other() -> None:
+        for entry in remaining:
+            user = await read_user(session, entry, report.get(entry["UserName"]))
+            if user is not None:
+                users.append(user)
+
+    root = await read_root(session, report.get(ROOT))
+    await all_or_none(read_one_after_the_other() for _ in range(min(CALLS_PER_ACCOUNT, len(entries))))
+    return (*([root] if root else []), *sorted(users, key=lambda user: user.name))
+
+
+async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run them side by side; when one fails, stop the others."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def read_user(session: AccountSession, entry: Mapping[str, Any], row: Mapping[str, str] | None) -> User | None:
+    """One user; `row` is his line of the report. None if he has been deleted meanwhile."""
+    name = entry["UserName"]
+    check_account(entry["Arn"], session.account.id, "ListUsers")
+    if row is not None and report_date(row, "user_creation_time") != to_second(entry["CreateDate"]):
+        row = None  # deleted and created again since the report
+    try:
+        if row is None:
+            password, may_have_mfa = await get_login_profile(session, name), True
+            password_last_used = entry.get("PasswordLastUsed")
+        else:
+            password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
+            password_last_used = report_date(row, "password_last_used")
+        keys = await read_access_keys(session, name)
+        serials = await list_mfa_devices(session, name) if password or may_have_mfa else []
+    except StepFailed as failure:
+        if failure.code == "NoSuchEntity":
+            return None
+        raise
+    mfa = tuple(sorted({mfa_kind(serial) for serial in serials}))
+    return User(name, password, password_last_used if password else None, mfa, keys)
+
+
+async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
+    keys = []
+    for entry in await list_access_keys(session, user_name):
+        last_used, service = await get_access_key_last_used(session, entry["AccessKeyId"])
+        keys.append(
+            AccessKey(entry["AccessKeyId"], entry["Status"], to_second(entry["CreateDate"]), last_used, service)
+        )
+    return tuple(sorted(keys, key=lambda key: (key.created, key.id)))
+
+
+async def read_root(session: AccountSession, row: Mapping[str, str] | None) -> User | None:
+    """Root as the report shows it; whether its MFA device is a virtual one is asked only if it has one."""
+    if row is None:
+        return None
+    password = has_password(row)
+    mfa: tuple[str, ...] = ()
+    if report_flag(row, "mfa_active"):
+        virtual = row["arn"] in await list_virtual_mfa_devices(session)
+        mfa = ("Virtual",) if virtual else ("Hardware",)  # root's other devices cannot be listed from a role
+    keys = [key for slot in (1, 2) if (key := root_access_key(row, slot))]
+    last_used = report_date(row, "password_last_used") if password else None
+    return User(ROOT, password, last_used, mfa, tuple(sorted(keys, key=lambda key: (key.created, key.id))))
+
+
+def root_access_key(row: Mapping[str, str], slot: int) -> AccessKey | None:
+    """Root's access key of that slot. `active` is false for no key as well as for an inactive one; only
+    `last_rotated` tells them apart, and it is the creation date as far as the report knows it."""
+    active = report_flag(row, f"access_key_{slot}_active")
+    created = report_date(row, f"access_key_{slot}_last_rotated")
+    if created is None:
+        if active:
+            raise no_report(f"root's access key {slot} is active and has no last_rotated")
+        return None
+    last_used = report_date(row, f"access_key_{slot}_last_used_date")
+    service = row[f"access_key_{slot}_last_used_service"] if last_used else NOT_APPLICABLE
+    return AccessKey(f"<root_access_key_{slot}>", "Active" if active else "Inactive", created, last_used, service)
+
+
+def has_password(row: Mapping[str, str]) -> bool:
+    """`not_supported` stands for root in older reports; root then has a password."""
+    return row["password_enabled"].lower() == "not_supported" or report_flag(row, "password_enabled")
+
+
+def mfa_kind(serial: str) -> str:
+    """The kind of an MFA device by its serial number; whatever is no ARN is a hardware TOTP token.
+
+    https://docs.aws.amazon.com/IAM/latest/APIReference/API_MFADevice.html
+    """
+    if not serial.startswith("arn:"):
+        return "Hardware"
+    kinds = {"mfa": "Virtual", "u2f": "Security key", "sms-mfa": "SMS"}
+    resource_type, _, _ = serial.split(":", 5)[-1].partition("/")
+    return kinds.get(resource_type, "Unknown")
+
+
+async def audit_organization(
+    aws: Aws, organization: Organization, plan: Plan, progress: Progress, log: Log
+) -> AsyncIterator[Outcome]:
+    """Each account's outcome as soon as there is one; accounts are audited while more are still being listed."""
+    outcomes: asyncio.Queue[Any] = asyncio.Queue()
+    slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER)
+
+    async def audit(account: Account, turn: int) -> None:
+        session = AccountSession(aws, account, plan.role, turn, log)
+        outcomes.put_nowait(await audit_account(session, plan.report_timeout))
+        slots.release()
+
+    async def audit_all() -> None:
+        running: list[asyncio.Task[None]] = []
+        async for account in read_ahead(accounts_in_question(aws, organization, plan.scope, progress)):
+            if (left_out := leave_out(account, organization, plan.scope)) is not None:
+                outcomes.put_nowait(left_out)
+                continue
+            await slots.acquire()
+            running.append(asyncio.create_task(audit(account, len(running))))
+        await asyncio.gather(*running)
+
+    async for outcome in until_done(outcomes, audit_all()):
+        yield outcome
+
+
+async def accounts_in_question(
+    aws: Aws, organization: Organization, scope: Scope, progress: Progress
+) -> AsyncIterator[Account]:
+    """The organization's accounts as they are listed, or all at once where the scope must be checked against them."""
+    listed = []
+    async for account in list_accounts(aws):
+        progress.listed += leave_out(account, organization, scope) is None
+        listed.append(account)
+        if not scope.needs_whole_list:
+            yield account
+    progress.all_listed = True
+    if scope.needs_whole_list:
+        check_scope(scope, organization, listed)
+        for account in listed:
+            yield account
+
+
+def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Account]) -> None:
+    """Raises AuditError for what was asked for and is not there: an audit that leaves it out would look complete."""
+    if unknown := scope.accounts.difference(account.id for account in accounts):
+        raise AuditError(f"--accounts: not in organization {organization.id}: {', '.join(sorted(unknown))}")
+    if organization.management_account in scope.accounts and not scope.include_management:
+        raise AuditError(
+            f"--accounts: {organization.management_account} is the management account: add --include-management."
+        )
+    if scope.ous and any(account.path is None for account in accounts):
+        raise AuditError(
+            f"--ou: ListAccounts told no Paths: botocore {botocore.__version__}, which is installed, may be too old to "
+            "know them. Upgrade boto3 and botocore."
+        )
+    below = {part for account in accounts for part in (account.path or "").split("/")}
+    if unknown := scope.ous - below:
+        raise AuditError(f"--ou: no account of organization {organization.id} lies below {', '.join(sorted(unknown))}")
+
+
+def leave_out(account: Account, organization: Organization, scope: Scope) -> SkippedAccount | OutOfScopeAccount | None:
+    """The outcome of an account that is not to be audited; None for one that is."""
+    in_scope = (
+        (scope.include_management or account.id != organization.management_account)
+        and (not scope.accounts or account.id in scope.accounts)
+        and (not scope.ous or not scope.ous.isdisjoint((account.path or "").split("/")))
+        and account.id not in scope.exclude
+    )
+    if not in_scope:
+        return OutOfScopeAccount(account)
+    return None if account.state == "ACTIVE" else SkippedAccount(account)
+
+
+async def until_done(items: asyncio.Queue[Any], producer: Coroutine[Any, Any, None]) -> AsyncIterator[Any]:
+    """What the producer puts into the queue until it is done; what stops it is raised here."""
+    end = object()
+    task = asyncio.create_task(producer)
+    task.add_done_callback(lambda _: items.put_nowait(end))
+    while (item := await items.get()) is not end:
+        yield item
+    await task
+
+
+async def read_ahead(source: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The source's items, fetched as fast as it has them even while the consumer is busy."""
+    items: asyncio.Queue[T] = asyncio.Queue()
+
+    async def fetch() -> None:
+        async for item in source:
+            items.put_nowait(item)
+
+    async for item in until_done(items, fetch()):
+        yield item
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: rows, cells, atomic writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(audited: AuditedAccount) -> Iterator[tuple[str, ...]]:
+    """The account's CSV rows: one for each access key, one for a user without keys."""
+    account = audited.account
+    for user in audited.users:
+        who = (account.id, account.name, user.name, *password_cells(user))
+        for key in user.keys or (None,):
+            yield (*who, *access_key_cells(key), "+".join(user.mfa) or NO_MFA)
+
+
+def password_cells(user: User) -> tuple[str, str]:
+    if not user.password:
+        return PASSWORD_NOT_SET, NOT_APPLICABLE
+    return PASSWORD_SET, iso(user.password_last_used) if user.password_last_used else PASSWORD_NEVER_USED
+
+
+def access_key_cells(key: AccessKey | None) -> tuple[str, ...]:
+    if key is None:
+        return (NOT_APPLICABLE,) * 5
+    last_used = iso(key.last_used) if key.last_used else KEY_NEVER_USED
+    return key.id, key.status, iso(key.created), last_used, key.service_name
+
+
+def neutral(cell: str) -> str:
+    """The cell, with an apostrophe before what a spreadsheet would take for a formula.
+
+    `original` undoes it; that is why a cell with such an apostrophe of its own gets one more.
+    """
+    return "'" + cell if FORMULA.match(cell) else cell
+
+
+def original(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+class LineFeeds:
+    """Between csv.writer and a file: rows end in LF, as grep and awk expect, while the writer believes in CRLF, the one
+    line end with which every version of Python quotes both CR and LF inside a cell."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        self._file.write(row[:-2] + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    with atomic_file(path) as file:
+        writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
+        writer.writerow(columns)
+        writer.writerows([neutral(cell) for cell in row] for row in rows)
+
+
+def write_json(path: Path, document: Any) -> None:
+    with atomic_file(path) as file:
+        json.dump(document, file, indent=2)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """A file that is there in full or not at all: written beside its place (mkstemp makes it 0600), then renamed."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def make_run_folder(output_dir: Path, started: datetime) -> Path:
+    """A new folder for this run, named by its UTC start; a second run in the same second gets `-2`, and so on."""
+    os.makedirs(output_dir, mode=0o700, exist_ok=True)
+    name = f"{started:%Y%m%dT%H%M%SZ}"
+    for folder in itertools.chain([output_dir / name], (output_dir / f"{name}-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            break
+    (folder / "accounts").mkdir(mode=0o700)
+    return folder
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Take back the folder of a run that has written nothing."""
+    with contextlib.suppress(OSError):
+        (folder / "accounts").rmdir()
+        folder.rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Present: values in, text out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
+    """What summary.json says; README.md documents its keys."""
+    audited, failed, skipped = run.audited, run.failed, run.skipped
+    return {
+        "format": SUMMARY_FORMAT,
+        "tool": "iam-audit",
+        "version": VERSION,
+        "started": iso(run.started),
+        "finished": iso(finished),
+        "role": run.plan.role.name,
+        "caller": {"account": run.caller.account, "arn": run.caller.arn, "partition": run.caller.partition},
+        "organization": {
+            "id": run.organization.id,
+            "management_account": run.organization.management_account,
+            "management_account_included": run.plan.scope.include_management,
+        },
+        "totals": {
+            "audited": len(audited),
+            "failed": len(failed),
+            "skipped": len(skipped),
+            "out_of_scope": len(run.out_of_scope),
+            "users": sum(account.users for account in audited),
+            "access_keys": sum(account.access_keys for account in audited),
+        },
+        "accounts": sorted(
+            [audited_entry(one) for one in audited]
+            + [failed_entry(one) for one in failed]
+            + [account_entry(one.account, "skipped") for one in skipped],
+            key=lambda entry: str(entry["id"]),
+        ),
+        "out_of_scope": sorted(one.account.id for one in run.out_of_scope),
+    }
+
+
+def account_entry(account: Account, result: str) -> dict[str, Any]:
+    return {
+        "id": account.id,
+        "name": account.name,
+        "path": account.path,
+        "state": account.state,
+        "result": result,
+    }
+
+
+def audited_entry(figures: AccountFigures) -> dict[str, Any]:
+    return {
+        **account_entry(figures.account, "audited"),
+        "report_generated": iso(figures.report_generated),
+        "users": figures.users,
+        "access_keys": figures.access_keys,
+    }
+
+
+def failed_entry(failed: FailedAccount) -> dict[str, Any]:
+    return {
+        **account_entry(failed.account, "failed"),
+        "step": failed.step,
+        "error": {"code": failed.code, "message": failed.message},
+    }
+
+
+def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
+    """What stdout gets; with `quiet` only what needs attention, which may be nothing."""
+    lines = failed_lines(run)
+    if not quiet:
+        lines = [*audited_lines(run, finished), *lines, *left_out_lines(run), f"CSVs: {run.folder / 'accounts'}"]
+    return "".join(f"{printable(line)}\n" for line in lines)
+
+
+def audited_lines(run: Run, finished: datetime) -> list[str]:
+    users = sum(account.users for account in run.audited)
+    keys = sum(account.access_keys for account in run.audited)
+    lines = [
+        f"Organization {run.organization.id}, {iso(run.started)}, {clock(finished - run.started)}",
+        f"Audited: {count(len(run.audited), 'account')}, {count(users, 'user')}, {count(keys, 'access key')}",
+    ]
+    if run.audited:
+        oldest = finished - min(account.report_generated for account in run.audited)
+        lines.append(f"Oldest credential report: {age(oldest)} (passwords and root are as of then)")
+    if rootless := sum(not account.has_root for account in run.audited):
+        lines.append(f"Root is missing from the credential report of {count(rootless, 'account')}: not covered there")
+    return lines
+
+
+def failed_lines(run: Run) -> list[str]:
+    """Each failed account, under the step and code it failed with and what to do about that."""
+    groups: dict[tuple[str, str], list[FailedAccount]] = {}
+    for failed in sorted(run.failed, key=lambda one: one.account.id):
+        groups.setdefault((failed.step, failed.code), []).append(failed)
+    lines = [f"Failed: {count(len(run.failed), 'account')}, of which nothing is known"] if run.failed else []
+    for (step, code), members in groups.items():
+        lines.append(f"  {step}: {code}")
+        lines += [f"    {one.account.id} {one.account.name}: {one.message}" for one in members]
+        if hint := next_step(step, code, run):
+            lines.append(f"    Next: {hint}")
+    return lines
+
+
+def next_step(step: str, code: str, run: Run) -> str:
+    """What to do about an account that failed there with that code."""
+    if step == "AssumeRole" and code in DENIED:
+        return (
+            f"does role {run.plan.role.name} exist in the account, does its trust policy trust {run.caller.arn} and "
+            "the external ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."
+        )
+    if step == "AssumeRole" and (code in SESSION_EXPIRED or "Token" in code or "Credential" in code or "MFA" in code):
+        return "the profile's own session has ended: sign in again (aws sso login, for one), then run the audit again."
+    if code in DENIED:
+        return f"the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."
+    if code == "ReportTimeout":
+        return "run the audit again, or give the report longer with --report-timeout."
+    if code in THROTTLED:
+        return "something else uses up the account's IAM API rate: run the audit again later."
+    return ""
+
+
+def left_out_lines(run: Run) -> list[str]:
+    lines = [f"Skipped: {count(len(run.skipped), 'account')} that are not ACTIVE"] if run.skipped else []
+    for skipped in sorted(run.skipped, key=lambda one: one.account.id):
+        lines.append(f"  {skipped.account.id} {skipped.account.name}: {skipped.account.state}")
+    management = run.organization.management_account
+    others = sum(one.account.id != management for one in run.out_of_scope)
+    if others < len(run.out_of_scope):
+        lines.append(f"Not included: the management account, {management} (--include-management)")
+    if others:
+        lines.append(f"Out of scope: {count(others, 'account')}")
+    return lines
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def age(span: timedelta) -> str:
+    """A rough age: `12 minutes`, `3 hours`, `5 days`."""
+    minutes = max(0, int(span.total_seconds() // 60))
+    if minutes < 120:
+        return count(minutes, "minute")
+    return count(minutes // 60, "hour") if minutes < 48 * 60 else count(minutes // 1440, "day")
+
+
+def clock(span: timedelta) -> str:
+    """A duration as `m:ss` or `h:mm:ss`."""
+    minutes, seconds = divmod(max(0, int(span.total_seconds())), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def printable(text: str) -> str:
+    """The text without anything that could steer a terminal: control characters, escapes, reordering marks."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def progress_line(progress: Progress, elapsed: float) -> str:
+    total = f"{progress.listed:,}" if progress.all_listed else f"{progress.listed:,}+"
+    parts = [f"{progress.done:,} of {total} accounts"]
+    if progress.failed:
+        parts.append(f"{progress.failed:,} failed")
+    parts.append(clock(timedelta(seconds=elapsed)))
+    if progress.done and progress.all_listed:
+        left = elapsed / progress.done * (progress.listed - progress.done)
+        parts.append(f"about {clock(timedelta(seconds=left))} left")
+    return ", ".join(parts)
+
+
+def outcome_line(outcome: Outcome) -> str:
+    """A line for --verbose."""
+    name = f"{outcome.account.id} {outcome.account.name}"
+    if isinstance(outcome, AuditedAccount):
+        return f"{name}: audited, {count(len(outcome.users), 'user')}"
+    if isinstance(outcome, FailedAccount):
+        return f"{name}: failed at {outcome.step}: {outcome.code}: {outcome.message}"
+    return f"{name}: {'skipped, ' + outcome.account.state if isinstance(outcome, SkippedAccount) else 'out of scope'}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+HELP_EPILOG = """\
+examples:
+  python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
+  python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
+
+exit codes:
+  0    every account in scope was audited
+  1    the audit could not start or finish
+  2    the command line is wrong
+  3    some accounts in scope could not be audited; all others were written
+  130  interrupted (SIGINT); 143: terminated (SIGTERM)
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iam_audit.py",
+        description="Write down every IAM user, password, access key and MFA device of an AWS organization: "
+        "one CSV an account, and a summary.",
+        epilog=HELP_EPILOG,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--profile",
+        metavar="NAME",
+        type=not_empty,
+        help="AWS profile of the management account or of a delegated administrator "
+        "(default: the SDK's default credential chain)",
+    )
+    add(
+        "--role",
+        metavar="NAME",
+        type=role_name,
+        required=True,
+        help="role to assume in each account: a name, or a path and a name (audit/IAMAuditRole)",
+    )
+    add(
+        "--output-dir",
+        metavar="DIR",
+        type=not_empty,
+        default="reports",
+        help="where the run's own folder is made (default: %(default)s)",
+    )
+    add("--accounts", metavar="ID[,ID...]", type=account_ids, help="audit only these accounts", default=frozenset())
+    add("--exclude", metavar="ID[,ID...]", type=account_ids, help="leave these accounts out", default=frozenset())
+    add(
+        "--ou",
+        metavar="OU_ID[,OU_ID...]",
+        type=ou_ids,
+        default=frozenset(),
+        help="audit only accounts below these organizational units",
+    )
+    add(
+        "--include-management",
+        action="store_true",
+        help="audit the management account too: with the profile's own credentials if it is the profile's account, "
+        "else through the role",
+    )
+    add("--external-id", metavar="ID", type=external_id, help="external ID that the role's trust policy asks for")
+    add(
+        "--workers",
+        metavar="N",
+        type=workers,
+        default=32,
+        help="API requests in flight, 1 to 256 (default: %(default)s)",
+    )
+    add(
+        "--report-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=300.0,
+        help="how long one account's credential report may take (default: 300)",
+    )
+    add(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="print nothing unless something needs attention (an account failed, say)",
+    )
+    add("-v", "--verbose", action="store_true", help="a line an account and step on stderr; tracebacks")
+    add("--version", action="version", version=f"iam-audit {VERSION}")
+    return parser
+
+
+def matching(pattern: str, what: str, text: str) -> str:
+    if not re.fullmatch(pattern, text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return text
+
+
+def not_empty(text: str) -> str:
+    return matching(r"(?s).+", "a name: it is empty", text)
+
+
+def role_name(text: str) -> str:
+    """A role's name, or its path and name without the slash in front, as an ARN ends.
+
+    https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
+    """
+    what = "a role's name or path and name (no ARN: the account differs)"
+    return matching(r"([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}", what, text)
+
+
+def account_ids(text: str) -> frozenset[str]:
+    return frozenset(matching(r"\d{12}", "an account ID of 12 digits", part.strip()) for part in text.split(","))
+
+
+def ou_ids(text: str) -> frozenset[str]:
+    """https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html"""
+    what = "the ID of an organizational unit (ou-ab12-cdefgh34)"
+    return frozenset(matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, part.strip()) for part in text.split(","))
+
+
+def external_id(text: str) -> str:
+    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
+    return matching(r"[\w+=,.@:/-]{2,1224}", "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)", text)
+
+
+def workers(text: str) -> int:
+    number = int(matching(r"\d{1,3}", "a number from 1 to 256", text))
+    if not 1 <= number <= 256:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 256")
+    return number
+
+
+def seconds(text: str) -> float:
+    number = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return number
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argument_parser()
+    options = parser.parse_args(argv)
+    if both := options.accounts & options.exclude:
+        parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
+    return options
+
+
+class Status:
+    """stderr: the progress line, where there is a terminal to draw it on, and the lines of --verbose."""
+
+    def __init__(self, stream: TextIO, progress: Progress, quiet: bool, verbose: bool) -> None:
+        self._stream, self._progress, self._verbose = stream, progress, verbose
+        self._draws = stream.isatty() and not quiet and os.environ.get("TERM", "dumb") != "dumb"
+        self._started = time.monotonic()
+
+    def log(self, line: str) -> None:
+        if self._verbose:
+            self.clear()
+            print(f"{time.monotonic() - self._started:8.2f}s {printable(line)}", file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        if self._draws:
+            print("\r\x1b[K", end="", file=self._stream, flush=True)
+
+    def draw(self) -> None:
+        if self._draws:
+            line = progress_line(self._progress, time.monotonic() - self._started)
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}", end="", file=self._stream, flush=True)
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Keep the progress line moving meanwhile, and take it away at the end."""
+        task = asyncio.create_task(self._keep_drawing())
+        try:
+            yield
+        finally:
+            task.cancel()
+            self.clear()
+
+    async def _keep_drawing(self) -> None:
+        while self._draws:
+            self.draw()
+            await asyncio.sleep(0.2)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM. asyncio lets KeyboardInterrupt, and what derives from it, out of its loop at once."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted in the main thread."""
+
+    def interrupt(signum: int, _: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # one is enough: a second must not cut the cleaning up
+        raise Interrupted(signum)
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def run(options: argparse.Namespace, started: datetime) -> int:
+    """From the command line's options to files and summary."""
+    folder = make_run_folder(Path(options.output_dir), started)
+    try:
+        session = open_session(options.profile)
+        found = asyncio.run(audit_into(folder, session, options, started))
+    except BaseException:
+        remove_if_empty(folder)
+        raise
+    finished = utc_now()
+    write_json(folder / "summary.json", summary_document(found, finished))
+    print(terminal_summary(found, finished, options.quiet), end="", flush=True)
+    return EXIT_ACCOUNTS_FAILED if found.failed else EXIT_OK
+
+
+async def audit_into(folder: Path, session: boto3.Session, options: argparse.Namespace, started: datetime) -> Run:
+    """Audit the organization. Each account's CSV is written as soon as the account is done, and its users forgotten."""
+    aws = connect(session, options.workers)
+    organization = describe_organization(aws)
+    found = Run(started, folder, plan_of(options, aws.caller, organization), aws.caller, organization)
+    progress = Progress()
+    status = Status(sys.stderr, progress, options.quiet, options.verbose)
+    with status.drawing():
+        async for outcome in audit_organization(aws, organization, found.plan, progress, status.log):
+            if isinstance(outcome, AuditedAccount):
+                write_csv(folder / "accounts" / f"{outcome.account.id}.csv", CSV_COLUMNS, rows_of(outcome))
+            keep(found, outcome)
+            progress.done = len(found.audited) + len(found.failed) + len(found.skipped)
+            progress.failed = len(found.failed)
+            status.log(outcome_line(outcome))
+    return found
+
+
+def keep(found: Run, outcome: Outcome) -> None:
+    """Add an outcome to what the run has found."""
+    if isinstance(outcome, AuditedAccount):
+        users = [user for user in outcome.users if user.name != ROOT]
+        keys = sum(len(user.keys) for user in outcome.users)
+        has_root = len(users) < len(outcome.users)
+        found.audited.append(AccountFigures(outcome.account, outcome.report_generated, has_root, len(users), keys))
+    elif isinstance(outcome, FailedAccount):
+        found.failed.append(outcome)
+    elif isinstance(outcome, SkippedAccount):
+        found.skipped.append(outcome)
+    else:
+        found.out_of_scope.append(outcome)
+
+
+def plan_of(options: argparse.Namespace, caller: Caller, organization: Organization) -> Plan:
+    own = caller.account if caller.account == organization.management_account else None
+    role = Role(options.role, caller.partition, options.external_id, own)
+    scope = Scope(options.accounts, options.exclude, options.ou, options.include_management)
+    return Plan(role, scope, options.workers, options.report_timeout)
+
+
+def what_stopped_it(error: Exception) -> str:
+    """A sentence or two for the person who has to do something about it."""
+    if isinstance(error, AuditError):
+        return str(error)
+    if isinstance(error, ClientError):
+        code = error_code(error)
+        message = without_secrets(str(error.response.get("Error", {}).get("Message", "")))
+        return f"{error.operation_name}: {code}: {message}{CANNOT_START.get(code, '')}"
+    if isinstance(error, ProfileNotFound):
+        return f"{error}: `aws configure list-profiles` shows the ones there are."
+    if isinstance(error, BotoCoreError):
+        return f"{type(error).__name__}: {without_secrets(str(error))}"
+    if isinstance(error, OSError):
+        return f"Cannot write the results: {error.strerror or error}: {error.filename or ''}"
+    return f"Unexpected {type(error).__name__}: {without_secrets(str(error))} (--verbose shows where)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # cron's locale may know ASCII alone
+    try:
+        with interruptible():
+            return run(options, utc_now())
+    except Interrupted as stop:
+        print(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.", file=sys.stderr)
+        return EXIT_SIGNAL + stop.signum
+    except BrokenPipeError:  # whoever reads stdout has enough; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_NOT_DONE
+    except Exception as error:
+        if options.verbose:
+            traceback.print_exc()
+        print(f"iam_audit.py: {printable(what_stopped_it(error))}", file=sys.stderr)
+        return EXIT_NOT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
