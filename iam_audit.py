@@ -41,18 +41,21 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, Union
+from typing import Any, NamedTuple, TextIO, TypeVar, Union
 
 import boto3
 import boto3.exceptions
@@ -68,7 +71,7 @@ from botocore.parsers import ResponseParserError
 # ----------------------------------------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
-SUMMARY_FORMAT = 1
+SUMMARY_FORMAT = 1  # of summary.json; a number more for each change that a reader must know about
 
 CSV_COLUMNS = (
     "account_id",
@@ -96,7 +99,50 @@ EXIT_OK = 0
 EXIT_NOT_DONE = 1
 EXIT_USAGE = 2  # argparse's own
 EXIT_ACCOUNTS_FAILED = 3
+EXIT_FAIL_ON = 4
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
+
+FINDINGS_COLUMNS = (
+    "priority",
+    "finding",
+    "account_id",
+    "account_name",
+    "production",
+    "username",
+    "access_key_id",
+    "age_days",
+    "last_used_date",
+    "service_name",
+    "reasons",
+    "recommendation",
+)
+# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
+# in production accounts and fourth elsewhere.
+PRIORITIES = {
+    "root-access-key": 1,
+    "console-without-mfa": 4,
+    "key-older-than-1-year": 2,
+    "key-in-use": 3,
+    "unused-key": 5,
+    "key-older-than-90-days": 6,
+    "inactive-key": 7,
+}
+MOST_URGENT, LEAST_URGENT = 1, 7
+ONE_YEAR = timedelta(days=365)
+UNUSED_AFTER = timedelta(days=90)
+IN_USE_WITHIN = timedelta(days=30)
+DEFAULT_MAX_KEY_AGE = 90  # days
+
+# prod, prd, production or live as a word of its own, without non, not or pre before it
+DEFAULT_PRODUCTION = r"(?<![a-z0-9])(?<!no[nt][-_ ])(?<!pre[-_ ])(?:prod|prd|production|live)(?![a-z0-9])"
+
+# AWS Security Maturity Model v2; the order is the ranking
+LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
+NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+
+TERMINAL_WIDTH = 100
+FINDINGS_SHOWN = 10  # on the terminal
+ACCOUNTS_SHOWN = 5
 
 ROLE_READS = {
     "iam:GenerateCredentialReport": "has IAM prepare the credential report; the one call that is no pure read",
@@ -292,6 +338,65 @@ class Plan:
     scope: Scope
     workers: int
     report_timeout: float
+    production: re.Pattern[str]
+    max_key_age: timedelta
+
+
+class OldestKey(NamedTuple):
+    """The oldest active access key somewhere, and whose it is."""
+
+    created: datetime
+    account_id: str
+    account_name: str
+    username: str
+    access_key_id: str
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Long-term credentials, counted; of one account, or added up over several. Root counts as a user."""
+
+    console_users: int = 0
+    console_users_without_mfa: int = 0
+    access_keys: int = 0
+    active_keys: int = 0
+    inactive_keys: int = 0
+    expired_keys: int = 0
+    active_keys_older_than_max_age: int = 0
+    active_keys_older_than_1_year: int = 0
+    active_keys_never_used: int = 0
+    active_keys_not_used_for_90_days: int = 0
+    active_keys_used_within_30_days: int = 0
+    root_access_keys: int = 0
+    users_with_two_active_keys: int = 0
+    oldest_active_key: OldestKey | None = None
+
+    def __add__(self, other: Gaps) -> Gaps:
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in GAP_COUNTS}
+        oldest = min(filter(None, (self.oldest_active_key, other.oldest_active_key)), default=None)
+        return Gaps(**numbers, oldest_active_key=oldest)
+
+    @property
+    def mfa_coverage_percent(self) -> float:
+        """Console users with MFA, in percent of all; 100 where there are none."""
+        covered = self.console_users - self.console_users_without_mfa
+        return round(100 * covered / self.console_users, 1) if self.console_users else 100.0
+
+
+GAP_COUNTS = tuple(each.name for each in fields(Gaps) if each.name != "oldest_active_key")
+
+
+class Finding(NamedTuple):
+    """One thing to fix: a user who needs MFA (`key` is None), or an access key that must go."""
+
+    priority: int
+    finding: str
+    account: Account
+    production: bool
+    user: str
+    key: AccessKey | None
+    password_last_used: datetime | None
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -302,7 +407,10 @@ class AccountFigures:
     report_generated: datetime
     has_root: bool
     users: int
-    access_keys: int
+    production: bool
+    gaps: Gaps
+    phase1: str
+    phase2: str
 
 
 @dataclass
@@ -318,6 +426,7 @@ class Run:
     failed: list[FailedAccount] = field(default_factory=list)
     skipped: list[SkippedAccount] = field(default_factory=list)
     out_of_scope: list[OutOfScopeAccount] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass
@@ -1155,6 +1264,175 @@ def remove_if_empty(folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
+    """Whether the account's name, ID or path in the organization says so."""
+    return any(pattern.search(text) for text in (account.name, account.id, account.path or ""))
+
+
+def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
+    """The figures of one account."""
+    gaps = sum((gaps_of(audited.account, user, plan.max_key_age, now) for user in audited.users), Gaps())
+    users = sum(user.name != ROOT for user in audited.users)
+    return AccountFigures(
+        account=audited.account,
+        report_generated=audited.report_generated,
+        has_root=users < len(audited.users),
+        users=users,
+        production=is_production(audited.account, plan.production),
+        gaps=gaps,
+        phase1=phase1_level(gaps),
+        phase2=phase2_level(gaps),
+    )
+
+
+def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
+    """What one user adds to the account's gaps."""
+    active = [key for key in user.keys if key.status == "Active"]
+    used = [now - key.last_used for key in active if key.last_used is not None]
+    return Gaps(
+        console_users=int(user.password),
+        console_users_without_mfa=int(user.password and not user.mfa),
+        access_keys=len(user.keys),
+        active_keys=len(active),
+        inactive_keys=sum(key.status == "Inactive" for key in user.keys),
+        expired_keys=sum(key.status == "Expired" for key in user.keys),
+        active_keys_older_than_max_age=sum(now - key.created > max_key_age for key in active),
+        active_keys_older_than_1_year=sum(now - key.created > ONE_YEAR for key in active),
+        active_keys_never_used=len(active) - len(used),
+        active_keys_not_used_for_90_days=sum(span > UNUSED_AFTER for span in used),
+        active_keys_used_within_30_days=sum(span <= IN_USE_WITHIN for span in used),
+        root_access_keys=len(user.keys) if user.name == ROOT else 0,
+        users_with_two_active_keys=int(len(active) > 1),
+        oldest_active_key=min(
+            (OldestKey(key.created, account.id, account.name, user.name, key.id) for key in active), default=None
+        ),
+    )
+
+
+def phase1_level(gaps: Gaps) -> str:
+    """Multi-factor authentication."""
+    return IN_PROGRESS if gaps.console_users_without_mfa else COMPLETE
+
+
+def phase2_level(gaps: Gaps) -> str:
+    """Use temporary credentials."""
+    if gaps.active_keys_older_than_max_age:
+        return IN_PROGRESS
+    return COMPLETE if gaps.active_keys else ADVANCED
+
+
+def organization_level(levels: Iterable[str], failed: int) -> str:
+    """The lowest level among the audited accounts; accounts that nobody could look into hold it at In Progress."""
+    ranks = [LEVELS.index(level) for level in levels]
+    if not ranks:
+        return NOT_STARTED
+    return LEVELS[min(ranks + [LEVELS.index(IN_PROGRESS)] * bool(failed))]
+
+
+def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
+    """What to fix in one account: each user without MFA and each key at most once."""
+    account, production = audited.account, is_production(audited.account, plan.production)
+    for user in audited.users:
+        if user.password and not user.mfa:
+            reasons = ("console user without MFA", *["root"] * (user.name == ROOT), *["production"] * production)
+            finding = "console-without-mfa"
+            priority = MOST_URGENT if production else PRIORITIES[finding]
+            yield Finding(priority, finding, account, production, user.name, None, user.password_last_used, reasons)
+        for key in user.keys:
+            if applies := key_findings(key, user.name == ROOT, plan.max_key_age, now):
+                finding = min(applies, key=PRIORITIES.__getitem__)
+                priority, reasons = PRIORITIES[finding], tuple(applies.values())
+                yield Finding(priority, finding, account, production, user.name, key, None, reasons)
+
+
+def key_findings(key: AccessKey, is_root: bool, max_key_age: timedelta, now: datetime) -> dict[str, str]:
+    """All findings that apply to an access key, each with its reason in words."""
+    if key.status != "Active":
+        return {"inactive-key": "expired" if key.status == "Expired" else "inactive"}
+    old = now - key.created
+    unused = None if key.last_used is None else now - key.last_used
+    applies = {
+        "root-access-key": "active root access key" if is_root else "",
+        "key-older-than-1-year": "older than 1 year" if old > ONE_YEAR else "",
+        "key-in-use": "used within 30 days" if unused is not None and unused <= IN_USE_WITHIN else "",
+        "unused-key": unused_reason(old, unused),
+        "key-older-than-90-days": f"older than {max_key_age.days} days" if old > max_key_age else "",
+    }
+    return {finding: reason for finding, reason in applies.items() if reason}
+
+
+def unused_reason(old: timedelta, unused: timedelta | None) -> str:
+    """Why a key is safe to deactivate; a young key that was never used may be about to be used."""
+    if old <= UNUSED_AFTER:
+        return ""
+    if unused is None:
+        return "never used"
+    return "not used for 90 days" if unused > UNUSED_AFTER else ""
+
+
+def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
+    """The order of findings.csv: by priority, production first, oldest first, by account and name."""
+    key = finding.key
+    born = key.created.timestamp() if key else float("inf")
+    return (finding.priority, not finding.production, born, finding.account.id, finding.user, key.id if key else "")
+
+
+def recommendation(finding: Finding, run: Run) -> str:
+    """The next step in a sentence, with the AWS CLI command for it, its arguments quoted for a shell."""
+    account, user, key = finding.account.id, shlex.quote(printable(finding.user)), finding.key
+    if finding.user == ROOT:
+        what = "root's password, or register MFA for root" if key is None else "root's access key"
+        if account == run.organization.management_account:
+            return f"Sign in as root of the management account and delete {what}: no role can do that there."
+        task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
+        return (
+            f"Delete {what}, with the session that `aws sts assume-root --target-principal {account} "
+            f"--task-policy-arn arn={task}` gives."
+        )
+    if key is None:
+        return (
+            f"Have the user register an MFA device or, if temporary credentials serve, remove the password: "
+            f"`aws iam delete-login-profile --user-name={user}` in account {account}."
+        )
+    arguments = f"--user-name={user} --access-key-id={shlex.quote(printable(key.id))}"
+    if key.status != "Active":
+        return f"Delete it: `aws iam delete-access-key {arguments}` in account {account}."
+    deactivate = f"`aws iam update-access-key {arguments} --status=Inactive` in account {account}"
+    if "used within 30 days" in finding.reasons:
+        return f"Move what uses it to temporary credentials (an IAM role), then deactivate it: {deactivate}."
+    return f"Deactivate it: {deactivate}; delete it once nobody has missed it."
+
+
+def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
+    """The finding's line in findings.csv."""
+    key = finding.key
+    if key is None:
+        last_used = iso(finding.password_last_used) if finding.password_last_used else PASSWORD_NEVER_USED
+        key_id, age_days, service = NOT_APPLICABLE, "", NOT_APPLICABLE
+    else:
+        key_id, _, _, last_used, service = access_key_cells(key)
+        age_days = str((run.started - key.created).days)
+    return (
+        str(finding.priority),
+        finding.finding,
+        finding.account.id,
+        finding.account.name,
+        "true" if finding.production else "false",
+        finding.user,
+        key_id,
+        age_days,
+        last_used,
+        service,
+        "; ".join(finding.reasons),
+        recommendation(finding, run),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Present: values in, text out
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1169,6 +1447,8 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "started": iso(run.started),
         "finished": iso(finished),
         "role": run.plan.role.name,
+        "production_pattern": run.plan.production.pattern,
+        "max_key_age_days": run.plan.max_key_age.days,
         "caller": {"account": run.caller.account, "arn": run.caller.arn, "partition": run.caller.partition},
         "organization": {
             "id": run.organization.id,
@@ -1180,11 +1460,20 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
             "failed": len(failed),
             "skipped": len(skipped),
             "out_of_scope": len(run.out_of_scope),
+            "production": sum(account.production for account in audited),
             "users": sum(account.users for account in audited),
-            "access_keys": sum(account.access_keys for account in audited),
         },
+        "gaps": {
+            "organization": gaps_document(total_gaps(audited), run.started),
+            "production": gaps_document(total_gaps(one for one in audited if one.production), run.started),
+        },
+        "maturity": {
+            "phase1": maturity_document(run, "phase1"),
+            "phase2": maturity_document(run, "phase2"),
+        },
+        "findings": {str(priority): number for priority, number in findings_by_priority(run).items()},
         "accounts": sorted(
-            [audited_entry(one) for one in audited]
+            [audited_entry(one, run.started) for one in audited]
             + [failed_entry(one) for one in failed]
             + [account_entry(one.account, "skipped") for one in skipped],
             key=lambda entry: str(entry["id"]),
@@ -1203,12 +1492,14 @@ def account_entry(account: Account, result: str) -> dict[str, Any]:
     }
 
 
-def audited_entry(figures: AccountFigures) -> dict[str, Any]:
+def audited_entry(figures: AccountFigures, now: datetime) -> dict[str, Any]:
     return {
         **account_entry(figures.account, "audited"),
         "report_generated": iso(figures.report_generated),
         "users": figures.users,
-        "access_keys": figures.access_keys,
+        "production": figures.production,
+        "maturity": {"phase1": figures.phase1, "phase2": figures.phase2},
+        "gaps": gaps_document(figures.gaps, now),
     }
 
 
@@ -1217,23 +1508,58 @@ def failed_entry(failed: FailedAccount) -> dict[str, Any]:
         **account_entry(failed.account, "failed"),
         "step": failed.step,
         "error": {"code": failed.code, "message": failed.message},
+        "maturity": {"phase1": NOT_STARTED, "phase2": NOT_STARTED},
     }
+
+
+def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
+    oldest = gaps.oldest_active_key
+    return {
+        **{name: getattr(gaps, name) for name in GAP_COUNTS},
+        "mfa_coverage_percent": gaps.mfa_coverage_percent,
+        "oldest_active_key": None
+        if oldest is None
+        else {**oldest._asdict(), "created": iso(oldest.created), "age_days": (now - oldest.created).days},
+    }
+
+
+def maturity_document(run: Run, phase: str) -> dict[str, Any]:
+    levels = [getattr(account, phase) for account in run.audited] + [NOT_STARTED] * len(run.failed)
+    return {
+        "level": organization_level([getattr(account, phase) for account in run.audited], len(run.failed)),
+        "accounts": {level: levels.count(level) for level in LEVELS},
+    }
+
+
+def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
+    return sum((account.gaps for account in accounts), Gaps())
+
+
+def findings_by_priority(run: Run) -> dict[int, int]:
+    found = Counter(finding.priority for finding in run.findings)
+    return {priority: found[priority] for priority in range(MOST_URGENT, LEAST_URGENT + 1)}
 
 
 def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     """What stdout gets; with `quiet` only what needs attention, which may be nothing."""
     lines = failed_lines(run)
-    if not quiet:
-        lines = [*audited_lines(run, finished), *lines, *left_out_lines(run), f"CSVs: {run.folder / 'accounts'}"]
+    if quiet:
+        lines += finding_lines(run, [finding for finding in run.findings if finding.priority == MOST_URGENT])
+    else:
+        lines = [*audited_lines(run, finished), *lines, *left_out_lines(run)]
+        lines += [*maturity_lines(run), *gap_lines(run), *finding_lines(run, run.findings[:FINDINGS_SHOWN])]
+        lines += ["", f"Files: {run.folder}"]
     return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def audited_lines(run: Run, finished: datetime) -> list[str]:
+    gaps = total_gaps(run.audited)
     users = sum(account.users for account in run.audited)
-    keys = sum(account.access_keys for account in run.audited)
+    production = sum(account.production for account in run.audited)
     lines = [
-        f"Organization {run.organization.id}, {iso(run.started)}, {clock(finished - run.started)}",
-        f"Audited: {count(len(run.audited), 'account')}, {count(users, 'user')}, {count(keys, 'access key')}",
+        f"Organization {run.organization.id}, {iso(run.started)}, took {clock(finished - run.started)}",
+        f"Audited: {count(len(run.audited), 'account')} ({production:,} production), {count(users, 'user')}, "
+        f"{count(gaps.access_keys, 'access key')}",
     ]
     if run.audited:
         oldest = finished - min(account.report_generated for account in run.audited)
@@ -1251,9 +1577,10 @@ def failed_lines(run: Run) -> list[str]:
     lines = [f"Failed: {count(len(run.failed), 'account')}, of which nothing is known"] if run.failed else []
     for (step, code), members in groups.items():
         lines.append(f"  {step}: {code}")
-        lines += [f"    {one.account.id} {one.account.name}: {one.message}" for one in members]
+        for one in members:
+            lines += wrapped(f"    {one.account.id} {one.account.name}: {one.message}")
         if hint := next_step(step, code, run):
-            lines.append(f"    Next: {hint}")
+            lines += wrapped(f"    Next: {hint}")
     return lines
 
 
@@ -1276,7 +1603,7 @@ def next_step(step: str, code: str, run: Run) -> str:
 
 
 def left_out_lines(run: Run) -> list[str]:
-    lines = [f"Skipped: {count(len(run.skipped), 'account')} that are not ACTIVE"] if run.skipped else []
+    lines = [f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}"] if run.skipped else []
     for skipped in sorted(run.skipped, key=lambda one: one.account.id):
         lines.append(f"  {skipped.account.id} {skipped.account.name}: {skipped.account.state}")
     management = run.organization.management_account
@@ -1286,6 +1613,105 @@ def left_out_lines(run: Run) -> list[str]:
     if others:
         lines.append(f"Out of scope: {count(others, 'account')}")
     return lines
+
+
+def maturity_lines(run: Run) -> list[str]:
+    """Both phases with the organization's level and the number behind it, and the accounts at each level."""
+    gaps = total_gaps(run.audited)
+    phases = {
+        "phase1": ("Phase 1, multi-factor authentication", mfa_in_words(gaps)),
+        "phase2": ("Phase 2, use temporary credentials", keys_in_words(gaps, run.plan.max_key_age)),
+    }
+    lines = [""]
+    for phase, (title, why) in phases.items():
+        maturity = maturity_document(run, phase)
+        lines.append(f"{title:<38}{maturity['level']:<13}{why}")
+        levels = (f"{number:,} {level}" for level, number in maturity["accounts"].items() if number)
+        lines.append(f"  accounts: {', '.join(levels) or 'none'}")
+    if holding := sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id)):
+        lines.append("Held back most by")
+        lines += [f"  {account_line(one, run.plan.max_key_age)}" for one in holding[:ACCOUNTS_SHOWN]]
+    return lines
+
+
+def gap_size(figures: AccountFigures) -> int:
+    """How much of both phases an account lacks."""
+    return figures.gaps.console_users_without_mfa + figures.gaps.active_keys_older_than_max_age
+
+
+def account_line(figures: AccountFigures, max_key_age: timedelta) -> str:
+    gaps = figures.gaps
+    return (
+        f"{figures.account.id} {cut(figures.account.name, 28):<28} "
+        f"{gaps.console_users_without_mfa:,} without MFA, "
+        f"{count(gaps.active_keys_older_than_max_age, 'active key')} older than {max_key_age.days} days"
+    )
+
+
+def mfa_in_words(gaps: Gaps) -> str:
+    if not gaps.console_users:
+        return "no console users"
+    return f"{gaps.console_users_without_mfa:,} of {count(gaps.console_users, 'console user')} without MFA"
+
+
+def keys_in_words(gaps: Gaps, max_key_age: timedelta) -> str:
+    old = gaps.active_keys_older_than_max_age
+    return f"{old:,} of {count(gaps.active_keys, 'active key')} older than {max_key_age.days} days"
+
+
+def gap_lines(run: Run) -> list[str]:
+    """A table of the gaps, of the organization and of its production accounts."""
+    columns = [total_gaps(run.audited), total_gaps(one for one in run.audited if one.production)]
+    days = run.plan.max_key_age.days
+    labels = {
+        "console_users": "console users",
+        "console_users_without_mfa": "  without MFA",
+        "access_keys": "access keys (long-term credentials)",
+        "active_keys": "  active",
+        "active_keys_older_than_max_age": f"    older than {days} days",
+        "active_keys_older_than_1_year": "    older than 1 year",
+        "active_keys_never_used": "    never used",
+        "active_keys_not_used_for_90_days": "    not used for 90 days",
+        "active_keys_used_within_30_days": "    used within 30 days",
+        "inactive_keys": "  inactive",
+        "expired_keys": "  expired",
+        "root_access_keys": "  of root",
+        "users_with_two_active_keys": "users with two active keys",
+    }
+    lines = ["", f"{'Gaps':<38}{'organization':>14}{'production':>14}"]
+    for name, label in labels.items():
+        lines.append(f"{label:<38}" + "".join(f"{getattr(gaps, name):>14,}" for gaps in columns))
+    coverage = (f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no users" for gaps in columns)
+    lines.insert(4, f"{'  MFA coverage':<38}" + "".join(f"{text:>14}" for text in coverage))
+    if oldest := columns[0].oldest_active_key:
+        days = (run.started - oldest.created).days
+        whose = f"{oldest.username} in {oldest.account_id} {oldest.account_name}"
+        lines.append(f"oldest active key: {count(days, 'day')}, {oldest.access_key_id} of {cut(whose, 50)}")
+    return lines
+
+
+def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
+    """These findings, most urgent first, and how many more there are."""
+    if not findings:
+        return []
+    lines = ["", f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)"]
+    for one in findings:
+        where = f"{one.account.id} {cut(one.account.name, 20):<20}"
+        what = f"{cut(one.user, 20)} {one.key.id if one.key else ''}".strip()
+        lines.append(f"  {one.priority}  {one.finding:<23}{where} {cut(what, 40)}")
+        lines.append(f"     {cut('; '.join(one.reasons), 90)}")
+    return lines
+
+
+def wrapped(line: str) -> list[str]:
+    """The line, folded to TERMINAL_WIDTH; what follows the first part is set in further."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(printable(line), TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most `width` characters."""
+    return text if len(text) <= width else text[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def count(number: int, noun: str) -> str:
@@ -1348,6 +1774,7 @@ exit codes:
   1    the audit could not start or finish
   2    the command line is wrong
   3    some accounts in scope could not be audited; all others were written
+  4    what --fail-on names was found
   130  interrupted (SIGINT); 143: terminated (SIGTERM)
 """
 
@@ -1358,7 +1785,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Write down every IAM user, password, access key and MFA device of an AWS organization: "
         "one CSV an account, and a summary.",
         epilog=HELP_EPILOG,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH),
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -1412,6 +1839,28 @@ def argument_parser() -> argparse.ArgumentParser:
         type=seconds,
         default=300.0,
         help="how long one account's credential report may take (default: 300)",
+    )
+    add(
+        "--production",
+        metavar="REGEX",
+        type=pattern,
+        default=DEFAULT_PRODUCTION,
+        help="what makes an account production: searched in its name, ID and organization path, upper or lower case "
+        "(default: prod, prd, production or live as a word of its own)",
+    )
+    add(
+        "--max-key-age",
+        metavar="DAYS",
+        type=days,
+        default=str(DEFAULT_MAX_KEY_AGE),
+        help="older active access keys are a gap (default: %(default)s)",
+    )
+    add(
+        "--fail-on",
+        metavar="WHAT",
+        type=fail_on,
+        help="end with exit code 4 if there are `findings`, or with findings:N if there are any of priority N or more "
+        "urgent (1 to 7)",
     )
     add(
         "-q",
@@ -1470,6 +1919,26 @@ def seconds(text: str) -> float:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return number
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def days(text: str) -> timedelta:
+    number = int(matching(r"\d{1,4}", "a number of days from 1 to 9999", text))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days from 1 to 9999")
+    return timedelta(days=number)
+
+
+def fail_on(text: str) -> int:
+    """The least urgent priority that still counts."""
+    matching(r"findings(:[1-7])?", "findings or findings:N, N from 1 to 7", text)
+    return int(text[-1]) if ":" in text else LEAST_URGENT
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1553,10 +2022,20 @@ def run(options: argparse.Namespace, started: datetime) -> int:
     except BaseException:
         remove_if_empty(folder)
         raise
+    found.findings.sort(key=most_urgent_first)
+    write_csv(folder / "findings.csv", FINDINGS_COLUMNS, (finding_row(one, found) for one in found.findings))
     finished = utc_now()
     write_json(folder / "summary.json", summary_document(found, finished))
     print(terminal_summary(found, finished, options.quiet), end="", flush=True)
-    return EXIT_ACCOUNTS_FAILED if found.failed else EXIT_OK
+    return exit_code(found, options.fail_on)
+
+
+def exit_code(found: Run, fail_on: int | None) -> int:
+    if found.failed:
+        return EXIT_ACCOUNTS_FAILED
+    if fail_on is not None and any(finding.priority <= fail_on for finding in found.findings):
+        return EXIT_FAIL_ON
+    return EXIT_OK
 
 
 async def audit_into(folder: Path, session: boto3.Session, options: argparse.Namespace, started: datetime) -> Run:
@@ -1580,10 +2059,8 @@ async def audit_into(folder: Path, session: boto3.Session, options: argparse.Nam
 def keep(found: Run, outcome: Outcome) -> None:
     """Add an outcome to what the run has found."""
     if isinstance(outcome, AuditedAccount):
-        users = [user for user in outcome.users if user.name != ROOT]
-        keys = sum(len(user.keys) for user in outcome.users)
-        has_root = len(users) < len(outcome.users)
-        found.audited.append(AccountFigures(outcome.account, outcome.report_generated, has_root, len(users), keys))
+        found.audited.append(assess(outcome, found.plan, found.started))
+        found.findings.extend(findings_of(outcome, found.plan, found.started))
     elif isinstance(outcome, FailedAccount):
         found.failed.append(outcome)
     elif isinstance(outcome, SkippedAccount):
@@ -1596,7 +2073,7 @@ def plan_of(options: argparse.Namespace, caller: Caller, organization: Organizat
     own = caller.account if caller.account == organization.management_account else None
     role = Role(options.role, caller.partition, options.external_id, own)
     scope = Scope(options.accounts, options.exclude, options.ou, options.include_management)
-    return Plan(role, scope, options.workers, options.report_timeout)
+    return Plan(role, scope, options.workers, options.report_timeout, options.production, options.max_key_age)
 
 
 def what_stopped_it(error: Exception) -> str:
