@@ -55,7 +55,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar, Union
+from typing import Any, NamedTuple, TextIO, TypeVar, Union, cast
 
 import boto3
 import boto3.exceptions
@@ -92,6 +92,7 @@ PASSWORD_NEVER_USED = "Nunca"
 KEY_NEVER_USED = "Nunca utilizada"
 NOT_APPLICABLE = "N/A"
 NO_MFA = "None"
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
 ROOT = "<root_account>"  # the credential report's own name for it
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet would take for a formula
 
@@ -116,6 +117,64 @@ FINDINGS_COLUMNS = (
     "reasons",
     "recommendation",
 )
+CHANGES_COLUMNS = (
+    "account_id",
+    "account_name",
+    "username",
+    "access_key_id",
+    "change",
+    "before",
+    "after",
+    "witness",
+    "event_name",
+    "event_time",
+    "actor",
+    "source_ip",
+)
+EVENTS_COLUMNS = (
+    "account_id",
+    "account_name",
+    "event_time",
+    "event_name",
+    "username",
+    "access_key_id",
+    "actor",
+    "source_ip",
+    "user_agent",
+    "event_id",
+)
+# Each change with the CloudTrail events that explain it, and those that contradict it where none explains it.
+EXPLAINED_BY = {
+    "access-key-created": (("CreateAccessKey",), ("DeleteAccessKey",)),
+    "access-key-deleted": (("DeleteAccessKey",), ("CreateAccessKey",)),
+    "access-key-activated": (("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
+    "access-key-deactivated": (("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
+    "mfa-added": (("EnableMFADevice",), ("DeactivateMFADevice",)),
+    "mfa-removed": (("DeactivateMFADevice",), ("EnableMFADevice",)),
+    "mfa-changed": (("EnableMFADevice", "DeactivateMFADevice"), ()),
+    "console-enabled": (("CreateLoginProfile",), ("DeleteLoginProfile",)),
+    "console-disabled": (("DeleteLoginProfile",), ("CreateLoginProfile",)),
+    "user-created": (("CreateUser",), ("DeleteUser",)),
+    "user-deleted": (("DeleteUser",), ("CreateUser",)),
+}
+CAME_AND_WENT = "access-key-came-and-went"
+EVENT_NAMES = (
+    "CreateAccessKey",
+    "DeleteAccessKey",
+    "UpdateAccessKey",
+    "EnableMFADevice",
+    "DeactivateMFADevice",
+    "CreateLoginProfile",
+    "DeleteLoginProfile",
+    "CreateUser",
+    "DeleteUser",
+)
+# Where each partition's CloudTrail records what IAM does
+CLOUDTRAIL_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
+CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls in one account: AWS allows two a second
+CLOUDTRAIL_KEEPS = timedelta(days=90)
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # how far back without an earlier run
+
 # What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
 # in production accounts and fourth elsewhere.
 PRIORITIES = {
@@ -143,6 +202,8 @@ NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
 TERMINAL_WIDTH = 100
 FINDINGS_SHOWN = 10  # on the terminal
 ACCOUNTS_SHOWN = 5
+NEW_KEYS_SHOWN = 10
+RUNS_SHOWN = 12
 
 ROLE_READS = {
     "iam:GenerateCredentialReport": "has IAM prepare the credential report; the one call that is no pure read",
@@ -154,6 +215,9 @@ ROLE_READS = {
     "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
     "iam:GetLoginProfile": "whether a user created after the report has a password",
 }
+CLOUDTRAIL_READS = {
+    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices; only with --cloudtrail",
+}
 CALLER_READS = {
     "sts:GetCallerIdentity": "the caller's account and partition (AWS allows it to everyone)",
     "organizations:DescribeOrganization": "which account is the management account",
@@ -162,10 +226,6 @@ CALLER_READS = {
 CALLER_ASSUMES = ("sts:AssumeRole", "enters each account; limited to the audit role's name")
 
 SESSION_NAME = "iam-audit"
-SESSION_POLICY = json.dumps(
-    {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": list(ROLE_READS), "Resource": "*"}]},
-    separators=(",", ":"),
-)
 
 # A profile without a Region still belongs to one partition; these are asked in turn until one knows the caller.
 PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
@@ -250,13 +310,39 @@ class User:
     keys: tuple[AccessKey, ...]
 
 
+class Event(NamedTuple):
+    """A successful IAM event of CloudTrail: what `actor` did to `user`. `status` is what UpdateAccessKey set."""
+
+    time: datetime
+    name: str
+    user: str
+    key_id: str
+    status: str
+    actor: str
+    source_ip: str
+    user_agent: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What CloudTrail told of an account, oldest first; `error` says why it told nothing, where the lookup failed."""
+
+    events: tuple[Event, ...] = ()
+    error: str = ""
+
+
 @dataclass(frozen=True)
 class AuditedAccount:
-    """An account read in full: root first (where the report has it), then the users by name."""
+    """An account read in full: root first (where the report has it), then the users by name.
+
+    `trail` is None if CloudTrail was not asked.
+    """
 
     account: Account
     report_generated: datetime
     users: tuple[User, ...]
+    trail: Trail | None = None
 
 
 @dataclass(frozen=True)
@@ -323,6 +409,7 @@ class Role:
 
     name: str
     partition: str
+    session_policy: str
     external_id: str | None = None
     own_account: str | None = None
 
@@ -340,6 +427,7 @@ class Plan:
     report_timeout: float
     production: re.Pattern[str]
     max_key_age: timedelta
+    events_since: datetime | None  # None: CloudTrail is not asked
 
 
 class OldestKey(NamedTuple):
@@ -413,6 +501,68 @@ class AccountFigures:
     phase2: str
 
 
+class UserState(NamedTuple):
+    """What is compared of a user between two runs. `keys` maps access key IDs to status and creation date."""
+
+    password_status: str
+    mfa_status: str
+    keys: Mapping[str, tuple[str, str]]
+
+    @property
+    def lacks_mfa(self) -> bool:
+        return self.password_status == PASSWORD_SET and self.mfa_status == NO_MFA
+
+
+States = Mapping[str, UserState]  # by user name
+
+
+class Change(NamedTuple):
+    """One line of changes.csv. `witness` is confirmed, contradicted, not found, unavailable, or empty: not asked."""
+
+    account_id: str
+    account_name: str
+    user: str
+    key_id: str
+    change: str
+    before: str = ""
+    after: str = ""
+    witness: str = ""
+    event: Event | None = None
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A finished run in the table of runs."""
+
+    started: datetime
+    audited: int
+    console_users_without_mfa: int
+    active_keys: int
+    active_keys_older_than_max_age: int
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """The run that this one is compared with: its folder, each account's ID with name and result, and its levels."""
+
+    folder: Path
+    started: datetime
+    accounts: Mapping[str, tuple[str, str]]
+    levels: Mapping[str, str]
+
+
+@dataclass
+class Tracking:
+    """What has changed since the earlier run, as far as the run has come; without one (None) there is no change."""
+
+    earlier: EarlierRun | None = None
+    runs: list[RunFigures] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    compared: int = 0
+    mfa_fixed: int = 0
+    mfa_new: list[Change] = field(default_factory=list)
+
+
 @dataclass
 class Run:
     """What a run has found so far, as its summary needs it."""
@@ -427,6 +577,8 @@ class Run:
     skipped: list[SkippedAccount] = field(default_factory=list)
     out_of_scope: list[OutOfScopeAccount] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    tracking: Tracking = field(default_factory=Tracking)
+    trails: list[tuple[Account, Trail]] = field(default_factory=list)
 
 
 @dataclass
@@ -560,6 +712,14 @@ class Aws:
             aws_secret_access_key="none",
         )
         self.iam.meta.events.register("before-sign.iam", sign_with_current_credentials)
+        self.cloudtrail = session.client(
+            "cloudtrail",
+            region_name=CLOUDTRAIL_REGIONS.get(caller.partition, caller.region),
+            config=client_config(workers, total_max_attempts=1),
+            aws_access_key_id="none",
+            aws_secret_access_key="none",
+        )
+        self.cloudtrail.meta.events.register("before-sign.cloudtrail", sign_with_current_credentials)
 
     def profile_credentials(self) -> Credentials:
         """The profile's own credentials, as fresh as the SDK has them."""
@@ -673,8 +833,8 @@ class Pace:
     one call in eight is throttled, just above what the account allows, so that none of its rate is lost.
     """
 
-    def __init__(self) -> None:
-        self._gap = 0.0
+    def __init__(self, least_gap: float = 0.0) -> None:
+        self._least_gap = self._gap = least_gap
         self._next = 0.0
         self._answered = time.monotonic()
 
@@ -687,7 +847,7 @@ class Pace:
 
     def answered(self) -> None:
         self._answered = time.monotonic()
-        self._gap = self._gap * 0.97 if self._gap > 0.005 else 0.0
+        self._gap = max(self._gap * 0.97 if self._gap > 0.005 else 0.0, self._least_gap)
 
     def throttled(self) -> bool:
         """Slow down; False once the account has answered nothing else for too long."""
@@ -708,6 +868,7 @@ class AccountSession:
         self.log = log
         self._logged = set[str]()
         self._pace = Pace()
+        self._cloudtrail_pace = Pace(CLOUDTRAIL_GAP)
         self._renewal = asyncio.Lock()
         self._credentials: Credentials | None = None
 
@@ -718,14 +879,14 @@ class AccountSession:
             return
         request = functools.partial(assume_role, self.aws, self.role, self.account.id)
         async with self.aws.assume_role_gate:
-            self._credentials = await self._attempt("AssumeRole", request)
+            self._credentials = await self._attempt("AssumeRole", request, self._pace)
 
     def let_older_accounts_pass(self) -> None:
         """From now on calls for older accounts go first: to start a report is urgent, what follows it is bulk."""
         self._urgency = (1, self._urgency[1])
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
-        """An operation of the shared IAM client, in this account; an expired session is renewed once a call."""
+        """An operation of a shared client, in this account; an expired session is renewed once a call."""
         used = self._credentials
         try:
             return await self._signed(operation, parameters)
@@ -740,23 +901,25 @@ class AccountSession:
     async def _signed(self, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
         if self._credentials is None:
             raise LookupError("sign_in comes first")
-        step = self.aws.iam.meta.method_to_api_mapping[operation.__name__]
-        return await self._attempt(step, functools.partial(call_as, self._credentials, operation, parameters))
+        client: Any = operation.__self__  # type: ignore[attr-defined]
+        step = client.meta.method_to_api_mapping[operation.__name__]
+        pace = self._cloudtrail_pace if client is self.aws.cloudtrail else self._pace
+        return await self._attempt(step, functools.partial(call_as, self._credentials, operation, parameters), pace)
 
-    async def _attempt(self, step: str, call: Callable[[], T]) -> T:
+    async def _attempt(self, step: str, call: Callable[[], T], pace: Pace) -> T:
         """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest."""
         self._begin(step)
         attempts = 0
         while True:
-            await self._pace.turn()
+            await pace.turn()
             try:
                 answer = await self.aws.threads.run(self._urgency, call)
             except (ClientError, BotoCoreError, ResponseParserError) as error:
                 failure = step_failed(step, error)
             else:
-                self._pace.answered()
+                pace.answered()
                 return answer
-            if failure.kind == "throttled" and self._pace.throttled():
+            if failure.kind == "throttled" and pace.throttled():
                 continue
             attempts += 1
             if failure.kind != "transient" or attempts == TRANSIENT_ATTEMPTS:
@@ -770,10 +933,16 @@ class AccountSession:
             self.log(f"{self.account.id} {self.account.name}: {step}")
 
 
+def session_policy(actions: Sequence[str]) -> str:
+    """The inline policy of each session: it gets what both the role and this allow, and no more."""
+    statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]}, separators=(",", ":"))
+
+
 def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
     external_id: Any = {} if role.external_id is None else {"ExternalId": role.external_id}
     issued = aws.sts.assume_role(
-        RoleArn=role.arn(account_id), RoleSessionName=SESSION_NAME, Policy=SESSION_POLICY, **external_id
+        RoleArn=role.arn(account_id), RoleSessionName=SESSION_NAME, Policy=role.session_policy, **external_id
     )["Credentials"]
     return Credentials(issued["AccessKeyId"], issued["SecretAccessKey"], issued["SessionToken"])
 
@@ -839,6 +1008,51 @@ async def list_virtual_mfa_devices(session: AccountSession) -> list[str]:
     ]
 
 
+async def lookup_events(session: AccountSession, name: str, since: datetime) -> list[Event]:
+    """The account's successful IAM events of that name."""
+    lookup, found = session.aws.cloudtrail.lookup_events, list[Event]()
+    request: dict[str, Any] = {
+        "LookupAttributes": [{"AttributeKey": "EventName", "AttributeValue": name}],
+        "StartTime": since,
+        "MaxResults": 50,
+    }
+    while True:
+        answer = await session.call(lookup, **request)
+        for entry in answer["Events"]:
+            event = event_of(json.loads(entry["CloudTrailEvent"]))
+            if event is not None and event.time >= since:
+                found.append(event)
+        if "NextToken" not in answer:
+            return found
+        request["NextToken"] = answer["NextToken"]
+
+
+def event_of(detail: Mapping[str, Any]) -> Event | None:
+    """An event from CloudTrail's record of it; None if the call failed, or if it was made to another service (Transfer
+    Family, for one, has a CreateUser too). What was acted on stands in the request and the response; the attributes
+    that LookupEvents itself gives are the caller's.
+
+    https://docs.aws.amazon.com/awscloudtrail/latest/userguide/cloudtrail-event-reference-record-contents.html
+    """
+    if detail.get("errorCode") or not str(detail.get("eventSource", "")).startswith("iam."):
+        return None
+    identity = detail.get("userIdentity") or {}
+    request = detail.get("requestParameters") or {}
+    created_key = (detail.get("responseElements") or {}).get("accessKey") or {}
+    caller_itself = ROOT if identity.get("type") == "Root" else identity.get("userName")
+    return Event(
+        time=to_second(parse_time(detail["eventTime"])),
+        name=str(detail["eventName"]),
+        user=str(request.get("userName") or caller_itself or created_key.get("userName") or ""),
+        key_id=str(request.get("accessKeyId") or created_key.get("accessKeyId") or ""),
+        status=str(request.get("status") or ""),
+        actor=str(identity.get("arn") or identity.get("invokedBy") or identity.get("principalId") or ""),
+        source_ip=str(detail.get("sourceIPAddress") or ""),
+        user_agent=str(detail.get("userAgent") or ""),
+        id=str(detail.get("eventID") or ""),
+    )
+
+
 async def pages(session: AccountSession, operation: Callable[..., Any], **parameters: Any) -> AsyncIterator[Any]:
     """The pages of an IAM list. botocore's paginator is a generator: it would end at the first throttled page."""
     while True:
@@ -882,15 +1096,16 @@ def without_secrets(message: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-async def audit_account(session: AccountSession, report_timeout: float) -> AuditedAccount | FailedAccount:
+async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
     """Read one account in full, or say what could not be read: nothing that happens here stops the other accounts."""
     account = session.account
     try:
         await session.sign_in()
-        content, generated = await credential_report(session, report_timeout)
+        content, generated = await credential_report(session, plan.report_timeout)
         report = parse_report(content, account.id)
         users = await read_users(session, report)
-        return AuditedAccount(account, to_second(generated), users)
+        trail = await read_trail(session, plan.events_since) if plan.events_since else None
+        return AuditedAccount(account, to_second(generated), users, trail)
     except StepFailed as failure:
         return FailedAccount(account, failure.step, failure.code, failure.message)
     except Exception as error:
@@ -1071,6 +1286,17 @@ def mfa_kind(serial: str) -> str:
     return kinds.get(resource_type, "Unknown")
 
 
+async def read_trail(session: AccountSession, since: datetime) -> Trail:
+    """What CloudTrail knows of the account. Its refusal costs the changes their witness, not the account its audit."""
+    try:
+        events = [event for name in EVENT_NAMES for event in await lookup_events(session, name, since)]
+    except StepFailed as failure:
+        return Trail(error=f"{failure.step}: {failure.code}: {failure.message}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # a record that is not what AWS documents
+        return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")
+    return Trail(tuple(sorted(events)))
+
+
 async def audit_organization(
     aws: Aws, organization: Organization, plan: Plan, progress: Progress, log: Log
 ) -> AsyncIterator[Outcome]:
@@ -1080,7 +1306,7 @@ async def audit_organization(
 
     async def audit(account: Account, turn: int) -> None:
         session = AccountSession(aws, account, plan.role, turn, log)
-        outcomes.put_nowait(await audit_account(session, plan.report_timeout))
+        outcomes.put_nowait(await audit_account(session, plan))
         slots.release()
 
     async def audit_all() -> None:
@@ -1178,7 +1404,15 @@ def rows_of(audited: AuditedAccount) -> Iterator[tuple[str, ...]]:
     for user in audited.users:
         who = (account.id, account.name, user.name, *password_cells(user))
         for key in user.keys or (None,):
-            yield (*who, *access_key_cells(key), "+".join(user.mfa) or NO_MFA)
+            yield (*who, *access_key_cells(key), mfa_status(user))
+
+
+def mfa_status(user: User) -> str:
+    return "+".join(user.mfa) or NO_MFA
+
+
+def account_csv(folder: Path, account_id: str) -> Path:
+    return folder / "accounts" / f"{account_id}.csv"
 
 
 def password_cells(user: User) -> tuple[str, str]:
@@ -1254,6 +1488,54 @@ def make_run_folder(output_dir: Path, started: datetime) -> Path:
             break
     (folder / "accounts").mkdir(mode=0o700)
     return folder
+
+
+def read_states(path: Path, account_id: str) -> dict[str, UserState]:
+    """An account's CSV of an earlier run. Raises AuditError for one that this program has not written so."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            if tuple(next(rows, ())) != CSV_COLUMNS:
+                raise ValueError("its header is not that of an account's CSV")
+            return states_of_rows(rows, account_id)
+    except (OSError, ValueError, csv.Error) as error:
+        raise AuditError(f"Cannot read the earlier run's {path}: {error}") from None
+
+
+def states_of_rows(rows: Iterable[Sequence[str]], account_id: str) -> dict[str, UserState]:
+    states: dict[str, UserState] = {}
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(CSV_COLUMNS) or row[0] != account_id:
+            raise ValueError(f"row {number} is not one of account {account_id}")
+        _, _, name, password, _, key_id, status, created, _, _, mfa = row
+        if password not in (PASSWORD_SET, PASSWORD_NOT_SET) or status not in KEY_STATUSES or not mfa:
+            raise ValueError(f"row {number} has words that no such CSV has")
+        state = states.setdefault(original(name), UserState(password, mfa, {}))
+        if key_id != NOT_APPLICABLE:
+            cast("dict[str, tuple[str, str]]", state.keys)[key_id] = (status, created)
+    return states
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of a finished run. Raises AuditError if it cannot be read, ValueError if it is not one."""
+    path = folder / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
+    if summary["tool"] != "iam-audit" or summary["format"] != SUMMARY_FORMAT:
+        raise ValueError(f"it is not of format {SUMMARY_FORMAT}")
+    return summary
+
+
+def finished_runs(output_dir: Path) -> list[Path]:
+    """The folders of finished runs, newest first."""
+    found = []
+    for folder in output_dir.iterdir():
+        name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
+        if name and (folder / "summary.json").exists():
+            found.append((name[1], int(name[2] or 1), folder))
+    return [folder for _, _, folder in sorted(found, reverse=True)]
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -1433,6 +1715,200 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Track: this run against an earlier one, with CloudTrail as a witness
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
+    """The run to compare with, `named` or the newest of this organization, and the last runs for the table.
+
+    Whatever will be compared is checked now: a damaged file must not come to light after hours of auditing.
+    """
+    tracking = Tracking()
+    for folder in finished_runs(output_dir):
+        if len(tracking.runs) == RUNS_SHOWN - 1:
+            break
+        with naming_the_file(folder):
+            summary = read_summary(folder)
+            if summary["organization"]["id"] != organization_id:
+                continue
+            tracking.runs.insert(0, run_figures(summary))
+            if tracking.earlier is None and named is None:
+                tracking.earlier = earlier_run(folder, summary)
+    if named is not None:
+        with naming_the_file(named):
+            summary = read_summary(named)
+            if summary["organization"]["id"] != organization_id:
+                raise AuditError(f"--previous: {named} is a run of organization {summary['organization']['id']}.")
+            tracking.earlier = earlier_run(named, summary)
+    return tracking
+
+
+@contextlib.contextmanager
+def naming_the_file(folder: Path) -> Iterator[None]:
+    """What a summary.json lacks or has wrong becomes an AuditError that says which one."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AuditError(f"Cannot read the earlier run's {folder / 'summary.json'}: {error!r}") from None
+
+
+def run_figures(summary: Mapping[str, Any]) -> RunFigures:
+    gaps = summary["gaps"]["organization"]
+    return RunFigures(
+        parse_time(summary["started"]),
+        summary["totals"]["audited"],
+        gaps["console_users_without_mfa"],
+        gaps["active_keys"],
+        gaps["active_keys_older_than_max_age"],
+    )
+
+
+def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
+    """The earlier run, all of its CSVs read once to see that they hold what its summary counts."""
+    accounts = {entry["id"]: (entry["name"], entry["result"]) for entry in summary["accounts"]}
+    for entry in summary["accounts"]:
+        if entry["result"] == "audited":
+            states = read_states(account_csv(folder, entry["id"]), entry["id"])
+            keys = sum(len(state.keys) for state in states.values())
+            if (len(states) - (ROOT in states), keys) != (entry["users"], entry["gaps"]["access_keys"]):
+                path = account_csv(folder, entry["id"])
+                raise AuditError(f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts")
+    accounts.update({entry["id"]: (entry["name"], "out of scope") for entry in summary["out_of_scope"]})
+    levels = {phase: maturity["level"] for phase, maturity in summary["maturity"].items()}
+    return EarlierRun(folder, parse_time(summary["started"]), accounts, levels)
+
+
+def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
+    """Compare an account with what the earlier run saw of it, if that run could audit it."""
+    account, earlier = audited.account, tracking.earlier
+    if earlier is None or earlier.accounts.get(account.id, ("", ""))[1] != "audited":
+        return
+    before = read_states(account_csv(earlier.folder, account.id), account.id)
+    after = {user.name: state_of(user) for user in audited.users}
+    changes = [*changes_between(account, before, after), *came_and_went(account, before, after, audited.trail)]
+    tracking.compared += 1
+    tracking.changes += [with_witness(change, audited.trail) for change in changes]
+    lacking_before = {name for name, state in before.items() if state.lacks_mfa}
+    lacking_now = {name for name, state in after.items() if state.lacks_mfa}
+    tracking.mfa_fixed += len(lacking_before - lacking_now)
+    new = sorted(lacking_now - lacking_before)
+    tracking.mfa_new += [Change(account.id, account.name, name, "", "console-without-mfa") for name in new]
+
+
+def state_of(user: User) -> UserState:
+    status, _ = password_cells(user)
+    return UserState(status, mfa_status(user), {key.id: (key.status, iso(key.created)) for key in user.keys})
+
+
+def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
+    """Root is compared only if both reports have it; it neither comes nor goes."""
+    for name in sorted(before.keys() | after.keys()):
+        then, now = before.get(name), after.get(name)
+        if name == ROOT and (then is None or now is None):
+            continue
+        change = functools.partial(Change, account.id, account.name, name)
+        if then is None:
+            yield change("", "user-created")
+        elif now is None:
+            yield change("", "user-deleted")
+        else:
+            yield from sign_in_changes(change, then, now)
+        yield from key_changes(change, then.keys if then else {}, now.keys if now else {})
+
+
+def sign_in_changes(change: Callable[..., Change], then: UserState, now: UserState) -> Iterator[Change]:
+    if then.password_status != now.password_status:
+        what = "console-enabled" if now.password_status == PASSWORD_SET else "console-disabled"
+        yield change("", what, then.password_status, now.password_status)
+    if then.mfa_status != now.mfa_status:
+        what = {then.mfa_status: "mfa-added", now.mfa_status: "mfa-removed"}.get(NO_MFA, "mfa-changed")
+        yield change("", what, then.mfa_status, now.mfa_status)
+
+
+def key_changes(
+    change: Callable[..., Change], then: Mapping[str, tuple[str, str]], now: Mapping[str, tuple[str, str]]
+) -> Iterator[Change]:
+    """The changes of one user's access keys. Root's have no IDs: another creation date means another key."""
+    for key_id in sorted(then.keys() | now.keys()):
+        status_then, created_then = then.get(key_id, ("", ""))
+        status_now, created_now = now.get(key_id, ("", ""))
+        replaced = status_then == status_now and created_then != created_now
+        if not status_now or replaced:
+            yield change(key_id, "access-key-deleted", status_then)
+        if not status_then or replaced:
+            yield change(key_id, "access-key-created", "", status_now)
+        elif status_now and (status_then == "Active") != (status_now == "Active"):
+            what = "access-key-activated" if status_now == "Active" else "access-key-deactivated"
+            yield change(key_id, what, status_then, status_now)
+
+
+def came_and_went(account: Account, before: States, after: States, trail: Trail | None) -> Iterator[Change]:
+    """Keys that were created and deleted between two runs, which no snapshot shows."""
+    seen = {key_id for states in (before, after) for state in states.values() for key_id in state.keys}
+    events = trail.events if trail else ()
+    created = {event.key_id for event in events if event.name == "CreateAccessKey"}
+    for event in events:
+        if event.name == "DeleteAccessKey" and event.key_id in created - seen:
+            yield Change(account.id, account.name, event.user, event.key_id, CAME_AND_WENT, event=event)
+
+
+def with_witness(change: Change, trail: Trail | None) -> Change:
+    """The change with CloudTrail's word on it: the latest event that explains it, or else one that contradicts it."""
+    if trail is None:
+        return change
+    if trail.error:
+        return change._replace(witness="unavailable")
+    if change.change == CAME_AND_WENT:
+        return change._replace(witness="confirmed")
+    about = [event for event in trail.events if is_about(event, change)]
+    for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
+        for event in reversed(about):
+            if event.name in names or f"{event.name}={event.status}" in names:
+                return change._replace(witness=witness, event=event)
+    return change._replace(witness="not found")
+
+
+def is_about(event: Event, change: Change) -> bool:
+    """Whether the event acted on what changed: the access key (root's have no ID in the report), else the user."""
+    if change.key_id and change.user != ROOT:
+        return event.key_id == change.key_id
+    return event.user == change.user
+
+
+def accounts_that_came_or_left(run: Run) -> list[Change]:
+    """One change for each account that has joined or left the organization since the earlier run."""
+    if run.tracking.earlier is None:
+        return []
+    then = {account_id: name for account_id, (name, _) in run.tracking.earlier.accounts.items()}
+    now = {account.id: account.name for account in accounts_now(run).values()}
+    joined = [Change(each, now[each], "", "", "account-joined") for each in sorted(now.keys() - then.keys())]
+    return joined + [Change(each, then[each], "", "", "account-left") for each in sorted(then.keys() - now.keys())]
+
+
+def accounts_now(run: Run) -> dict[str, Account]:
+    """All accounts of the organization, in scope or not."""
+    everyone: list[Any] = [*run.audited, *run.failed, *run.skipped, *run.out_of_scope]
+    return {one.account.id: one.account for one in everyone}
+
+
+def change_row(change: Change) -> tuple[str, ...]:
+    """The change's line in changes.csv."""
+    event = change.event
+    seen = (event.name, iso(event.time), event.actor, event.source_ip) if event else ("", "", "", "")
+    return (*change[:8], *seen)
+
+
+def event_rows(run: Run) -> list[tuple[str, ...]]:
+    """The lines of events.csv, oldest first."""
+    found = sorted((event, account.id, account.name) for account, trail in run.trails for event in trail.events)
+    return [
+        (account_id, name, iso(event.time), event.name, event.user, event.key_id, *event[5:])
+        for event, account_id, name in found
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Present: values in, text out
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1471,6 +1947,9 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
             "phase1": maturity_document(run, "phase1"),
             "phase2": maturity_document(run, "phase2"),
         },
+        "changes": changes_document(run),
+        "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
+        "cloudtrail": cloudtrail_document(run),
         "findings": {str(priority): number for priority, number in findings_by_priority(run).items()},
         "accounts": sorted(
             [audited_entry(one, run.started) for one in audited]
@@ -1478,7 +1957,9 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
             + [account_entry(one.account, "skipped") for one in skipped],
             key=lambda entry: str(entry["id"]),
         ),
-        "out_of_scope": sorted(one.account.id for one in run.out_of_scope),
+        "out_of_scope": sorted(
+            ({"id": one.account.id, "name": one.account.name} for one in run.out_of_scope), key=lambda one: one["id"]
+        ),
     }
 
 
@@ -1535,6 +2016,64 @@ def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
     return sum((account.gaps for account in accounts), Gaps())
 
 
+def all_runs(run: Run) -> list[RunFigures]:
+    """The last finished runs, this one at the end."""
+    gaps = total_gaps(run.audited)
+    counts = (gaps.console_users_without_mfa, gaps.active_keys, gaps.active_keys_older_than_max_age)
+    return [*run.tracking.runs, RunFigures(run.started, len(run.audited), *counts)]
+
+
+def changes_document(run: Run) -> dict[str, Any] | None:
+    """What has changed since the earlier run; None where there is none."""
+    tracking, earlier = run.tracking, run.tracking.earlier
+    if earlier is None:
+        return None
+    counts = Counter(change.change for change in tracking.changes)
+    kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
+    return {
+        "since": iso(earlier.started),
+        "folder": str(earlier.folder),
+        "accounts_compared": tracking.compared,
+        "accounts_not_compared": not_compared(run),
+        "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
+        "counts": {kind: counts[kind] for kind in kinds},
+        "witnesses": dict(Counter(change.witness for change in tracking.changes if change.witness)),
+        "maturity": {
+            phase: {"then": earlier.levels[phase], "now": maturity_document(run, phase)["level"]}
+            for phase in ("phase1", "phase2")
+        },
+        "new_access_keys": [
+            {"account_id": key.account_id, "username": key.user, "access_key_id": key.key_id, "witness": key.witness}
+            for key in new_keys(run)
+        ],
+    }
+
+
+def not_compared(run: Run) -> int:
+    """Accounts in scope of either run, neither joined nor left, that one of the two runs did not audit."""
+    then = run.tracking.earlier.accounts if run.tracking.earlier else {}
+    left_out_now = {one.account.id for one in run.out_of_scope}
+    left_out_then = {account_id for account_id, (_, result) in then.items() if result == "out of scope"}
+    both = then.keys() & accounts_now(run).keys()
+    return len(both - (left_out_now & left_out_then)) - run.tracking.compared
+
+
+def new_keys(run: Run) -> list[Change]:
+    """The access keys created since the earlier run, with those that are gone again."""
+    return [change for change in run.tracking.changes if change.change in ("access-key-created", CAME_AND_WENT)]
+
+
+def cloudtrail_document(run: Run) -> dict[str, Any] | None:
+    """How far back CloudTrail was asked, and the accounts where it told nothing; None if it was not asked."""
+    if run.plan.events_since is None:
+        return None
+    return {
+        "since": iso(run.plan.events_since),
+        "events": sum(len(trail.events) for _, trail in run.trails),
+        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
+    }
+
+
 def findings_by_priority(run: Run) -> dict[int, int]:
     found = Counter(finding.priority for finding in run.findings)
     return {priority: found[priority] for priority in range(MOST_URGENT, LEAST_URGENT + 1)}
@@ -1545,9 +2084,11 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     lines = failed_lines(run)
     if quiet:
         lines += finding_lines(run, [finding for finding in run.findings if finding.priority == MOST_URGENT])
+        lines += alert_lines(run)
     else:
         lines = [*audited_lines(run, finished), *lines, *left_out_lines(run)]
         lines += [*maturity_lines(run), *gap_lines(run), *finding_lines(run, run.findings[:FINDINGS_SHOWN])]
+        lines += [*change_lines(run), *witness_lines(run), *run_lines(run)]
         lines += ["", f"Files: {run.folder}"]
     return "".join(f"{printable(line)}\n" for line in lines)
 
@@ -1700,6 +2241,88 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
         what = f"{cut(one.user, 20)} {one.key.id if one.key else ''}".strip()
         lines.append(f"  {one.priority}  {one.finding:<23}{where} {cut(what, 40)}")
         lines.append(f"     {cut('; '.join(one.reasons), 90)}")
+    return lines
+
+
+def change_lines(run: Run) -> list[str]:
+    """What has changed since the earlier run, for better and for worse."""
+    changes = changes_document(run)
+    if changes is None or run.tracking.earlier is None:
+        return ["", "No earlier run of this organization: this one is the baseline."]
+    counts, mfa = changes["counts"], changes["console_users_without_mfa"]
+    span = age(run.started - run.tracking.earlier.started)
+    lines = ["", f"Since the run of {changes['since']}, {span} before"]
+    lines.append(f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new")
+    lines.append(
+        f"  access keys: {counts['access-key-deleted']:,} deleted, {counts['access-key-deactivated']:,} deactivated, "
+        f"{counts['access-key-created']:,} created"
+    )
+    for phase, levels in changes["maturity"].items():
+        lines.append(f"  phase {phase[-1]}: {levels['then']}, now {levels['now']}")
+    if counts["account-joined"] or counts["account-left"]:
+        lines.append(f"  accounts: {counts['account-joined']:,} joined, {counts['account-left']:,} left")
+    if changes["accounts_not_compared"]:
+        number = count(changes["accounts_not_compared"], "account")
+        lines.append(f"  not compared: {number}, not audited in one of the two runs")
+    return lines + new_key_lines(run)
+
+
+def new_key_lines(run: Run) -> list[str]:
+    keys = new_keys(run)
+    lines = ["New access keys since the earlier run"] if keys else []
+    lines += [f"  {change_line(key)}" for key in keys[:NEW_KEYS_SHOWN]]
+    if len(keys) > NEW_KEYS_SHOWN:
+        lines.append(f"  and {len(keys) - NEW_KEYS_SHOWN:,} more, in changes.csv")
+    return lines
+
+
+def change_line(change: Change) -> str:
+    parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
+    if change.change == CAME_AND_WENT:
+        parts.append("(deleted again)")
+    if change.event:
+        parts.append(f"by {change.event.actor.rpartition(':')[2]}")
+    return cut(" ".join(filter(None, parts)), TERMINAL_WIDTH - 2)
+
+
+def alert_lines(run: Run) -> list[str]:
+    """What --quiet says of changes: new access keys, new console users without MFA, and MFA removed."""
+    removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
+    lines = new_key_lines(run)
+    for title, changes in (("New console users without MFA", run.tracking.mfa_new), ("MFA removed", removed)):
+        if changes:
+            lines += [f"{title} since the earlier run", *(f"  {change_line(change)}" for change in changes)]
+    return lines
+
+
+def witness_lines(run: Run) -> list[str]:
+    """What CloudTrail had to say, and what it could not."""
+    trail = cloudtrail_document(run)
+    if trail is None or run.plan.events_since is None:
+        return []
+    lines = ["", f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"]
+    if run.tracking.earlier and run.tracking.earlier.started < run.plan.events_since:
+        lines.append(
+            f"  the earlier run is older (CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days): no witness for before"
+        )
+    witnesses = Counter(change.witness for change in run.tracking.changes if change.witness)
+    if witnesses:
+        lines.append(
+            "  changes: " + ", ".join(f"{number:,} {witness}" for witness, number in sorted(witnesses.items()))
+        )
+    for account_id, error in sorted(trail["unavailable"].items()):
+        lines += wrapped(f"  {account_id}: its changes have no witness: {error}")
+    return lines
+
+
+def run_lines(run: Run) -> list[str]:
+    """The table of runs; a first run has nothing to be compared with."""
+    if not run.tracking.runs:
+        return []
+    lines = ["", f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"]
+    for one in all_runs(run):
+        figures = (one.console_users_without_mfa, one.active_keys, one.active_keys_older_than_max_age)
+        lines.append(f"{iso(one.started):<28}{one.audited:>9,}" + "".join(f"{number:>13,}" for number in figures))
     return lines
 
 
@@ -1856,11 +2479,31 @@ def argument_parser() -> argparse.ArgumentParser:
         help="older active access keys are a gap (default: %(default)s)",
     )
     add(
+        "--previous",
+        metavar="DIR",
+        type=existing_folder,
+        help="folder of the run to compare with (default: the newest finished one of this organization in "
+        "--output-dir)",
+    )
+    add(
+        "--cloudtrail",
+        action="store_true",
+        help="ask CloudTrail in each account who made the changes; the role then needs cloudtrail:LookupEvents",
+    )
+    add(
+        "--since",
+        metavar="DATE",
+        type=past_date,
+        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run "
+        "began, or 30 days)",
+    )
+    add(
         "--fail-on",
-        metavar="WHAT",
+        metavar="WHAT[,WHAT]",
         type=fail_on,
-        help="end with exit code 4 if there are `findings`, or with findings:N if there are any of priority N or more "
-        "urgent (1 to 7)",
+        default=FailOn(),
+        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N or more urgent (1 to "
+        "7), or with new-keys any access key created since the earlier run",
     )
     add(
         "-q",
@@ -1935,10 +2578,39 @@ def days(text: str) -> timedelta:
     return timedelta(days=number)
 
 
-def fail_on(text: str) -> int:
-    """The least urgent priority that still counts."""
-    matching(r"findings(:[1-7])?", "findings or findings:N, N from 1 to 7", text)
-    return int(text[-1]) if ":" in text else LEAST_URGENT
+def existing_folder(text: str) -> Path:
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return Path(text)
+
+
+def past_date(text: str) -> datetime:
+    try:
+        moment = parse_time(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date such as 2026-01-31") from None
+    if moment > utc_now():
+        raise argparse.ArgumentTypeError(f"{text!r} lies in the future")
+    return moment
+
+
+class FailOn(NamedTuple):
+    """What ends with exit code 4: findings of that priority or more urgent (0: none), new access keys."""
+
+    priority: int = 0
+    new_keys: bool = False
+
+
+def fail_on(text: str) -> FailOn:
+    chosen = FailOn()
+    for part in text.split(","):
+        what = "findings, findings:N with N from 1 to 7, or new-keys"
+        name, _, number = matching(r"findings(:[1-7])?|new-keys", what, part.strip()).partition(":")
+        if name == "new-keys":
+            chosen = chosen._replace(new_keys=True)
+        else:
+            chosen = chosen._replace(priority=int(number or LEAST_URGENT))
+    return chosen
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1946,6 +2618,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
+    if options.since and not options.cloudtrail:
+        parser.error("argument --since: it goes with --cloudtrail")
     return options
 
 
@@ -2022,33 +2696,46 @@ def run(options: argparse.Namespace, started: datetime) -> int:
     except BaseException:
         remove_if_empty(folder)
         raise
-    found.findings.sort(key=most_urgent_first)
-    write_csv(folder / "findings.csv", FINDINGS_COLUMNS, (finding_row(one, found) for one in found.findings))
+    write_tables(found, folder)
     finished = utc_now()
     write_json(folder / "summary.json", summary_document(found, finished))
     print(terminal_summary(found, finished, options.quiet), end="", flush=True)
     return exit_code(found, options.fail_on)
 
 
-def exit_code(found: Run, fail_on: int | None) -> int:
+def write_tables(found: Run, folder: Path) -> None:
+    """What is written of the organization as a whole, once all accounts are done."""
+    found.findings.sort(key=most_urgent_first)
+    write_csv(folder / "findings.csv", FINDINGS_COLUMNS, (finding_row(one, found) for one in found.findings))
+    if found.tracking.earlier is not None:
+        changes = [*found.tracking.changes, *accounts_that_came_or_left(found)]
+        found.tracking.changes = sorted(changes, key=lambda change: change[:8])
+        write_csv(folder / "changes.csv", CHANGES_COLUMNS, map(change_row, found.tracking.changes))
+    if found.plan.events_since is not None:
+        write_csv(folder / "events.csv", EVENTS_COLUMNS, event_rows(found))
+
+
+def exit_code(found: Run, fail_on: FailOn) -> int:
     if found.failed:
         return EXIT_ACCOUNTS_FAILED
-    if fail_on is not None and any(finding.priority <= fail_on for finding in found.findings):
+    if any(finding.priority <= fail_on.priority for finding in found.findings):
         return EXIT_FAIL_ON
-    return EXIT_OK
+    return EXIT_FAIL_ON if fail_on.new_keys and new_keys(found) else EXIT_OK
 
 
 async def audit_into(folder: Path, session: boto3.Session, options: argparse.Namespace, started: datetime) -> Run:
     """Audit the organization. Each account's CSV is written as soon as the account is done, and its users forgotten."""
     aws = connect(session, options.workers)
     organization = describe_organization(aws)
-    found = Run(started, folder, plan_of(options, aws.caller, organization), aws.caller, organization)
+    tracking = open_tracking(folder.parent, options.previous, organization.id)
+    plan = plan_of(options, aws.caller, organization, tracking, started)
+    found = Run(started, folder, plan, aws.caller, organization, tracking=tracking)
     progress = Progress()
     status = Status(sys.stderr, progress, options.quiet, options.verbose)
     with status.drawing():
-        async for outcome in audit_organization(aws, organization, found.plan, progress, status.log):
+        async for outcome in audit_organization(aws, organization, plan, progress, status.log):
             if isinstance(outcome, AuditedAccount):
-                write_csv(folder / "accounts" / f"{outcome.account.id}.csv", CSV_COLUMNS, rows_of(outcome))
+                write_csv(account_csv(folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
             keep(found, outcome)
             progress.done = len(found.audited) + len(found.failed) + len(found.skipped)
             progress.failed = len(found.failed)
@@ -2061,6 +2748,9 @@ def keep(found: Run, outcome: Outcome) -> None:
     if isinstance(outcome, AuditedAccount):
         found.audited.append(assess(outcome, found.plan, found.started))
         found.findings.extend(findings_of(outcome, found.plan, found.started))
+        track_account(found.tracking, outcome)
+        if outcome.trail is not None:
+            found.trails.append((outcome.account, outcome.trail))
     elif isinstance(outcome, FailedAccount):
         found.failed.append(outcome)
     elif isinstance(outcome, SkippedAccount):
@@ -2069,11 +2759,21 @@ def keep(found: Run, outcome: Outcome) -> None:
         found.out_of_scope.append(outcome)
 
 
-def plan_of(options: argparse.Namespace, caller: Caller, organization: Organization) -> Plan:
+def plan_of(
+    options: argparse.Namespace, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
+) -> Plan:
+    since = options.since or (tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK)
+    reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
     own = caller.account if caller.account == organization.management_account else None
-    role = Role(options.role, caller.partition, options.external_id, own)
-    scope = Scope(options.accounts, options.exclude, options.ou, options.include_management)
-    return Plan(role, scope, options.workers, options.report_timeout, options.production, options.max_key_age)
+    return Plan(
+        role=Role(options.role, caller.partition, session_policy(reads), options.external_id, own),
+        scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
+        workers=options.workers,
+        report_timeout=options.report_timeout,
+        production=options.production,
+        max_key_age=options.max_key_age,
+        events_since=max(since, started - CLOUDTRAIL_KEEPS) if options.cloudtrail else None,
+    )
 
 
 def what_stopped_it(error: Exception) -> str:
