@@ -5,17 +5,23 @@ From a profile of the management account (or of a delegated administrator) a rol
 member account, the IAM credential report and the access keys' last use are read, and what was found is written.
 
 Reads   the AWS profile's credentials, as the SDK finds them.
-Writes  OUTPUT_DIR/<run>/accounts/<account_id>.csv and OUTPUT_DIR/<run>/summary.json; files 0600, folders 0700.
+        The CSVs and summaries of earlier runs in OUTPUT_DIR, to compare.
+Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv, events.csv and, last, summary.json;
+        files 0600, folders 0700. stdout gets the summary, or with --print a document and nothing else happens.
 
 AWS actions, all of them:
   with the profile's credentials
     sts:GetCallerIdentity                who runs this, and in which partition
     organizations:DescribeOrganization   which account is the management account
     organizations:ListAccounts           the accounts
+    organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy, ListParents
+                                         the service control policies and where they are attached
+    iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in every account that is audited
   with the assumed role (the management account, if it is the profile's own: with the profile's credentials)
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
-    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile
+    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile;
+    with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; nothing else here changes anything in AWS. Each AssumeRole
 carries a session policy that allows the IAM actions above and no other, so that even an administrator role is
@@ -23,7 +29,8 @@ read-only in this program's hands. No credential is written, logged or put on a 
 not be read in full gets no CSV: it is listed as failed, with the step that failed and why.
 
 The file, in the order in which it is best read; each section uses only those above it:
-  constants, data, AWS (all network calls), audit (one account, then all), files, present, command line.
+  constants, data, AWS (all network calls), audit (one account, then all), files, assess, track, enforce, present,
+  command line.
 """
 
 from __future__ import annotations
@@ -52,8 +59,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar, Union, cast
 
@@ -158,17 +166,7 @@ EXPLAINED_BY = {
     "user-deleted": (("DeleteUser",), ("CreateUser",)),
 }
 CAME_AND_WENT = "access-key-came-and-went"
-EVENT_NAMES = (
-    "CreateAccessKey",
-    "DeleteAccessKey",
-    "UpdateAccessKey",
-    "EnableMFADevice",
-    "DeactivateMFADevice",
-    "CreateLoginProfile",
-    "DeleteLoginProfile",
-    "CreateUser",
-    "DeleteUser",
-)
+EVENT_NAMES = tuple(sorted({name.split("=")[0] for explained, _ in EXPLAINED_BY.values() for name in explained}))
 # Where each partition's CloudTrail records what IAM does
 CLOUDTRAIL_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
 CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls in one account: AWS allows two a second
@@ -192,8 +190,10 @@ UNUSED_AFTER = timedelta(days=90)
 IN_USE_WITHIN = timedelta(days=30)
 DEFAULT_MAX_KEY_AGE = 90  # days
 
-# prod, prd, production or live as a word of its own, without non, not or pre before it
-DEFAULT_PRODUCTION = r"(?<![a-z0-9])(?<!no[nt][-_ ])(?<!pre[-_ ])(?:prod|prd|production|live)(?![a-z0-9])"
+# prod, prd, production or live as a word of its own, and not after non, not or pre as a word of its own
+DEFAULT_PRODUCTION = (
+    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[nt][-_ ])(?<!(?<![a-z0-9])pre[-_ ])(?:prod|prd|production|live)(?![a-z0-9])"
+)
 
 # AWS Security Maturity Model v2; the order is the ranking
 LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
@@ -219,11 +219,76 @@ CLOUDTRAIL_READS = {
     "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices; only with --cloudtrail",
 }
 CALLER_READS = {
-    "sts:GetCallerIdentity": "the caller's account and partition (AWS allows it to everyone)",
+    "sts:GetCallerIdentity": "the caller's account and partition (AWS allows it without any permission)",
     "organizations:DescribeOrganization": "which account is the management account",
     "organizations:ListAccounts": "the accounts, their names, states and organizational units",
+    "organizations:ListPolicies": "the service control policies (SCPs)",
+    "organizations:DescribePolicy": "what an SCP says",
+    "organizations:ListTargetsForPolicy": "where an SCP is attached",
+    "organizations:ListParents": "an account's organizational units, where ListAccounts does not tell",
+    "iam:ListOrganizationsFeatures": "whether root credentials of member accounts are managed centrally",
 }
-CALLER_ASSUMES = ("sts:AssumeRole", "enters each account; limited to the audit role's name")
+POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # the two that name a policy
+# What a user signed in without MFA needs to set it up: what AWS's own example of a self-managed MFA device leaves out
+# of its Deny, and the change of password that a first sign-in may demand.
+MFA_SETUP = {
+    "iam:ChangePassword": "a first sign-in may demand it",
+    "iam:GetAccountPasswordPolicy": "the console shows the rules for the new password",
+    "iam:GetUser": "the page of one's own security credentials",
+    "iam:ListMFADevices": "the same page",
+    "iam:GetMFADevice": "the same page",
+    "iam:ListVirtualMFADevices": "the console looks for a free name",
+    "iam:CreateVirtualMFADevice": "an authenticator app",
+    "iam:EnableMFADevice": "assign the app, security key or token",
+    "iam:ResyncMFADevice": "a token whose clock is off",
+    "sts:GetSessionToken": "an MFA session for access keys, where Bool becomes BoolIfExists",
+}
+# What an MFA requirement may leave out and still be one: setting up MFA, reading IAM, signing in. Not iam:* or sts:*,
+# with which a stolen password makes itself an access key or assumes a role, and nothing that removes an MFA device.
+MFA_BASICS = (
+    *MFA_SETUP,
+    "iam:Get*",
+    "iam:List*",
+    "sts:GetCallerIdentity",
+    "signin:AuthorizeOAuth2Access",
+    "signin:CreateOAuth2Token",
+)
+ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
+DEFAULT_ROLE = "IAMAuditRole"
+EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
+DOCUMENTS = (
+    "caller-policy",
+    "role-policy",
+    "role-trust",
+    "role-template",
+    "scp-require-mfa",
+    "scp-deny-access-keys",
+    "alert-rule",
+)
+
+MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
+CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
+ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
+VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first of them holds
+
+# Operator, key and value of a condition that holds without MFA, and of one that holds only with it. Access keys send
+# no aws:MultiFactorAuthPresent at all, console sessions without MFA send false; AWS names Null true beside Bool false.
+WITHOUT_MFA = {
+    ("bool", "aws:multifactorauthpresent"): "false",
+    ("null", "aws:multifactorauthpresent"): "true",
+    ("null", "aws:multifactorauthage"): "true",
+}
+WITH_MFA = {("bool", "aws:multifactorauthpresent"): "true", ("null", "aws:multifactorauthage"): "false"}
+# Holds for what the caller asks itself, not for what a service then asks for it (Athena of S3, CloudFormation of EC2):
+# those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
+BY_THE_CALLER = {("bool", "aws:viaawsservice"): "false"}
+# A principal that an exemption names. Roles are no console users, so any role may be exempt from MFA; of new keys only
+# roles with a name, whose end may be open after a hyphen or underscore (AWSReservedSSO_Admin_*), never all of a path.
+# A policy variable ($) can stand for anybody.
+NAMED = {
+    MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
+    NEW_KEYS_PREVENTED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?[^*?$/]+([-_]\*)?)"),
+}
 
 SESSION_NAME = "iam-audit"
 
@@ -386,6 +451,7 @@ class Caller:
 class Organization:
     id: str
     management_account: str
+    feature_set: str  # ALL, or CONSOLIDATED_BILLING, which has no policies
 
 
 @dataclass(frozen=True)
@@ -430,6 +496,70 @@ class Plan:
     events_since: datetime | None  # None: CloudTrail is not asked
 
 
+@dataclass(frozen=True)
+class Policy:
+    """A service control policy and the IDs of the root, OUs and accounts it is attached to."""
+
+    id: str
+    name: str
+    content: str
+    targets: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one statement or policy does for one control; a condition for each statement that is narrowed."""
+
+    verdict: str
+    exemptions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Control:
+    """What holds in one account, and the names of the policies it rests on, by ID."""
+
+    verdict: str
+    policies: Mapping[str, str]
+    exemptions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One key of a Condition element: operator and key in lower case, and the whole as a person reads it."""
+
+    operator: str
+    key: str
+    values: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A policy statement; of actions and not_actions one is empty, and so of resources and not_resources."""
+
+    effect: str
+    actions: tuple[str, ...]
+    not_actions: tuple[str, ...]
+    resources: tuple[str, ...]
+    not_resources: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+
+
+JudgedPolicy = tuple[Policy, Mapping[str, Judgement]]
+
+
+@dataclass(frozen=True)
+class Enforcement:
+    """What was found out about service control policies and root credentials; `why_not` where it could not be."""
+
+    judged: tuple[JudgedPolicy, ...] = ()
+    why_not: str = ""
+    root_credentials_managed: bool | None = None
+    root_why_not: str = ""
+
+
 class OldestKey(NamedTuple):
     """The oldest active access key somewhere, and whose it is."""
 
@@ -466,9 +596,9 @@ class Gaps:
 
     @property
     def mfa_coverage_percent(self) -> float:
-        """Console users with MFA, in percent of all; 100 where there are none."""
+        """Console users with MFA, in percent of all, rounded down: 100 means all, and there may be none."""
         covered = self.console_users - self.console_users_without_mfa
-        return round(100 * covered / self.console_users, 1) if self.console_users else 100.0
+        return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
 
 
 GAP_COUNTS = tuple(each.name for each in fields(Gaps) if each.name != "oldest_active_key")
@@ -499,6 +629,7 @@ class AccountFigures:
     gaps: Gaps
     phase1: str
     phase2: str
+    controls: Mapping[str, Control]
 
 
 class UserState(NamedTuple):
@@ -579,6 +710,7 @@ class Run:
     findings: list[Finding] = field(default_factory=list)
     tracking: Tracking = field(default_factory=Tracking)
     trails: list[tuple[Account, Trail]] = field(default_factory=list)
+    enforcement: Enforcement = field(default_factory=Enforcement)
 
 
 @dataclass
@@ -618,6 +750,11 @@ def to_second(moment: datetime) -> datetime:
 
 def utc_now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+def days_between(earlier: datetime, later: datetime) -> int:
+    """Whole days; a key made after the run's start is no day old."""
+    return max(0, (later - earlier).days)
 
 
 def iso(moment: datetime) -> str:
@@ -698,7 +835,7 @@ class Aws:
         self.caller = caller
         self.threads = Threads(workers)
         self.assume_role_gate = asyncio.Semaphore(min(workers, ASSUME_ROLE_AT_ONCE))
-        self._session = session
+        self.session = session
         self.sts = sts
         self.organizations = session.client("organizations", region_name=caller.region, config=client_config(1))
         # IAM calls are repeated by AccountSession, which waits without holding a thread and lets no account eat the
@@ -723,7 +860,7 @@ class Aws:
 
     def profile_credentials(self) -> Credentials:
         """The profile's own credentials, as fresh as the SDK has them."""
-        found = self._session.get_credentials()
+        found = self.session.get_credentials()
         frozen: Any = found.get_frozen_credentials() if found else None
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
@@ -801,7 +938,7 @@ def get_caller_identity(sts: Any, region: str) -> Caller:
 
 def describe_organization(aws: Aws) -> Organization:
     organization = aws.organizations.describe_organization()["Organization"]
-    return Organization(organization["Id"], organization["MasterAccountId"])
+    return Organization(organization["Id"], organization["MasterAccountId"], organization.get("FeatureSet", "ALL"))
 
 
 async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
@@ -824,6 +961,34 @@ def account_of(entry: Mapping[str, Any]) -> Account:
             "know it (1.40.27 is the first that does). Upgrade boto3 and botocore."
         )
     return Account(entry["Id"], entry.get("Name", ""), state, next(iter(entry.get("Paths") or ()), None))
+
+
+def list_policies(aws: Aws) -> list[tuple[str, str]]:
+    """The ID and name of each service control policy."""
+    pages = aws.organizations.get_paginator("list_policies").paginate(Filter="SERVICE_CONTROL_POLICY")
+    return [(policy["Id"], policy["Name"]) for page in pages for policy in page["Policies"]]
+
+
+def describe_policy(aws: Aws, policy_id: str) -> str:
+    """The policy's JSON text."""
+    return aws.organizations.describe_policy(PolicyId=policy_id)["Policy"]["Content"]
+
+
+def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
+    """The IDs of the root, organizational units and accounts that the policy is attached to."""
+    pages = aws.organizations.get_paginator("list_targets_for_policy").paginate(PolicyId=policy_id)
+    return frozenset(target["TargetId"] for page in pages for target in page["Targets"])
+
+
+def list_parents(aws: Aws, child_id: str) -> str:
+    """The root or organizational unit right above an account or organizational unit."""
+    return aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"]
+
+
+def list_organizations_features(aws: Aws) -> bool:
+    """Whether root credentials of member accounts are managed centrally; asked with the profile's credentials."""
+    iam = aws.session.client("iam", region_name=aws.caller.region, config=client_config(1))
+    return "RootCredentialsManagement" in iam.list_organizations_features().get("EnabledFeatures", [])
 
 
 class Pace:
@@ -1568,6 +1733,7 @@ def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures
         gaps=gaps,
         phase1=phase1_level(gaps),
         phase2=phase2_level(gaps),
+        controls={},
     )
 
 
@@ -1595,9 +1761,11 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
     )
 
 
-def phase1_level(gaps: Gaps) -> str:
-    """Multi-factor authentication."""
-    return IN_PROGRESS if gaps.console_users_without_mfa else COMPLETE
+def phase1_level(gaps: Gaps, mfa_enforced: bool = False) -> str:
+    """Multi-factor authentication; Advanced where a policy also keeps console users without MFA from acting."""
+    if gaps.console_users_without_mfa:
+        return IN_PROGRESS
+    return ADVANCED if mfa_enforced else COMPLETE
 
 
 def phase2_level(gaps: Gaps) -> str:
@@ -1697,7 +1865,7 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
         key_id, age_days, service = NOT_APPLICABLE, "", NOT_APPLICABLE
     else:
         key_id, _, _, last_used, service = access_key_cells(key)
-        age_days = str((run.started - key.created).days)
+        age_days = str(days_between(key.created, run.started))
     return (
         str(finding.priority),
         finding.finding,
@@ -1909,6 +2077,368 @@ def event_rows(run: Run) -> list[tuple[str, ...]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Enforce: what the organization's service control policies already prevent, and what to deploy where nothing does
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_policy(content: str) -> tuple[Statement, ...]:
+    """The statements of a policy; ValueError for anything but a policy of the elements that SCPs have."""
+    document = expect_object(json.loads(content))
+    listed = document.get("Statement")
+    return tuple(map(parse_statement, listed if isinstance(listed, list) else [listed]))
+
+
+def parse_statement(element: Any) -> Statement:
+    fields = expect_object(element)
+    unknown = fields.keys() - {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
+    names = ("Action", "NotAction", "Resource", "NotResource")
+    actions, not_actions, resources, not_resources = (texts(fields.get(name, [])) for name in names)
+    if unknown or bool(actions) == bool(not_actions) or bool(resources) == bool(not_resources):
+        raise ValueError("not a statement of a service control policy")
+    effect = fields.get("Effect")
+    if effect not in ("Allow", "Deny"):
+        raise ValueError("Effect is neither Allow nor Deny")
+    conditions = parse_conditions(fields.get("Condition", {}))
+    return Statement(effect, actions, not_actions, resources, not_resources, conditions)
+
+
+def parse_conditions(block: Any) -> tuple[Condition, ...]:
+    """ForAnyValue and IfExists change nothing for the keys judged here, as every signed request has them, except where
+    the operator negates or asks for absence: ForAnyValue fails on an absent key. Such an operator stays unknown."""
+    conditions = []
+    for operator, keys in expect_object(block).items():
+        plain = re.sub(r"^foranyvalue:(?!null|\w*not)|ifexists$", "", operator.lower())
+        for key, value in expect_object(keys).items():
+            if not texts(value):
+                raise ValueError("a condition without a value")
+            text = f"{operator} {key} {', '.join(texts(value))}"
+            conditions.append(Condition(plain, key.lower(), texts(value), text))
+    return tuple(conditions)
+
+
+def expect_object(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ValueError("not a JSON object")
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, (str, int, float)) for each in values):
+        raise ValueError("not a string, boolean or number")
+    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
+
+
+def covers(pattern: str, other: str) -> bool:
+    """Whether an IAM pattern matches all that `other` stands for, which may be a pattern itself: its * is a character
+    that only a * matches."""
+    return fnmatchcase(other, pattern.replace("[", "[[]").replace("?", "[!*]"))
+
+
+def covers_arn(pattern: str, arns: str) -> bool:
+    """The same for ARNs, segment by segment as AWS compares them."""
+    segments = pattern.split(":", 5)
+    return pattern == "*" or (len(segments) == 6 and all(map(covers, segments, arns.split(":", 5))))
+
+
+def touches_users(pattern: str, users: str) -> bool:
+    """Whether a resource pattern may match the ARN of some IAM user; in doubt it may."""
+    segments = pattern.split(":", 5)
+    of_iam = all(map(covers, segments[:4], users.split(":")))
+    start = re.split(r"[*$]", segments[-1])[0][: len("user/")]
+    return len(segments) < 6 or (of_iam and covers(start, "user/"[: len(start)]))
+
+
+def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
+    """What a policy does for each control. Only Deny statements count; whatever is not understood is not checked."""
+    users = f"arn:{partition}:iam::*:user/*"
+    try:
+        denials = [statement for statement in parse_policy(content) if statement.effect == "Deny"]
+    except (ValueError, RecursionError):  # of the parser, for JSON nested too deep
+        return {control: Judgement(NOT_CHECKED) for control in CONTROLS}
+    judges = {MFA_REQUIRED: judge_mfa_required, NEW_KEYS_PREVENTED: judge_new_keys_prevented}
+    return {control: strongest([judge(denial, users) for denial in denials]) for control, judge in judges.items()}
+
+
+def judge_mfa_required(statement: Statement, users: str) -> Judgement:
+    """Whether a Deny statement keeps console users without MFA from everything but setting it up."""
+    conditions = statement.conditions
+    about_mfa = [condition for condition in conditions if condition.key.startswith("aws:multifactorauth")]
+    denies_nothing = any(covers(action, "*:*") for action in statement.not_actions) or "*" in statement.not_resources
+    if not about_mfa or denies_nothing or any(holds(condition, WITH_MFA) for condition in about_mfa):
+        return Judgement(ABSENT)
+    # A second condition on MFA may contradict the first, so only one is taken for what it says.
+    test = next((condition for condition in about_mfa if holds(condition, WITHOUT_MFA)), None)
+    basics = [basic.lower() for basic in MFA_BASICS]
+    extra = [a for a in statement.not_actions if not any(covers(basic, a.lower()) for basic in basics)]
+    narrowed = [f"NotAction {', '.join(extra)}"] if extra else []
+    if statement.actions and not any(covers(action, "*:*") for action in statement.actions):
+        narrowed.append(f"Action {', '.join(statement.actions)}")
+    if "*" not in statement.resources:
+        narrowed.append(resources_text(statement))
+    rest = [each for each in conditions if each is not test and not holds(each, BY_THE_CALLER)]
+    return judge_conditions(MFA_REQUIRED, rest, users, narrowed)
+
+
+def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
+    """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
+    named = any(covers(action.lower(), "iam:createaccesskey") for action in statement.actions + statement.not_actions)
+    denied = named if statement.actions else not named
+    listed = statement.resources + statement.not_resources
+    all_users = any(covers_arn(resource, users) for resource in listed)
+    some_users = any(touches_users(resource, users) for resource in listed)
+    denies_all, denies_some = (all_users, some_users) if statement.resources else (not some_users, not all_users)
+    if not denied or not (denies_all or denies_some):
+        return Judgement(ABSENT)
+    narrowed = [] if denies_all else [resources_text(statement)]
+    return judge_conditions(NEW_KEYS_PREVENTED, statement.conditions, users, narrowed)
+
+
+def judge_conditions(control: str, conditions: Iterable[Condition], users: str, narrowed: list[str]) -> Judgement:
+    """Enforced, if conditions only pick all IAM users or exempt named principals and nothing else narrows."""
+    exemptions: list[str] = []
+    for condition in conditions:
+        if picks_users(condition, users):
+            exemptions += ["all principals but IAM users"] if control == NEW_KEYS_PREVENTED else []
+        elif exempts_named(condition, control):
+            exemptions += condition.values
+        else:
+            narrowed = [*narrowed, condition.text]
+    if narrowed:
+        return Judgement(PARTIAL, tuple(exemptions), (" and ".join(narrowed),))
+    return Judgement(ENFORCED, tuple(exemptions))
+
+
+def holds(condition: Condition, table: Mapping[tuple[str, str], str]) -> bool:
+    return {value.lower() for value in condition.values} == {table.get((condition.operator, condition.key))}
+
+
+def picks_users(condition: Condition, users: str) -> bool:
+    """Whether the condition holds for every IAM user."""
+    if condition.key == "aws:principaltype":
+        return condition.operator in ("stringequals", "stringlike") and "User" in condition.values
+    like = condition.key == "aws:principalarn" and condition.operator in ("arnlike", "arnequals", "stringlike")
+    return like and any(covers_arn(value, users) for value in condition.values)
+
+
+def exempts_named(condition: Condition, control: str) -> bool:
+    """Whether the condition holds for everybody except principals that it names."""
+    if condition.operator not in ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals"):
+        return False
+    if condition.key == "aws:username":
+        return not any(set(value) & set("*?$") for value in condition.values)
+    return condition.key == "aws:principalarn" and all(NAMED[control].fullmatch(value) for value in condition.values)
+
+
+def resources_text(statement: Statement) -> str:
+    element = "Resource" if statement.resources else "NotResource"
+    return f"{element} {', '.join(statement.resources or statement.not_resources)}"
+
+
+def strongest(judgements: Sequence[Judgement]) -> Judgement:
+    """What holds where all of these apply. A principal must be exempt from every enforcing one to be free, so the one
+    with the fewest exemptions tells most; partial ones add up, to partial."""
+    verdict = min((judgement.verdict for judgement in judgements), key=VERDICTS.index, default=ABSENT)
+    same = [judgement for judgement in judgements if judgement.verdict == verdict]
+    if verdict == ENFORCED:
+        return min(same, key=lambda judgement: len(judgement.exemptions))
+    exemptions = dict.fromkeys(exemption for judgement in same for exemption in judgement.exemptions)
+    conditions = dict.fromkeys(condition for judgement in same for condition in judgement.conditions)
+    return Judgement(verdict, tuple(exemptions), tuple(conditions))
+
+
+def judge_policies(policies: Iterable[Policy], partition: str) -> list[JudgedPolicy]:
+    return [(policy, judge_policy(policy.content, partition)) for policy in policies]
+
+
+def controls_of_account(
+    path_ids: Sequence[str], judged: Iterable[JudgedPolicy], is_management: bool
+) -> dict[str, Control]:
+    """The controls of the account whose root, OUs and own ID are path_ids. The management account is under no SCP."""
+    applying = [] if is_management else [each for each in judged if not each[0].targets.isdisjoint(path_ids)]
+    return {control: control_of_account(control, applying) for control in CONTROLS}
+
+
+def control_of_account(control: str, applying: Sequence[JudgedPolicy]) -> Control:
+    whole = strongest([judgements[control] for _, judgements in applying])
+    resting = [policy for policy, judgements in applying if judgements[control].verdict == whole.verdict != ABSENT]
+    names = {policy.id: policy.name for policy in resting}
+    return Control(whole.verdict, names, whole.exemptions, whole.conditions)
+
+
+async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
+    """Read and judge the service control policies. What cannot be read is not checked: the audit goes on without."""
+
+    async def ask(call: Callable[..., T], *arguments: Any) -> T:
+        return await aws.threads.run((0, 0), functools.partial(call, aws, *arguments))
+
+    policies: list[Policy] = []
+    why_not, root_managed, root_why_not = "", None, ""
+    try:
+        for policy_id, name in await ask(list_policies):
+            content, targets = await ask(describe_policy, policy_id), await ask(list_targets_for_policy, policy_id)
+            policies.append(Policy(policy_id, name, content, targets))
+    except (ClientError, BotoCoreError, ResponseParserError) as error:
+        why_not = str(step_failed("service control policies", error))
+    try:
+        root_managed = await ask(list_organizations_features)
+    except (ClientError, BotoCoreError, ResponseParserError) as error:
+        root_why_not = str(step_failed("ListOrganizationsFeatures", error))
+    if organization.feature_set != "ALL":
+        why_not = "the organization has consolidated billing only, service control policies need all features"
+    elif not why_not and not any(policy.targets for policy in policies):
+        why_not = "service control policies are off: none is attached to anything, not even FullAWSAccess"
+    judged = tuple(judge_policies(policies, aws.caller.partition))
+    return Enforcement(judged, why_not, root_managed, root_why_not)
+
+
+async def apply_enforcement(aws: Aws, run: Run) -> None:
+    """Decide the controls of each audited account, and with them its level of phase 1."""
+    parents: dict[str, str] = {}
+    for number, figures in enumerate(run.audited):
+        controls = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
+        is_management = figures.account.id == run.organization.management_account
+        try:
+            if not run.enforcement.why_not:
+                path_ids = [] if is_management else await path_of(aws, figures.account, parents)
+                controls = controls_of_account(path_ids, run.enforcement.judged, is_management)
+        except (ClientError, BotoCoreError, ResponseParserError) as error:
+            why_not = str(step_failed("ListParents", error))
+            run.enforcement = replace(run.enforcement, why_not=why_not)
+        level = phase1_level(figures.gaps, controls[MFA_REQUIRED].verdict == ENFORCED)
+        run.audited[number] = replace(figures, controls=controls, phase1=level)
+
+
+async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> list[str]:
+    """The IDs of the account, its organizational units and the root; each parent that ListAccounts did not tell is
+    asked for once, and remembered in `parents`."""
+    if account.path is not None:
+        return account.path.split("/")
+    ids = [account.id]
+    while not ids[-1].startswith("r-"):
+        if ids[-1] not in parents:
+            parents[ids[-1]] = await aws.threads.run((0, 0), functools.partial(list_parents, aws, ids[-1]))
+        ids.append(parents[ids[-1]])
+    return ids
+
+
+def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
+    """The text of one of DOCUMENTS: JSON, valid on its own."""
+    documents = {
+        "caller-policy": caller_policy(role),
+        "role-policy": policy_document(role_statements()),
+        "role-trust": policy_document([trust_statement(EXAMPLE_ACCOUNT)]),
+        "role-template": role_template(role),
+        "scp-require-mfa": scp_require_mfa(),
+        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
+        "alert-rule": alert_rule(),
+    }
+    return json.dumps(documents[name], indent=2) + "\n"
+
+
+def policy_document(statements: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def allow(sid: str, actions: Iterable[str], resource: str = "*") -> dict[str, Any]:
+    """A statement; the resource stays * where an action takes no other, and for IAM's reads of a user: of one deleted
+    meanwhile IAM knows no ARN, and would answer AccessDenied where the audit needs to hear NoSuchEntity."""
+    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resource}
+
+
+def role_arns(role: str) -> str:
+    """The role of this name, or path and name, in any account of any partition."""
+    return f"arn:*:iam::*:role/{role}"
+
+
+def caller_policy(role: str) -> dict[str, Any]:
+    statements = [
+        allow("ReadOrganization", [action for action in CALLER_READS if action not in POLICY_READS]),
+        allow("ReadPolicies", POLICY_READS, "arn:*:organizations::*:policy/*service_control_policy/*"),
+        allow("AssumeAuditRole", ["sts:AssumeRole"], role_arns(role)),
+    ]
+    return policy_document(statements)
+
+
+def role_statements() -> list[dict[str, Any]]:
+    return [allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS)]
+
+
+def trust_statement(principal: Any) -> dict[str, Any]:
+    return {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "sts:AssumeRole"}
+
+
+def scp_require_mfa() -> dict[str, Any]:
+    condition = {
+        "Bool": {"aws:MultiFactorAuthPresent": "false"},
+        "BoolIfExists": {"aws:ViaAWSService": "false"},
+        "ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"},
+    }
+    statement = {"Effect": "Deny", "NotAction": list(MFA_SETUP), "Resource": "*", "Condition": condition}
+    return policy_document([{"Sid": "DenyUsersWithoutMFA", **statement}])
+
+
+def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
+    statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
+    statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
+    if exempt_roles:
+        statement["Condition"] = {"ArnNotLike": {"aws:PrincipalArn": [role_arns(role) for role in exempt_roles]}}
+    return policy_document([statement])
+
+
+def role_template(role: str) -> dict[str, Any]:
+    """CloudFormation for a StackSet: the audit role in every account, to be assumed from the one that audits."""
+    path, _, name = f"/{role}".rpartition("/")
+    trust = trust_statement({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
+    external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
+    trust["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
+    properties = {
+        "RoleName": {"Ref": "RoleName"},
+        "Path": f"{path}/",
+        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
+        "AssumeRolePolicyDocument": policy_document([trust]),
+        "Policies": [{"PolicyName": "iam-audit", "PolicyDocument": policy_document(role_statements())}],
+    }
+    return {
+        "AWSTemplateFormatVersion": "2010-09-09",
+        "Description": "The role that iam_audit.py assumes, read-only",
+        "Parameters": {
+            "RoleName": text_parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
+            "ManagementAccountId": text_parameter("Account that runs the audit", r"\d{12}"),
+            "ExternalId": text_parameter("Value of --external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""),
+        },
+        "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
+        "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
+    }
+
+
+def text_parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
+    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
+
+
+def alert_rule() -> dict[str, Any]:
+    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each of ALERT_EVENTS that succeeds."""
+    topic = {"Ref": "Topic"}
+    succeeded = {"eventSource": ["iam.amazonaws.com"], "eventName": [*ALERT_EVENTS], "errorCode": [{"exists": False}]}
+    pattern = {"source": ["aws.iam"], "detail-type": ["AWS API Call via CloudTrail"], "detail": succeeded}
+    # No condition on the rule's ARN: AWS does not support conditions in the topic policies that EventBridge needs.
+    publish = {"Effect": "Allow", "Principal": {"Service": "events.amazonaws.com"}, "Action": "sns:Publish"}
+    resources = {
+        "Topic": {"Subscription": [{"Protocol": "email", "Endpoint": {"Ref": "Email"}}]},
+        "TopicPolicy": {"Topics": [topic], "PolicyDocument": policy_document([{**publish, "Resource": topic}])},
+        "Rule": {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]},
+    }
+    types = {"Topic": "AWS::SNS::Topic", "TopicPolicy": "AWS::SNS::TopicPolicy", "Rule": "AWS::Events::Rule"}
+    return {
+        "AWSTemplateFormatVersion": "2010-09-09",
+        "Description": "A message when an access key or password is created or MFA is deactivated (for us-east-1)",
+        "Parameters": {"Email": text_parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
+        "Resources": {name: {"Type": types[name], "Properties": resources[name]} for name in resources},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Present: values in, text out
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1950,6 +2480,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "changes": changes_document(run),
         "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
         "cloudtrail": cloudtrail_document(run),
+        "enforcement": enforcement_document(run),
         "findings": {str(priority): number for priority, number in findings_by_priority(run).items()},
         "accounts": sorted(
             [audited_entry(one, run.started) for one in audited]
@@ -1980,6 +2511,7 @@ def audited_entry(figures: AccountFigures, now: datetime) -> dict[str, Any]:
         "users": figures.users,
         "production": figures.production,
         "maturity": {"phase1": figures.phase1, "phase2": figures.phase2},
+        "controls": {name: control_document(control) for name, control in figures.controls.items()},
         "gaps": gaps_document(figures.gaps, now),
     }
 
@@ -2000,7 +2532,7 @@ def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
         "mfa_coverage_percent": gaps.mfa_coverage_percent,
         "oldest_active_key": None
         if oldest is None
-        else {**oldest._asdict(), "created": iso(oldest.created), "age_days": (now - oldest.created).days},
+        else {**oldest._asdict(), "created": iso(oldest.created), "age_days": days_between(oldest.created, now)},
     }
 
 
@@ -2074,6 +2606,26 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
     }
 
 
+def control_document(control: Control) -> dict[str, Any]:
+    return {
+        "verdict": control.verdict,
+        "policies": [{"id": policy_id, "name": name} for policy_id, name in control.policies.items()],
+        "exemptions": list(control.exemptions),
+        "conditions": list(control.conditions),
+    }
+
+
+def enforcement_document(run: Run) -> dict[str, Any]:
+    """How many audited accounts each control covers, and how."""
+    verdicts = {control: Counter(one.controls[control].verdict for one in run.audited) for control in CONTROLS}
+    return {
+        "why_not_checked": run.enforcement.why_not or None,
+        "accounts": {control: {each: found[each] for each in VERDICTS} for control, found in verdicts.items()},
+        "root_credentials_managed_centrally": run.enforcement.root_credentials_managed,
+        "root_credentials_why_not_checked": run.enforcement.root_why_not or None,
+    }
+
+
 def findings_by_priority(run: Run) -> dict[int, int]:
     found = Counter(finding.priority for finding in run.findings)
     return {priority: found[priority] for priority in range(MOST_URGENT, LEAST_URGENT + 1)}
@@ -2088,9 +2640,12 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     else:
         lines = [*audited_lines(run, finished), *lines, *left_out_lines(run)]
         lines += [*maturity_lines(run), *gap_lines(run), *finding_lines(run, run.findings[:FINDINGS_SHOWN])]
-        lines += [*change_lines(run), *witness_lines(run), *run_lines(run)]
-        lines += ["", f"Files: {run.folder}"]
-    return "".join(f"{printable(line)}\n" for line in lines)
+        lines += [*enforcement_lines(run), *change_lines(run), *witness_lines(run), *run_lines(run)]
+        lines.append("")
+    lines = [cut(printable(line), TERMINAL_WIDTH) for line in lines]
+    if not quiet:
+        lines.append(f"Files: {printable(str(run.folder))}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def audited_lines(run: Run, finished: datetime) -> list[str]:
@@ -2225,9 +2780,9 @@ def gap_lines(run: Run) -> list[str]:
     coverage = (f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no users" for gaps in columns)
     lines.insert(4, f"{'  MFA coverage':<38}" + "".join(f"{text:>14}" for text in coverage))
     if oldest := columns[0].oldest_active_key:
-        days = (run.started - oldest.created).days
-        whose = f"{oldest.username} in {oldest.account_id} {oldest.account_name}"
-        lines.append(f"oldest active key: {count(days, 'day')}, {oldest.access_key_id} of {cut(whose, 50)}")
+        old = count(days_between(oldest.created, run.started), "day")
+        whose = f"{cut(oldest.username, 24)} in {oldest.account_id} {oldest.account_name}"
+        lines.append(f"oldest active key: {old}, {oldest.access_key_id} of {whose}")
     return lines
 
 
@@ -2238,10 +2793,49 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     lines = ["", f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)"]
     for one in findings:
         where = f"{one.account.id} {cut(one.account.name, 20):<20}"
-        what = f"{cut(one.user, 20)} {one.key.id if one.key else ''}".strip()
-        lines.append(f"  {one.priority}  {one.finding:<23}{where} {cut(what, 40)}")
-        lines.append(f"     {cut('; '.join(one.reasons), 90)}")
+        lines.append(f"  {one.priority}  {one.finding:<23}{where} {one.user}")
+        lines.append(f"     {f'{one.key.id}: ' if one.key else ''}{'; '.join(one.reasons)}")
     return lines
+
+
+def enforcement_lines(run: Run) -> list[str]:
+    """What service control policies already prevent, and where nothing does."""
+    lines = ["", "Enforced by service control policies"]
+    if run.enforcement.why_not:
+        lines += wrapped(f"  not checked: {run.enforcement.why_not}")
+    for control, verdicts in enforcement_document(run)["accounts"].items():
+        words = ", ".join(f"{number:,} {verdict}" for verdict, number in verdicts.items() if number)
+        lines.append(f"  {CONTROLS[control]:<36}{words or 'no account'}")
+        for remark in control_remarks(run, control):
+            lines += wrapped(f"    {remark}")
+    lines.append(f"  {'root credentials managed centrally':<36}{root_credentials_in_words(run.enforcement)}")
+    bare = [one for one in run.audited if all(control.verdict == ABSENT for control in one.controls.values())]
+    bare = sorted(
+        (one for one in bare if one.gaps.active_keys), key=lambda one: (-one.gaps.active_keys, one.account.id)
+    )
+    if bare:
+        lines.append("Neither is enforced, and most active keys")
+    for one in bare[:ACCOUNTS_SHOWN]:
+        lines.append(f"  {one.account.id} {cut(one.account.name, 28):<28} {count(one.gaps.active_keys, 'active key')}")
+    return lines
+
+
+def control_remarks(run: Run, control: str) -> list[str]:
+    """The policies behind a control's verdicts, once each, with what they exempt and what narrows them."""
+    remarks = dict[str, None]()
+    for found in (one.controls[control] for one in run.audited):
+        if found.policies:
+            parts = [f"{found.verdict} by {', '.join(f'{name} ({each})' for each, name in found.policies.items())}"]
+            parts += [f"except {', '.join(found.exemptions)}"] * bool(found.exemptions)
+            parts += [f"only if {'; or if '.join(found.conditions)}"] * bool(found.conditions)
+            remarks[", ".join(parts)] = None
+    return list(remarks)
+
+
+def root_credentials_in_words(enforcement: Enforcement) -> str:
+    if enforcement.root_credentials_managed is None:
+        return f"not checked: {enforcement.root_why_not}"
+    return "yes" if enforcement.root_credentials_managed else "no"
 
 
 def change_lines(run: Run) -> list[str]:
@@ -2282,7 +2876,7 @@ def change_line(change: Change) -> str:
         parts.append("(deleted again)")
     if change.event:
         parts.append(f"by {change.event.actor.rpartition(':')[2]}")
-    return cut(" ".join(filter(None, parts)), TERMINAL_WIDTH - 2)
+    return " ".join(filter(None, parts))
 
 
 def alert_lines(run: Run) -> list[str]:
@@ -2423,8 +3017,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--role",
         metavar="NAME",
         type=role_name,
-        required=True,
-        help="role to assume in each account: a name, or a path and a name (audit/IAMAuditRole)",
+        help="role to assume in each account, required for an audit: a name, or a path and a name (audit/IAMAuditRole)",
     )
     add(
         "--output-dir",
@@ -2511,6 +3104,20 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print nothing unless something needs attention (an account failed, say)",
     )
+    add(
+        "--print",
+        metavar="NAME",
+        dest="document",
+        choices=DOCUMENTS,
+        help="print a document to deploy, with --role filled in, and end: %(choices)s",
+    )
+    add(
+        "--exempt-role",
+        metavar="NAME[,NAME...]",
+        type=role_names,
+        default=(),
+        help="roles that --print scp-deny-access-keys lets create access keys",
+    )
     add("-v", "--verbose", action="store_true", help="a line an account and step on stderr; tracebacks")
     add("--version", action="version", version=f"iam-audit {VERSION}")
     return parser
@@ -2533,6 +3140,10 @@ def role_name(text: str) -> str:
     """
     what = "a role's name or path and name (no ARN: the account differs)"
     return matching(r"([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}", what, text)
+
+
+def role_names(text: str) -> tuple[str, ...]:
+    return tuple(role_name(part.strip()) for part in text.split(","))
 
 
 def account_ids(text: str) -> frozenset[str]:
@@ -2567,7 +3178,7 @@ def seconds(text: str) -> float:
 def pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text, re.IGNORECASE)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
@@ -2616,6 +3227,10 @@ def fail_on(text: str) -> FailOn:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser()
     options = parser.parse_args(argv)
+    if options.role is None and options.document is None:
+        parser.error("the following arguments are required: --role")
+    if options.exempt_role and options.document != "scp-deny-access-keys":
+        parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
     if options.since and not options.cloudtrail:
@@ -2732,6 +3347,7 @@ async def audit_into(folder: Path, session: boto3.Session, options: argparse.Nam
     found = Run(started, folder, plan, aws.caller, organization, tracking=tracking)
     progress = Progress()
     status = Status(sys.stderr, progress, options.quiet, options.verbose)
+    enforcement = asyncio.create_task(read_enforcement(aws, organization))
     with status.drawing():
         async for outcome in audit_organization(aws, organization, plan, progress, status.log):
             if isinstance(outcome, AuditedAccount):
@@ -2740,6 +3356,8 @@ async def audit_into(folder: Path, session: boto3.Session, options: argparse.Nam
             progress.done = len(found.audited) + len(found.failed) + len(found.skipped)
             progress.failed = len(found.failed)
             status.log(outcome_line(outcome))
+        found.enforcement = await enforcement
+        await apply_enforcement(aws, found)
     return found
 
 
@@ -2800,6 +3418,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # cron's locale may know ASCII alone
     try:
         with interruptible():
+            if options.document is not None:
+                print(print_document(options.document, options.role or DEFAULT_ROLE, options.exempt_role), end="")
+                return EXIT_OK
             return run(options, utc_now())
     except Interrupted as stop:
         print(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.", file=sys.stderr)
