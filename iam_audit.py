@@ -834,10 +834,10 @@ class Aws:
     def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
         self.caller = caller
         self.threads = Threads(workers)
-        self.assume_role_gate = asyncio.Semaphore(min(workers, ASSUME_ROLE_AT_ONCE))
-        self.session = session
+        self.workers = workers
+        self._session = session
         self.sts = sts
-        self.organizations = session.client("organizations", region_name=caller.region, config=client_config(1))
+        self.organizations = session.client("organizations", region_name=caller.region, config=client_config(2))
         # IAM calls are repeated by AccountSession, which waits without holding a thread and lets no account eat the
         # retries of another; botocore's retry quota belongs to the client, and this client is shared. It has
         # placeholders for credentials: no request can leave with the profile's by mistake.
@@ -858,9 +858,14 @@ class Aws:
         )
         self.cloudtrail.meta.events.register("before-sign.cloudtrail", sign_with_current_credentials)
 
+    @functools.cached_property
+    def assume_role_gate(self) -> asyncio.Semaphore:
+        """Made when first used, in the event loop: Python 3.9 binds it to the loop there is."""
+        return asyncio.Semaphore(min(self.workers, ASSUME_ROLE_AT_ONCE))
+
     def profile_credentials(self) -> Credentials:
         """The profile's own credentials, as fresh as the SDK has them."""
-        found = self.session.get_credentials()
+        found = self._session.get_credentials()
         frozen: Any = found.get_frozen_credentials() if found else None
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
@@ -987,8 +992,8 @@ def list_parents(aws: Aws, child_id: str) -> str:
 
 def list_organizations_features(aws: Aws) -> bool:
     """Whether root credentials of member accounts are managed centrally; asked with the profile's credentials."""
-    iam = aws.session.client("iam", region_name=aws.caller.region, config=client_config(1))
-    return "RootCredentialsManagement" in iam.list_organizations_features().get("EnabledFeatures", [])
+    features = call_as(aws.profile_credentials(), aws.iam.list_organizations_features, {})
+    return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
 
 
 class Pace:
@@ -1247,6 +1252,11 @@ def step_failed(step: str, error: Exception) -> StepFailed:
     return StepFailed(step, code, without_secrets(message), kind)
 
 
+def frames_of(error: BaseException) -> list[str]:
+    """The traceback without the errors' own texts, which may quote a signed request or an answer with credentials."""
+    return "".join(traceback.format_tb(error.__traceback__)).splitlines()
+
+
 def without_secrets(message: str) -> str:
     """An error message's first line, without anything that looks like a signature or a session token.
 
@@ -1274,7 +1284,7 @@ async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount |
     except StepFailed as failure:
         return FailedAccount(account, failure.step, failure.code, failure.message)
     except Exception as error:
-        for line in traceback.format_exc().splitlines():
+        for line in frames_of(error):
             session.log(line)
         return FailedAccount(account, session.step, type(error).__name__, without_secrets(str(error)))
 
@@ -1397,9 +1407,16 @@ async def read_user(session: AccountSession, entry: Mapping[str, Any], row: Mapp
 
 
 async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
+    """The user's keys. One that is deleted meanwhile is left out; NoSuchEntity is raised if the user is."""
     keys = []
     for entry in await list_access_keys(session, user_name):
-        last_used, service = await get_access_key_last_used(session, entry["AccessKeyId"])
+        try:
+            last_used, service = await get_access_key_last_used(session, entry["AccessKeyId"])
+        except StepFailed as failure:
+            if failure.code != "NoSuchEntity":
+                raise
+            await list_access_keys(session, user_name)  # raises NoSuchEntity too if it is the user who is gone
+            continue
         keys.append(
             AccessKey(entry["AccessKeyId"], entry["Status"], to_second(entry["CreateDate"]), last_used, service)
         )
@@ -2986,6 +3003,15 @@ examples:
   python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
   python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
 
+documents of --print:
+  caller-policy         IAM policy of the profile
+  role-policy           IAM policy of the role
+  role-trust            trust policy of the role
+  role-template         CloudFormation template of the role, for a StackSet
+  scp-require-mfa       service control policy: console users need MFA to act
+  scp-deny-access-keys  service control policy: no new access keys and passwords
+  alert-rule            CloudFormation template: a message for each new access key or password
+
 exit codes:
   0    every account in scope was audited
   1    the audit could not start or finish
@@ -2999,8 +3025,7 @@ exit codes:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iam_audit.py",
-        description="Write down every IAM user, password, access key and MFA device of an AWS organization: "
-        "one CSV an account, and a summary.",
+        description="Write down every IAM user, password, access key and MFA device of an AWS organization.",
         epilog=HELP_EPILOG,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH),
         allow_abbrev=False,
@@ -3109,7 +3134,7 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         dest="document",
         choices=DOCUMENTS,
-        help="print a document to deploy, with --role filled in, and end: %(choices)s",
+        help="print a document to deploy (see below), with --role filled in, and end",
     )
     add(
         "--exempt-role",
@@ -3278,7 +3303,7 @@ class Status:
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM. asyncio lets KeyboardInterrupt, and what derives from it, out of its loop at once."""
+    """SIGINT or SIGTERM."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -3287,16 +3312,26 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted in the main thread."""
+    """SIGINT and SIGTERM raise Interrupted; what runs in the event loop is cancelled first, so that nothing is cut."""
+    received: list[int] = []
 
     def interrupt(signum: int, _: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in before:
             signal.signal(each, signal.SIG_IGN)  # one is enough: a second must not cut the cleaning up
-        raise Interrupted(signum)
+        received.append(signum)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise Interrupted(signum) from None
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
 
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in before:
+        signal.signal(each, interrupt)
     try:
         yield
+    except asyncio.CancelledError:
+        raise Interrupted(received[0]) from None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -3306,15 +3341,19 @@ def run(options: argparse.Namespace, started: datetime) -> int:
     """From the command line's options to files and summary."""
     folder = make_run_folder(Path(options.output_dir), started)
     try:
-        session = open_session(options.profile)
-        found = asyncio.run(audit_into(folder, session, options, started))
+        aws = connect(open_session(options.profile), options.workers)
+        organization = describe_organization(aws)
+        tracking = open_tracking(folder.parent, options.previous, organization.id)
+        plan = plan_of(options, aws.caller, organization, tracking, started)
+        found = Run(started, folder, plan, aws.caller, organization, tracking=tracking)
+        asyncio.run(audit_into(found, aws, options))
     except BaseException:
         remove_if_empty(folder)
         raise
     write_tables(found, folder)
     finished = utc_now()
     write_json(folder / "summary.json", summary_document(found, finished))
-    print(terminal_summary(found, finished, options.quiet), end="", flush=True)
+    show(terminal_summary(found, finished, options.quiet))
     return exit_code(found, options.fail_on)
 
 
@@ -3338,27 +3377,21 @@ def exit_code(found: Run, fail_on: FailOn) -> int:
     return EXIT_FAIL_ON if fail_on.new_keys and new_keys(found) else EXIT_OK
 
 
-async def audit_into(folder: Path, session: boto3.Session, options: argparse.Namespace, started: datetime) -> Run:
+async def audit_into(found: Run, aws: Aws, options: argparse.Namespace) -> None:
     """Audit the organization. Each account's CSV is written as soon as the account is done, and its users forgotten."""
-    aws = connect(session, options.workers)
-    organization = describe_organization(aws)
-    tracking = open_tracking(folder.parent, options.previous, organization.id)
-    plan = plan_of(options, aws.caller, organization, tracking, started)
-    found = Run(started, folder, plan, aws.caller, organization, tracking=tracking)
     progress = Progress()
     status = Status(sys.stderr, progress, options.quiet, options.verbose)
-    enforcement = asyncio.create_task(read_enforcement(aws, organization))
+    enforcement = asyncio.create_task(read_enforcement(aws, found.organization))
     with status.drawing():
-        async for outcome in audit_organization(aws, organization, plan, progress, status.log):
+        async for outcome in audit_organization(aws, found.organization, found.plan, progress, status.log):
             if isinstance(outcome, AuditedAccount):
-                write_csv(account_csv(folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
+                write_csv(account_csv(found.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
             keep(found, outcome)
             progress.done = len(found.audited) + len(found.failed) + len(found.skipped)
             progress.failed = len(found.failed)
             status.log(outcome_line(outcome))
         found.enforcement = await enforcement
         await apply_enforcement(aws, found)
-    return found
 
 
 def keep(found: Run, outcome: Outcome) -> None:
@@ -3404,6 +3437,8 @@ def what_stopped_it(error: Exception) -> str:
         return f"{error.operation_name}: {code}: {message}{CANNOT_START.get(code, '')}"
     if isinstance(error, ProfileNotFound):
         return f"{error}: `aws configure list-profiles` shows the ones there are."
+    if isinstance(error, ResponseParserError):  # its text quotes the answer, which may hold credentials
+        return "AWS's answer could not be understood: is a proxy in between?"
     if isinstance(error, BotoCoreError):
         return f"{type(error).__name__}: {without_secrets(str(error))}"
     if isinstance(error, OSError):
@@ -3418,21 +3453,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # cron's locale may know ASCII alone
     try:
         with interruptible():
-            if options.document is not None:
-                print(print_document(options.document, options.role or DEFAULT_ROLE, options.exempt_role), end="")
-                return EXIT_OK
-            return run(options, utc_now())
+            if options.document is None:
+                return run(options, utc_now())
+            show(print_document(options.document, options.role or DEFAULT_ROLE, options.exempt_role))
+            return EXIT_OK
     except Interrupted as stop:
         print(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.", file=sys.stderr)
         return EXIT_SIGNAL + stop.signum
-    except BrokenPipeError:  # whoever reads stdout has enough; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_NOT_DONE
     except Exception as error:
         if options.verbose:
-            traceback.print_exc()
+            print(*frames_of(error), sep="\n", file=sys.stderr)
         print(f"iam_audit.py: {printable(what_stopped_it(error))}", file=sys.stderr)
         return EXIT_NOT_DONE
+
+
+def show(text: str) -> None:
+    """Print the product. Whoever closes the pipe early has read enough; all of it is in the files."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
