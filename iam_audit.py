@@ -79,30 +79,6 @@ from botocore.parsers import ResponseParserError
 # ----------------------------------------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
-SUMMARY_FORMAT = 1  # of summary.json; a number more for each change that a reader must know about
-
-CSV_COLUMNS = (
-    "account_id",
-    "account_name",
-    "username",
-    "password_status",
-    "password_last_used",
-    "access_key_id",
-    "status",
-    "created_date",
-    "last_used_date",
-    "service_name",
-    "mfa_status",
-)
-PASSWORD_SET = "Configurada"
-PASSWORD_NOT_SET = "No configurada"
-PASSWORD_NEVER_USED = "Nunca"
-KEY_NEVER_USED = "Nunca utilizada"
-NOT_APPLICABLE = "N/A"
-NO_MFA = "None"
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
-ROOT = "<root_account>"  # the credential report's own name for it
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet would take for a formula
 
 EXIT_OK = 0
 EXIT_NOT_DONE = 1
@@ -111,99 +87,7 @@ EXIT_ACCOUNTS_FAILED = 3
 EXIT_FAIL_ON = 4
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
 
-FINDINGS_COLUMNS = (
-    "priority",
-    "finding",
-    "account_id",
-    "account_name",
-    "production",
-    "username",
-    "access_key_id",
-    "age_days",
-    "last_used_date",
-    "service_name",
-    "reasons",
-    "recommendation",
-)
-CHANGES_COLUMNS = (
-    "account_id",
-    "account_name",
-    "username",
-    "access_key_id",
-    "change",
-    "before",
-    "after",
-    "witness",
-    "event_name",
-    "event_time",
-    "actor",
-    "source_ip",
-)
-EVENTS_COLUMNS = (
-    "account_id",
-    "account_name",
-    "event_time",
-    "event_name",
-    "username",
-    "access_key_id",
-    "actor",
-    "source_ip",
-    "user_agent",
-    "event_id",
-)
-# Each change with the CloudTrail events that explain it, and those that contradict it where none explains it.
-EXPLAINED_BY = {
-    "access-key-created": (("CreateAccessKey",), ("DeleteAccessKey",)),
-    "access-key-deleted": (("DeleteAccessKey",), ("CreateAccessKey",)),
-    "access-key-activated": (("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
-    "access-key-deactivated": (("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
-    "mfa-added": (("EnableMFADevice",), ("DeactivateMFADevice",)),
-    "mfa-removed": (("DeactivateMFADevice",), ("EnableMFADevice",)),
-    "mfa-changed": (("EnableMFADevice", "DeactivateMFADevice"), ()),
-    "console-enabled": (("CreateLoginProfile",), ("DeleteLoginProfile",)),
-    "console-disabled": (("DeleteLoginProfile",), ("CreateLoginProfile",)),
-    "user-created": (("CreateUser",), ("DeleteUser",)),
-    "user-deleted": (("DeleteUser",), ("CreateUser",)),
-}
-CAME_AND_WENT = "access-key-came-and-went"
-EVENT_NAMES = tuple(sorted({name.split("=")[0] for explained, _ in EXPLAINED_BY.values() for name in explained}))
-# Where each partition's CloudTrail records what IAM does
-CLOUDTRAIL_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
-CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls in one account: AWS allows two a second
-CLOUDTRAIL_KEEPS = timedelta(days=90)
-CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # how far back without an earlier run
-
-# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
-# in production accounts and fourth elsewhere.
-PRIORITIES = {
-    "root-access-key": 1,
-    "console-without-mfa": 4,
-    "key-older-than-1-year": 2,
-    "key-in-use": 3,
-    "unused-key": 5,
-    "key-older-than-90-days": 6,
-    "inactive-key": 7,
-}
-MOST_URGENT, LEAST_URGENT = 1, 7
-ONE_YEAR = timedelta(days=365)
-UNUSED_AFTER = timedelta(days=90)
-IN_USE_WITHIN = timedelta(days=30)
-DEFAULT_MAX_KEY_AGE = 90  # days
-
-# prod, prd, production or live as a word of its own, and not after non, not or pre as a word of its own
-DEFAULT_PRODUCTION = (
-    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[nt][-_ ])(?<!(?<![a-z0-9])pre[-_ ])(?:prod|prd|production|live)(?![a-z0-9])"
-)
-
-# AWS Security Maturity Model v2; the order is the ranking
-LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
-NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
-
-TERMINAL_WIDTH = 100
-FINDINGS_SHOWN = 10  # on the terminal
-ACCOUNTS_SHOWN = 5
-NEW_KEYS_SHOWN = 10
-RUNS_SHOWN = 12
+# --- permissions: each action with its reason, as README.md has them
 
 ROLE_READS = {
     "iam:GenerateCredentialReport": "has IAM prepare the credential report; the one call that is no pure read",
@@ -229,6 +113,148 @@ CALLER_READS = {
     "iam:ListOrganizationsFeatures": "whether root credentials of member accounts are managed centrally",
 }
 POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # the two that name a policy
+
+# --- calling AWS
+
+SESSION_NAME = "iam-audit"
+
+# A profile without a Region still belongs to one partition; these are asked in turn until one knows the caller.
+PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
+CONNECT_TIMEOUT = 10  # seconds
+READ_TIMEOUT = 30  # seconds
+CALLS_PER_ACCOUNT = 8  # IAM throttles an account: more at a time gains nothing and disturbs its owner
+ASSUME_ROLE_AT_ONCE = 4  # one call an account: few connections do, and each new TLS connection costs CPU
+ACCOUNTS_PER_WORKER = 8  # accounts in hand, most of them waiting for their report, which takes no thread
+REPORT_FIRST_PAUSE = 1.0  # seconds
+REPORT_LONGEST_PAUSE = 10.0  # seconds
+REPORT_PAUSE_GROWTH = 1.25
+TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
+THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
+
+# botocore retries none of these for IAM's report, and rightly: they mean "not yet".
+REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
+THROTTLED = {"Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException", "SlowDown"}
+UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
+SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
+CANNOT_START = {
+    "AWSOrganizationsNotInUseException": " The profile must belong to an account of an organization.",
+    "AccessDenied": " The profile needs the permissions that README.md lists.",
+    "AccessDeniedException": " The profile must belong to the management account or to a delegated administrator, and "
+    "have the permissions that README.md lists.",
+    "ExpiredToken": " Sign in again (aws sso login, for one).",
+    "ExpiredTokenException": " Sign in again (aws sso login, for one).",
+}
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+
+REPORT_COLUMNS = {
+    "user",
+    "arn",
+    "user_creation_time",
+    "password_enabled",
+    "password_last_used",
+    "mfa_active",
+    *(
+        f"access_key_{slot}_{what}"
+        for slot in (1, 2)
+        for what in ("active", "last_rotated", "last_used_date", "last_used_service")
+    ),
+}
+REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
+
+# --- what is written
+
+SUMMARY_FORMAT = 1  # of summary.json; a number more for each change that a reader must know about
+
+# fmt: off
+CSV_COLUMNS = (
+    "account_id", "account_name", "username", "password_status", "password_last_used",
+    "access_key_id", "status", "created_date", "last_used_date", "service_name", "mfa_status",
+)
+FINDINGS_COLUMNS = (
+    "priority", "finding", "account_id", "account_name", "production", "username",
+    "access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation",
+)
+CHANGES_COLUMNS = (
+    "account_id", "account_name", "username", "access_key_id", "change", "before", "after",
+    "witness", "event_name", "event_time", "actor", "source_ip",
+)
+EVENTS_COLUMNS = (
+    "account_id", "account_name", "event_time", "event_name", "username", "access_key_id",
+    "actor", "source_ip", "user_agent", "event_id",
+)
+# fmt: on
+
+PASSWORD_SET = "Configurada"
+PASSWORD_NOT_SET = "No configurada"
+PASSWORD_NEVER_USED = "Nunca"
+KEY_NEVER_USED = "Nunca utilizada"
+NOT_APPLICABLE = "N/A"
+NO_MFA = "None"
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+ROOT = "<root_account>"  # the credential report's own name for it
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet would take for a formula
+
+TERMINAL_WIDTH = 100
+FINDINGS_SHOWN = 10  # on the terminal
+ACCOUNTS_SHOWN = 5
+NEW_KEYS_SHOWN = 10
+RUNS_SHOWN = 12
+
+# --- assessing
+
+# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
+# in production accounts and fourth elsewhere.
+PRIORITIES = {
+    "root-access-key": 1,
+    "console-without-mfa": 4,
+    "key-older-than-1-year": 2,
+    "key-in-use": 3,
+    "unused-key": 5,
+    "key-older-than-90-days": 6,
+    "inactive-key": 7,
+}
+MOST_URGENT, LEAST_URGENT = 1, 7
+ONE_YEAR = timedelta(days=365)
+UNUSED_AFTER = timedelta(days=90)
+IN_USE_WITHIN = timedelta(days=30)
+DEFAULT_MAX_KEY_AGE = 90  # days
+
+# prod, prd, production or live as a word of its own (prod2 too), and not after no, non, not or pre as a word
+DEFAULT_PRODUCTION = (
+    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])(?<!(?<![a-z0-9])pre[-_. ])"
+    r"(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
+)
+
+# AWS Security Maturity Model v2; the order is the ranking
+LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
+NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+
+# --- tracking
+
+# Each change with the CloudTrail events that explain it, and those that contradict it where none explains it.
+EXPLAINED_BY = {
+    "access-key-created": (("CreateAccessKey",), ("DeleteAccessKey",)),
+    "access-key-deleted": (("DeleteAccessKey",), ("CreateAccessKey",)),
+    "access-key-activated": (("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
+    "access-key-deactivated": (("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
+    "mfa-added": (("EnableMFADevice",), ("DeactivateMFADevice",)),
+    "mfa-removed": (("DeactivateMFADevice",), ("EnableMFADevice",)),
+    "mfa-changed": (("EnableMFADevice", "DeactivateMFADevice"), ()),
+    "console-enabled": (("CreateLoginProfile",), ("DeleteLoginProfile",)),
+    "console-disabled": (("DeleteLoginProfile",), ("CreateLoginProfile",)),
+    "user-created": (("CreateUser",), ("DeleteUser",)),
+    "user-deleted": (("DeleteUser",), ("CreateUser",)),
+}
+CAME_AND_WENT = "access-key-came-and-went"
+EVENT_NAMES = tuple(sorted({name.split("=")[0] for explained, _ in EXPLAINED_BY.values() for name in explained}))
+# Where each partition's CloudTrail records what IAM does
+CLOUDTRAIL_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
+CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls in one account: AWS allows two a second
+CLOUDTRAIL_KEEPS = timedelta(days=90)
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # how far back without an earlier run
+
+# --- enforcing
+
 # What a user signed in without MFA needs to set it up: what AWS's own example of a self-managed MFA device leaves out
 # of its Deny, and the change of password that a first sign-in may demand.
 MFA_SETUP = {
@@ -289,51 +315,6 @@ NAMED = {
     MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
     NEW_KEYS_PREVENTED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?[^*?$/]+([-_]\*)?)"),
 }
-
-SESSION_NAME = "iam-audit"
-
-# A profile without a Region still belongs to one partition; these are asked in turn until one knows the caller.
-PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
-CONNECT_TIMEOUT = 10  # seconds
-READ_TIMEOUT = 30  # seconds
-CALLS_PER_ACCOUNT = 8  # IAM throttles an account: more at a time gains nothing and disturbs its owner
-ASSUME_ROLE_AT_ONCE = 8  # one call an account: few connections do, and each new TLS connection costs CPU
-ACCOUNTS_PER_WORKER = 8  # accounts in hand, most of them waiting for their report, which takes no thread
-REPORT_FIRST_PAUSE = 1.0  # seconds
-REPORT_LONGEST_PAUSE = 10.0  # seconds
-REPORT_PAUSE_GROWTH = 1.25
-TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
-THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
-
-# botocore retries none of these for IAM's report, and rightly: they mean "not yet".
-REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
-THROTTLED = {"Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException", "SlowDown"}
-UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
-SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
-CANNOT_START = {
-    "AWSOrganizationsNotInUseException": " The profile must belong to an account of an organization.",
-    "AccessDenied": " The profile needs the permissions that README.md lists.",
-    "AccessDeniedException": " The profile must belong to the management account or to a delegated administrator, and "
-    "have the permissions that README.md lists.",
-    "ExpiredToken": " Sign in again (aws sso login, for one).",
-    "ExpiredTokenException": " Sign in again (aws sso login, for one).",
-}
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
-
-REPORT_COLUMNS = {
-    "user",
-    "arn",
-    "user_creation_time",
-    "password_enabled",
-    "password_last_used",
-    "mfa_active",
-    *(
-        f"access_key_{slot}_{what}"
-        for slot in (1, 2)
-        for what in ("active", "last_rotated", "last_used_date", "last_used_service")
-    ),
-}
-REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data, in AWS's words
@@ -832,31 +813,29 @@ class Aws:
     """The SDK's clients, made once for all accounts, and the threads their calls run in."""
 
     def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
-        self.caller = caller
+        self.caller, self.workers = caller, workers
         self.threads = Threads(workers)
-        self.workers = workers
         self._session = session
         self.sts = sts
-        self.organizations = session.client("organizations", region_name=caller.region, config=client_config(2))
-        # IAM calls are repeated by AccountSession, which waits without holding a thread and lets no account eat the
-        # retries of another; botocore's retry quota belongs to the client, and this client is shared. It has
-        # placeholders for credentials: no request can leave with the profile's by mistake.
+        self.organizations = session.client("organizations", region_name=caller.region, config=client_config(2, 10))
+        # What all accounts share. Its calls are repeated by AccountSession, which waits without holding a thread and
+        # lets no account eat the retries of another: botocore's retry quota belongs to the client. It has placeholders
+        # for credentials, so that no request can leave with the profile's by mistake.
+        shared = client_config(workers, 1)
         self.iam = session.client(
-            "iam",
-            region_name=caller.region,
-            config=client_config(workers, total_max_attempts=1),
-            aws_access_key_id="none",
-            aws_secret_access_key="none",
+            "iam", caller.region, config=shared, aws_access_key_id="none", aws_secret_access_key="none"
         )
         self.iam.meta.events.register("before-sign.iam", sign_with_current_credentials)
-        self.cloudtrail = session.client(
-            "cloudtrail",
-            region_name=CLOUDTRAIL_REGIONS.get(caller.partition, caller.region),
-            config=client_config(workers, total_max_attempts=1),
-            aws_access_key_id="none",
-            aws_secret_access_key="none",
+
+    @functools.cached_property
+    def cloudtrail(self) -> Any:
+        """The like, made only for --cloudtrail, in the partition's Region that records what IAM does."""
+        region, shared = CLOUDTRAIL_REGIONS.get(self.caller.partition), client_config(self.workers, 1)
+        client = self._session.client(
+            "cloudtrail", region, config=shared, aws_access_key_id="none", aws_secret_access_key="none"
         )
-        self.cloudtrail.meta.events.register("before-sign.cloudtrail", sign_with_current_credentials)
+        client.meta.events.register("before-sign.cloudtrail", sign_with_current_credentials)
+        return client
 
     @functools.cached_property
     def assume_role_gate(self) -> asyncio.Semaphore:
@@ -878,7 +857,7 @@ def connect(session: boto3.Session, workers: int) -> Aws:
     regions = [session.region_name] if session.region_name else list(PARTITION_REGIONS)
     while True:
         region = regions.pop(0)
-        sts = session.client("sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE)))
+        sts = session.client("sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE), 5))
         try:
             return Aws(session, sts, get_caller_identity(sts, region), workers)
         except ClientError as error:
@@ -886,13 +865,12 @@ def connect(session: boto3.Session, workers: int) -> Aws:
                 raise
 
 
-def client_config(connections: int, total_max_attempts: int = 5) -> Config:
+def client_config(connections: int, total_max_attempts: int) -> Config:
     return Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
         max_pool_connections=connections,
         retries={"mode": "standard", "total_max_attempts": total_max_attempts},
-        user_agent_extra=f"iam-audit/{VERSION}",
     )
 
 
@@ -912,7 +890,11 @@ def open_session(profile: str | None) -> boto3.Session:
             "it on: run it from a terminal, or give cron a profile without mfa_serial."
         )
     credentials.get_frozen_credentials()
-    return boto3.Session(botocore_session=core)
+    session = boto3.Session(botocore_session=core)
+    # The SDK's own user agent, with ours at its end; made once, because left to itself the SDK makes it anew for each
+    # request, which costs a fifth of the whole call.
+    core.set_default_client_config(Config(user_agent=f"{core.user_agent()} iam-audit/{VERSION}"))
+    return session
 
 
 def asks_for_mfa_code(core: botocore.session.Session) -> bool:
@@ -1006,7 +988,7 @@ class Pace:
     def __init__(self, least_gap: float = 0.0) -> None:
         self._least_gap = self._gap = least_gap
         self._next = 0.0
-        self._answered = time.monotonic()
+        self._throttled_since: float | None = None
 
     async def turn(self) -> None:
         """Wait until this account may be called again."""
@@ -1016,13 +998,15 @@ class Pace:
             await asyncio.sleep(pause)
 
     def answered(self) -> None:
-        self._answered = time.monotonic()
+        self._throttled_since = None
         self._gap = max(self._gap * 0.97 if self._gap > 0.005 else 0.0, self._least_gap)
 
     def throttled(self) -> bool:
         """Slow down; False once the account has answered nothing else for too long."""
+        now = time.monotonic()
+        self._throttled_since = self._throttled_since or now
         self._gap = min(max(self._gap * 1.25, 0.02), 5.0)
-        return time.monotonic() - self._answered < THROTTLING_PATIENCE
+        return now - self._throttled_since < THROTTLING_PATIENCE
 
 
 class AccountSession:
@@ -1071,9 +1055,9 @@ class AccountSession:
     async def _signed(self, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
         if self._credentials is None:
             raise LookupError("sign_in comes first")
-        client: Any = operation.__self__  # type: ignore[attr-defined]
+        client = operation.__self__  # type: ignore[attr-defined]
         step = client.meta.method_to_api_mapping[operation.__name__]
-        pace = self._cloudtrail_pace if client is self.aws.cloudtrail else self._pace
+        pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
         return await self._attempt(step, functools.partial(call_as, self._credentials, operation, parameters), pace)
 
     async def _attempt(self, step: str, call: Callable[[], T], pace: Pace) -> T:
@@ -1852,13 +1836,14 @@ def recommendation(finding: Finding, run: Run) -> str:
     """The next step in a sentence, with the AWS CLI command for it, its arguments quoted for a shell."""
     account, user, key = finding.account.id, shlex.quote(printable(finding.user)), finding.key
     if finding.user == ROOT:
-        what = "root's password, or register MFA for root" if key is None else "root's access key"
+        what = "root's password" if key is None else "root's access key"
         if account == run.organization.management_account:
-            return f"Sign in as root of the management account and delete {what}: no role can do that there."
+            to_do = "register an MFA device" if key is None else "delete the access key"
+            return f"Sign in as root of the management account and {to_do}: no role can do that there."
         task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
         return (
-            f"Delete {what}, with the session that `aws sts assume-root --target-principal {account} "
-            f"--task-policy-arn arn={task}` gives."
+            f"Delete {what}{' (or sign in as root and register MFA)' if key is None else ''}, with the session that "
+            f"`aws sts assume-root --target-principal {account} --task-policy-arn arn={task}` gives."
         )
     if key is None:
         return (
@@ -1871,6 +1856,8 @@ def recommendation(finding: Finding, run: Run) -> str:
     deactivate = f"`aws iam update-access-key {arguments} --status=Inactive` in account {account}"
     if "used within 30 days" in finding.reasons:
         return f"Move what uses it to temporary credentials (an IAM role), then deactivate it: {deactivate}."
+    if {"never used", "not used for 90 days"}.isdisjoint(finding.reasons):
+        return f"Find out what used it last, then deactivate it: {deactivate}."
     return f"Deactivate it: {deactivate}; delete it once nobody has missed it."
 
 
@@ -2501,7 +2488,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "findings": {str(priority): number for priority, number in findings_by_priority(run).items()},
         "accounts": sorted(
             [audited_entry(one, run.started) for one in audited]
-            + [failed_entry(one) for one in failed]
+            + [failed_entry(one, run.plan) for one in failed]
             + [account_entry(one.account, "skipped") for one in skipped],
             key=lambda entry: str(entry["id"]),
         ),
@@ -2533,11 +2520,12 @@ def audited_entry(figures: AccountFigures, now: datetime) -> dict[str, Any]:
     }
 
 
-def failed_entry(failed: FailedAccount) -> dict[str, Any]:
+def failed_entry(failed: FailedAccount, plan: Plan) -> dict[str, Any]:
     return {
         **account_entry(failed.account, "failed"),
         "step": failed.step,
         "error": {"code": failed.code, "message": failed.message},
+        "production": is_production(failed.account, plan.production),
         "maturity": {"phase1": NOT_STARTED, "phase2": NOT_STARTED},
     }
 
@@ -2652,8 +2640,9 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     """What stdout gets; with `quiet` only what needs attention, which may be nothing."""
     lines = failed_lines(run)
     if quiet:
-        lines += finding_lines(run, [finding for finding in run.findings if finding.priority == MOST_URGENT])
-        lines += alert_lines(run)
+        urgent = [finding for finding in run.findings if finding.priority == MOST_URGENT]
+        lines += [*(finding_lines(run, urgent) if urgent else []), *alert_lines(run)]
+        lines = lines[1:] if lines and not lines[0] else lines
     else:
         lines = [*audited_lines(run, finished), *lines, *left_out_lines(run)]
         lines += [*maturity_lines(run), *gap_lines(run), *finding_lines(run, run.findings[:FINDINGS_SHOWN])]
@@ -2687,7 +2676,9 @@ def failed_lines(run: Run) -> list[str]:
     groups: dict[tuple[str, str], list[FailedAccount]] = {}
     for failed in sorted(run.failed, key=lambda one: one.account.id):
         groups.setdefault((failed.step, failed.code), []).append(failed)
-    lines = [f"Failed: {count(len(run.failed), 'account')}, of which nothing is known"] if run.failed else []
+    production = sum(is_production(failed.account, run.plan.production) for failed in run.failed)
+    number = f"{count(len(run.failed), 'account')} ({production:,} production)"
+    lines = [f"Failed: {number}, of which nothing is known"] if run.failed else []
     for (step, code), members in groups.items():
         lines.append(f"  {step}: {code}")
         for one in members:
@@ -2806,12 +2797,12 @@ def gap_lines(run: Run) -> list[str]:
 def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     """These findings, most urgent first, and how many more there are."""
     if not findings:
-        return []
+        return ["", "Nothing to fix."]
     lines = ["", f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)"]
     for one in findings:
         where = f"{one.account.id} {cut(one.account.name, 20):<20}"
         lines.append(f"  {one.priority}  {one.finding:<23}{where} {one.user}")
-        lines.append(f"     {f'{one.key.id}: ' if one.key else ''}{'; '.join(one.reasons)}")
+        lines += wrapped(f"     {f'{one.key.id}: ' if one.key else ''}{'; '.join(one.reasons)}")
     return lines
 
 
@@ -3202,7 +3193,7 @@ def seconds(text: str) -> float:
 
 def pattern(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(text, re.IGNORECASE)
+        return re.compile(not_empty(text), re.IGNORECASE)
     except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
@@ -3245,7 +3236,7 @@ def fail_on(text: str) -> FailOn:
         if name == "new-keys":
             chosen = chosen._replace(new_keys=True)
         else:
-            chosen = chosen._replace(priority=int(number or LEAST_URGENT))
+            chosen = chosen._replace(priority=max(chosen.priority, int(number or LEAST_URGENT)))
     return chosen
 
 

@@ -1,0 +1,265 @@
+"""How AWS is called: whose credentials sign what, how many requests over how many connections, in which partition."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.credentials import Credentials
+from conftest import Program, Serve
+from endpoint import Endpoint, Json, access_key_id, account, generate, key, root, rule, secret_of, user, world
+
+import iam_audit
+
+ONE, TWO = "111111111111", "222222222222"
+MANAGEMENT = "999999999999"
+
+
+# --- whose credentials ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> Endpoint:
+    """The endpoint with two accounts, and the environment in which the SDK finds it here."""
+    endpoint = serve(account(ONE, "one", users=[user("ana")]), account(TWO, "two", users=[user("bea"), user("cleo")]))
+    for name, value in endpoint.env().items():
+        monkeypatch.setenv(name, value)
+    return endpoint
+
+
+async def connected(workers: int = 4) -> iam_audit.Aws:
+    return iam_audit.connect(boto3.Session(), workers)
+
+
+def session_of(account_id: str) -> Credentials:
+    """Credentials that the endpoint takes for those of the role in that account."""
+    key_id = access_key_id(account_id)
+    return Credentials(key_id, secret_of(key_id), f"IQoJTOKEN.{account_id}.9999999999.")
+
+
+def names(answer: Any) -> list[str]:
+    return [one["UserName"] for one in answer["Users"]]
+
+
+def test_botocore_signs_with_the_credentials_that_the_handler_gives_it(in_this_process: Endpoint) -> None:
+    """It does so without promising it: this is what notices when a new botocore no longer does."""
+    aws = asyncio.run(connected())
+    assert names(iam_audit.call_as(session_of(ONE), aws.iam.list_users, {})) == ["ana"]
+    assert names(iam_audit.call_as(session_of(TWO), aws.iam.list_users, {})) == ["bea", "cleo"]
+    by_account = in_this_process.stats()["by_account"]
+    assert (by_account[ONE], by_account[TWO]) == ({"ListUsers": 1}, {"ListUsers": 1})
+
+
+def test_credentials_are_of_one_call_in_one_thread(in_this_process: Endpoint) -> None:
+    aws = asyncio.run(connected())
+    both_ready = threading.Barrier(2, timeout=10)
+
+    def wait_for_the_other(**_: Any) -> None:
+        both_ready.wait()
+
+    aws.iam.meta.events.register("before-call.iam", wait_for_the_other)  # each has its credentials, none has signed
+    seen: dict[str, list[str]] = {}
+
+    def list_users(account_id: str) -> None:
+        seen[account_id] = names(iam_audit.call_as(session_of(account_id), aws.iam.list_users, {}))
+
+    threads = [threading.Thread(target=list_users, args=[one]) for one in (ONE, TWO)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {ONE: ["ana"], TWO: ["bea", "cleo"]}
+
+
+def test_nothing_is_sent_without_an_accounts_credentials(in_this_process: Endpoint) -> None:
+    """Neither before a call nor after one, whether it went well or not."""
+    aws = asyncio.run(connected())
+    in_this_process.reset()
+    with pytest.raises(LookupError):
+        aws.iam.list_users()
+    iam_audit.call_as(session_of(ONE), aws.iam.list_users, {})
+    with pytest.raises(aws.iam.exceptions.NoSuchEntityException):
+        iam_audit.call_as(session_of(ONE), aws.iam.list_access_keys, {"UserName": "nobody"})
+    with pytest.raises(LookupError):
+        aws.iam.list_users()
+    assert in_this_process.stats()["requests"] == {"ListUsers": 1, "ListAccessKeys": 1}
+
+
+def test_time_outs_of_every_client(in_this_process: Endpoint) -> None:
+    aws = asyncio.run(connected())
+    configs: list[Any] = [client.meta.config for client in (aws.sts, aws.organizations, aws.iam)]
+    assert {(config.connect_timeout, config.read_timeout) for config in configs} == {(10, 30)}
+
+
+# --- how many requests ------------------------------------------------------------------------------------------------
+
+
+def numbered(number: int) -> str:
+    return f"1000000{number:05d}"
+
+
+def busy_account(number: int) -> Json:
+    """Account `number` has that many users of each kind."""
+    one = numbered(number)
+    users = [
+        made
+        for n in range(number)
+        for made in (
+            user(f"plain-{n}"),
+            user(f"console-{n}", password=True),
+            user(f"mfa-{n}", mfa=[f"arn:aws:iam::{one}:mfa/{n}"]),
+            user(f"both-{n}", password=True, mfa=["GAHT12345678"], keys=[key(f"AKIA{one}BOTH{n:04d}")]),
+            user(f"keys-{n}", keys=[key(f"AKIA{one}{slot}KEY{n:04d}", status="Inactive") for slot in "AB"]),
+            user(f"young-{n}", in_report=False),
+            user(f"gone-{n}", in_list=False, password=True),
+        )
+    ]
+    return account(one, f"account-{number}", users=users, root=root(password=True, mfa=bool(number % 2)))
+
+
+def requests_of(number: int) -> Counter[str]:
+    """What that account may cost; six of the seven kinds of users are there."""
+    return Counter(
+        {
+            "AssumeRole": 1,
+            "GenerateCredentialReport": 1,
+            "GetCredentialReport": 1,
+            "ListUsers": 1,
+            "ListAccessKeys": 6 * number,
+            "GetAccessKeyLastUsed": 3 * number,
+            "ListMFADevices": 4 * number,  # a password, MFA, or both; and the young one, of whom no report tells
+            "ListVirtualMFADevices": number % 2,
+            "GetLoginProfile": number,
+        }
+    )
+
+
+@pytest.mark.program
+def test_requests_are_as_many_as_they_must_be(serve: Serve, run_program: Program) -> None:
+    """Side by side, each signed as its own account's: the endpoint verifies and counts by the signer's account."""
+    sizes = [*range(6), 24]
+    endpoint = serve(*map(busy_account, sizes), latency=0.01)
+    result = run_program(endpoint.env(), "--workers", "16")
+    assert result.exit_code == 0, result
+    stats = endpoint.stats()
+    counted = {number: Counter(stats["by_account"][numbered(number)]) for number in sizes}
+    assert counted == {number: +requests_of(number) for number in sizes}
+    assert stats["errors"] == {"NoSuchEntity": sum(sizes)}  # of GetLoginProfile
+    assert 1 < max(stats["in_flight"].values()) <= 8
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(("accounts", "pages"), [(18, 1), (19, 1), (20, 2), (41, 3)])
+def test_requests_for_the_organization(serve: Serve, run_program: Program, accounts: int, pages: int) -> None:
+    """20 accounts a page, the management account among them."""
+    endpoint = serve(generate=generate(accounts, 0))
+    result = run_program(endpoint.env(), "--exclude", ",".join(str(100000000001 + n) for n in range(accounts)))
+    assert (result.exit_code, result.csvs) == (0, set())
+    caller = endpoint.stats()["by_account"][MANAGEMENT]
+    assert {name: caller[name] for name in ("GetCallerIdentity", "DescribeOrganization", "ListAccounts")} == {
+        "GetCallerIdentity": 1,
+        "DescribeOrganization": 1,
+        "ListAccounts": pages,
+    }
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(("workers", "roles", "sizes"), [(1, 1, (3, 12)), (6, 6, (10, 60)), (32, 8, (10, 60))])
+def test_connections_do_not_grow_with_the_accounts(
+    run_program: Program, workers: int, roles: int, sizes: tuple[int, int]
+) -> None:
+    for accounts in sizes:
+        with Endpoint(world(generate=generate(accounts, 1), latency=0.01)) as endpoint:
+            result = run_program(endpoint.env(), "--workers", str(workers))
+            assert len(result.csvs) == accounts
+            opened = endpoint.stats()["connections"]
+        assert opened["iam"] <= workers
+        assert opened["sts"] <= roles
+        assert opened["organizations"] == 1
+
+
+@pytest.mark.program
+def test_a_throttled_account_holds_up_no_other(serve: Serve, run_program: Program) -> None:
+    """Even with one worker: whoever waits holds no thread."""
+    throttled = rule("ListUsers", ONE, error="Throttling", message="Rate exceeded", times=16)
+    endpoint = serve(account(ONE, "one"), generate=generate(5, 1), rules=[throttled], record=True)
+    result = run_program(endpoint.env(), "--workers", "1")
+    assert (result.exit_code, len(result.csvs)) == (0, 6)
+    recorded = [one for _, one, _ in endpoint.stats()["recorded"]]
+    assert len(recorded) - 1 - max(n for n, one in enumerate(recorded) if one not in (ONE, MANAGEMENT)) >= 2
+
+
+# --- who asks, and where ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.program
+def test_cloudtrail_shows_who_asked(serve: Serve, run_program: Program) -> None:
+    endpoint = serve(account(ONE, "one"))
+    run_program(endpoint.env(), role="audit/IAMAuditRole")
+    stats = endpoint.stats()
+    assert stats["assumed"][ONE]["RoleArn"] == f"arn:aws:iam::{ONE}:role/audit/IAMAuditRole"
+    assert stats["assumed"][ONE]["RoleSessionName"] == "iam-audit"
+    assert stats["assumed"][ONE]["ExternalId"] is None
+    for service in ("sts", "organizations", "iam"):
+        assert f"iam-audit/{iam_audit.VERSION}" in stats["user_agents"][service]
+
+
+@pytest.mark.program
+def test_external_id(serve: Serve, run_program: Program) -> None:
+    endpoint = serve(account(ONE, "one", external_id="x-1:2/3"), account(TWO, "two", external_id="other"))
+    result = run_program(endpoint.env(), "--external-id", "x-1:2/3")
+    assert result.csvs == {ONE}
+    assert result.failures == {TWO: ("AssumeRole", "AccessDenied")}
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(
+    ("partition", "region"), [("aws", "us-east-1"), ("aws-us-gov", "us-gov-west-1"), ("aws-cn", "cn-north-1")]
+)
+@pytest.mark.parametrize("named", [True, False], ids=["region given", "no region"])
+def test_partitions(serve: Serve, run_program: Program, partition: str, region: str, named: bool) -> None:
+    """Without a Region each partition is asked in turn who the caller is, until one knows him."""
+    unknown = ["us-east-1", "us-gov-west-1", "cn-north-1"].index(region)
+    nobody = rule("GetCallerIdentity", error="InvalidClientTokenId", status=403, times=0 if named else unknown)
+    ana = user("ana", password=True, mfa=[f"arn:{partition}:iam::{ONE}:mfa/ana"])
+    boss = root(password=True, virtual=True)
+    endpoint = serve(account(ONE, "one", users=[ana], root=boss), partition=partition, rules=[nobody])
+    env = endpoint.env()
+    assert env["AWS_REGION"] == region
+    if not named:
+        env = {name: value for name, value in env.items() if name not in ("AWS_REGION", "AWS_DEFAULT_REGION")}
+    result = run_program(env)
+    assert result.exit_code == 0, result
+    assert [row["mfa_status"] for row in result.rows(ONE)] == ["Virtual", "Virtual"]
+    stats = endpoint.stats()
+    assert stats["assumed"][ONE]["RoleArn"] == f"arn:{partition}:iam::{ONE}:role/Audit"
+    asked = {scope for scope in stats["scopes"] if not scope.startswith("sts/")}
+    assert asked == {f"iam/{region}", f"organizations/{region}"}
+
+
+@pytest.mark.program
+def test_a_key_that_no_partition_knows(serve: Serve, run_program: Program) -> None:
+    endpoint = serve(rules=[rule("GetCallerIdentity", error="InvalidClientTokenId", status=403)])
+    env = {name: value for name, value in endpoint.env().items() if "REGION" not in name}
+    result = run_program(env)
+    assert result.exit_code == 1
+    assert "InvalidClientTokenId" in result.stderr
+    assert endpoint.stats()["requests"] == {"GetCallerIdentity": 3}
+
+
+@pytest.mark.program
+def test_region_of_the_profile(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+    """It is where STS is asked; IAM and Organizations have one place for the whole partition."""
+    endpoint = serve(account(ONE, "one"))
+    env = {name: value for name, value in endpoint.env().items() if "REGION" not in name}
+    config = tmp_path / "config"
+    secrets = (f"{name.lower()} = {env[name]}\n" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    config.write_text("[profile mgmt]\nregion = eu-central-1\n" + "".join(secrets), encoding="utf-8")
+    result = run_program({**env, "AWS_CONFIG_FILE": str(config)}, "--profile", "mgmt")
+    assert result.exit_code == 0, result
+    assert {scope.partition("/")[0]: scope for scope in endpoint.stats()["scopes"]}["sts"] == "sts/eu-central-1"

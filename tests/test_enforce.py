@@ -1,0 +1,955 @@
+"""What service control policies prevent, judged on their JSON; and the documents that --print gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import boto3
+import parliament
+import pytest
+from cfnlint import ManualArgs
+from cfnlint.api import lint
+from hypothesis import example, given
+from hypothesis import strategies as st
+from moto import mock_aws
+
+import iam_audit as audit
+
+README = Path(__file__).parent.parent / "README.md"
+
+ENFORCED, PARTIAL, ABSENT, NOT_CHECKED = "enforced", "partial", "absent", "not checked"
+NO_MFA = {"Bool": {"aws:MultiFactorAuthPresent": "false"}}
+NO_MFA_OR_KEY = {"BoolIfExists": {"aws:MultiFactorAuthPresent": "false"}}
+ONLY_USERS = {"ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"}}
+SETUP = ["iam:CreateVirtualMFADevice", "iam:EnableMFADevice", "iam:ListMFADevices", "sts:GetSessionToken"]
+
+
+def deny(action: Any = "*", condition: Any = None, **elements: Any) -> dict[str, Any]:
+    """A Deny statement on every resource; NotAction and NotResource take the place of Action and Resource."""
+    statement = {"Effect": "Deny", "Action": action, "Resource": "*", **elements}
+    if "NotAction" in elements:
+        del statement["Action"]
+    if "NotResource" in elements:
+        del statement["Resource"]
+    return {**statement, "Condition": condition} if condition is not None else statement
+
+
+def policy(*statements: Any) -> str:
+    return json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+
+
+def judged(content: str, control: str, partition: str = "aws") -> audit.Judgement:
+    return audit.judge_policy(content, partition)[control]
+
+
+MFA_CASES = [
+    # The action
+    ("everything", deny("*", NO_MFA), ENFORCED, ()),
+    ("everything, as a list", deny(["ec2:*", "*"], NO_MFA), ENFORCED, ()),
+    ("every action of every service", deny("*:*", NO_MFA), ENFORCED, ()),
+    ("all but setting up MFA", deny(NotAction=SETUP, condition=NO_MFA), ENFORCED, ()),
+    ("one basic, no list", deny(NotAction="sts:GetSessionToken", condition=NO_MFA), ENFORCED, ()),
+    ("any case", deny(NotAction=["IAM:enablemfadevice"], condition=NO_MFA), ENFORCED, ()),
+    ("reading IAM", deny(NotAction=[*SETUP, "iam:Get*", "iam:ListUsers"], condition=NO_MFA), ENFORCED, ()),
+    ("aws login", deny(NotAction=[*SETUP, "signin:CreateOAuth2Token"], condition=NO_MFA), ENFORCED, ()),
+    ("all of S3 left out", deny(NotAction=[*SETUP, "s3:*"], condition=NO_MFA), PARTIAL, ("NotAction s3:*",)),
+    ("all of IAM left out", deny(NotAction="iam:*", condition=NO_MFA), PARTIAL, ("NotAction iam:*",)),
+    ("roles left out", deny(NotAction=["sts:*"], condition=NO_MFA), PARTIAL, ("NotAction sts:*",)),
+    (
+        "keys left out",
+        deny(NotAction=["iam:CreateAccessKey"], condition=NO_MFA),
+        PARTIAL,
+        ("NotAction iam:CreateAccessKey",),
+    ),
+    (
+        "a wildcard before MFA",
+        deny(NotAction="iam:*MFADevice", condition=NO_MFA),
+        PARTIAL,
+        ("NotAction iam:*MFADevice",),
+    ),
+    (
+        "removing MFA left out",
+        deny(NotAction="iam:DeactivateMFADevice", condition=NO_MFA),
+        PARTIAL,
+        ("NotAction iam:DeactivateMFADevice",),
+    ),
+    ("all of Get left out", deny(NotAction="*:Get*", condition=NO_MFA), PARTIAL, ("NotAction *:Get*",)),
+    ("one action", deny("s3:*", NO_MFA), PARTIAL, ("Action s3:*",)),
+    ("two services", deny(["s3:*", "iam:*"], NO_MFA), PARTIAL, ("Action s3:*, iam:*",)),
+    ("nothing at all", deny(NotAction=["*"], condition=NO_MFA), ABSENT, ()),
+    # The resource
+    ("one bucket", deny("*", NO_MFA, Resource=["arn:aws:s3:::x"]), PARTIAL, ("Resource arn:aws:s3:::x",)),
+    ("all but one bucket", deny("*", NO_MFA, NotResource="arn:aws:s3:::x"), PARTIAL, ("NotResource arn:aws:s3:::x",)),
+    ("no resource", deny("*", NO_MFA, NotResource="*"), ABSENT, ()),
+    # MFA
+    ("access keys too", deny("*", NO_MFA_OR_KEY), ENFORCED, ()),
+    ("JSON false", deny("*", {"Bool": {"aws:MultiFactorAuthPresent": False}}), ENFORCED, ()),
+    ("a list, any case", deny("*", {"bool": {"AWS:multifactorauthpresent": ["False"]}}), ENFORCED, ()),
+    ("a set operator", deny("*", {"ForAnyValue:Bool": {"aws:MultiFactorAuthPresent": "false"}}), ENFORCED, ()),
+    ("Null", deny("*", {"Null": {"aws:MultiFactorAuthPresent": "true"}}), ENFORCED, ()),
+    ("no age", deny("*", {"Null": {"aws:MultiFactorAuthAge": True}}), ENFORCED, ()),
+    ("only with MFA", deny("*", {"Bool": {"aws:MultiFactorAuthPresent": "true"}}), ABSENT, ()),
+    ("only with an age", deny("*", {"Null": {"aws:MultiFactorAuthAge": "false"}}), ABSENT, ()),
+    ("no condition", deny("*"), ABSENT, ()),
+    ("no condition on MFA", deny("*", {"Bool": {"aws:SecureTransport": "false"}}), ABSENT, ()),
+    (
+        "true or false",
+        deny("*", {"Bool": {"aws:MultiFactorAuthPresent": ["true", "false"]}}),
+        PARTIAL,
+        ("Bool aws:MultiFactorAuthPresent true, false",),
+    ),
+    (
+        "the key is there, whatever it says",
+        deny("*", {"Null": {"aws:MultiFactorAuthPresent": "false"}}),
+        PARTIAL,
+        ("Null aws:MultiFactorAuthPresent false",),
+    ),
+    (
+        "old MFA",
+        deny("*", {"NumericGreaterThan": {"aws:MultiFactorAuthAge": 3600}}),
+        PARTIAL,
+        ("NumericGreaterThan aws:MultiFactorAuthAge 3600",),
+    ),
+    (
+        "a set operator that an absent key satisfies never",
+        deny("*", {"ForAnyValue:Null": {"aws:MultiFactorAuthPresent": "true"}}),
+        PARTIAL,
+        ("ForAnyValue:Null aws:MultiFactorAuthPresent true",),
+    ),
+    (
+        "false and absent at once",
+        deny("*", {**NO_MFA, "Null": {"aws:MultiFactorAuthPresent": "true"}}),
+        PARTIAL,
+        ("Null aws:MultiFactorAuthPresent true",),
+    ),
+    # Further conditions
+    ("IAM users by ARN", deny("*", {**NO_MFA, **ONLY_USERS}), ENFORCED, ()),
+    (
+        "with their partition",
+        deny("*", {**NO_MFA, "StringLike": {"aws:principalarn": ["arn:aws:iam::*:user/*"]}}),
+        ENFORCED,
+        (),
+    ),
+    (
+        "users and root",
+        deny("*", {**NO_MFA, "ArnEquals": {"aws:PrincipalArn": ["arn:*:iam::*:root", "arn:*:iam::*:*"]}}),
+        ENFORCED,
+        (),
+    ),
+    ("IAM users by type", deny("*", {**NO_MFA, "StringEquals": {"aws:PrincipalType": "User"}}), ENFORCED, ()),
+    (
+        "all but IAM users",
+        deny("*", {**NO_MFA, "StringNotEquals": {"aws:PrincipalType": "User"}}),
+        PARTIAL,
+        ("StringNotEquals aws:PrincipalType User",),
+    ),
+    (
+        "type in the wrong case",
+        deny("*", {**NO_MFA, "StringEquals": {"aws:PrincipalType": "user"}}),
+        PARTIAL,
+        ("StringEquals aws:PrincipalType user",),
+    ),
+    (
+        "wildcards that StringEquals does not know",
+        deny("*", {**NO_MFA, "StringEquals": {"aws:PrincipalArn": "arn:aws:iam::*:user/*"}}),
+        PARTIAL,
+        ("StringEquals aws:PrincipalArn arn:aws:iam::*:user/*",),
+    ),
+    (
+        "users of another partition",
+        deny("*", {**NO_MFA, "ArnLike": {"aws:PrincipalArn": "arn:aws-cn:iam::*:user/*"}}),
+        PARTIAL,
+        ("ArnLike aws:PrincipalArn arn:aws-cn:iam::*:user/*",),
+    ),
+    (
+        "some users",
+        deny("*", {**NO_MFA, "ArnLike": {"aws:PrincipalArn": "arn:aws:iam::*:user/admin-*"}}),
+        PARTIAL,
+        ("ArnLike aws:PrincipalArn arn:aws:iam::*:user/admin-*",),
+    ),
+    (
+        "users of one letter",
+        deny("*", {**NO_MFA, "ArnLike": {"aws:PrincipalArn": "arn:aws:iam::*:user/?"}}),
+        PARTIAL,
+        ("ArnLike aws:PrincipalArn arn:aws:iam::*:user/?",),
+    ),
+    (
+        "all but requests of services",
+        deny("*", {"BoolIfExists": {"aws:MultiFactorAuthPresent": "false", "aws:ViaAWSService": "false"}}),
+        ENFORCED,
+        (),
+    ),
+    (
+        "only requests of services",
+        deny("*", {"Bool": {"aws:MultiFactorAuthPresent": "false", "aws:ViaAWSService": "true"}}),
+        PARTIAL,
+        ("Bool aws:ViaAWSService true",),
+    ),
+    (
+        "one network and one tag",
+        deny("s3:*", {**NO_MFA, "NotIpAddress": {"aws:SourceIp": ["192.0.2.0/24", "198.51.100.0/24"]}}),
+        PARTIAL,
+        ("Action s3:* and NotIpAddress aws:SourceIp 192.0.2.0/24, 198.51.100.0/24",),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("statement", "verdict", "conditions"), [case[1:] for case in MFA_CASES], ids=[case[0] for case in MFA_CASES]
+)
+def test_mfa_required(statement: dict[str, Any], verdict: str, conditions: tuple[str, ...]) -> None:
+    judgement = judged(policy(statement), "mfa-required")
+    assert (judgement.verdict, judgement.conditions) == (verdict, conditions)
+
+
+KEY = "iam:CreateAccessKey"
+KEY_CASES = [
+    ("the action", deny(KEY), ENFORCED, ()),
+    ("in any case", deny("IAM:createaccesskey"), ENFORCED, ()),
+    ("in a list", deny(["s3:*", KEY]), ENFORCED, ()),
+    *[
+        (f"{action} has it", deny(action), ENFORCED, ())
+        for action in ("*", "iam:*", "iam:Create*", "*:*", "iam:*Key", "iam:CreateAccess?ey")
+    ],
+    *[
+        (f"{action} has it not", deny(action), ABSENT, ())
+        for action in ("s3:*", "iam:CreateAccessKeys", "iam:Create?", "iam:[C]reateAccessKey")
+    ],
+    ("all but S3", deny(NotAction="s3:*"), ENFORCED, ()),
+    ("all but IAM", deny(NotAction=["s3:*", "IAM:*"]), ABSENT, ()),
+    ("allowed", {"Effect": "Allow", "Action": "*", "Resource": "*"}, ABSENT, ()),
+    # The resource: an IAM user
+    ("all users", deny(KEY, Resource="arn:*:iam::*:user/*"), ENFORCED, ()),
+    ("all users, in a list", deny(KEY, Resource=["arn:aws:s3:::x", "arn:aws:iam::*:user/*"]), ENFORCED, ()),
+    ("all of IAM", deny("*", Resource="arn:aws:iam::*:*"), ENFORCED, ()),
+    ("one user", deny(KEY, Resource="arn:aws:iam::*:user/ci"), PARTIAL, ("Resource arn:aws:iam::*:user/ci",)),
+    (
+        "users of one account",
+        deny(KEY, Resource="arn:aws:iam::111122223333:user/*"),
+        PARTIAL,
+        ("Resource arn:aws:iam::111122223333:user/*",),
+    ),
+    (
+        "oneself",
+        deny(KEY, Resource="arn:aws:iam::*:user/${aws:username}"),
+        PARTIAL,
+        ("Resource arn:aws:iam::*:user/${aws:username}",),
+    ),
+    ("an odd ARN", deny(KEY, Resource="arn:aws:iam::*"), PARTIAL, ("Resource arn:aws:iam::*",)),
+    ("a bucket", deny("*", Resource="arn:*:s3:::bucket/*"), ABSENT, ()),
+    ("a bucket that looks like it", deny("*", Resource="arn:aws:s3:::user/*"), ABSENT, ()),
+    ("a variable", deny(KEY, Resource="arn:aws:iam::*:${aws:x}"), PARTIAL, ("Resource arn:aws:iam::*:${aws:x}",)),
+    ("roles", deny("*", Resource=["arn:aws:iam::*:role/*", "arn:aws:iam::*:u2f/*"]), ABSENT, ()),
+    ("users of another partition", deny("*", Resource="arn:aws-cn:iam::*:user/*"), ABSENT, ()),
+    ("all but roles", deny(KEY, NotResource="arn:aws:iam::*:role/*"), ENFORCED, ()),
+    (
+        "all but one user",
+        deny(KEY, NotResource="arn:aws:iam::*:user/ci"),
+        PARTIAL,
+        ("NotResource arn:aws:iam::*:user/ci",),
+    ),
+    ("all but users", deny(KEY, NotResource="arn:aws:iam::*:user/*"), ABSENT, ()),
+    ("nothing", deny(KEY, NotResource="*"), ABSENT, ()),
+    # Conditions
+    ("without MFA", deny(KEY, NO_MFA), PARTIAL, ("Bool aws:MultiFactorAuthPresent false",)),
+    (
+        "root",
+        deny("*", {"ArnLike": {"aws:PrincipalArn": "arn:aws:iam::*:root"}}),
+        PARTIAL,
+        ("ArnLike aws:PrincipalArn arn:aws:iam::*:root",),
+    ),
+    (
+        "two conditions, of two keys",
+        deny(KEY, {"StringEquals": {"aws:RequestedRegion": "us-east-1", "aws:PrincipalTag/team": ["a", "b"]}}),
+        PARTIAL,
+        ("StringEquals aws:RequestedRegion us-east-1 and StringEquals aws:PrincipalTag/team a, b",),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("statement", "verdict", "conditions"), [case[1:] for case in KEY_CASES], ids=[case[0] for case in KEY_CASES]
+)
+def test_new_keys_prevented(statement: dict[str, Any], verdict: str, conditions: tuple[str, ...]) -> None:
+    judgement = judged(policy(statement), "new-keys-prevented")
+    assert (judgement.verdict, judgement.conditions) == (verdict, conditions)
+
+
+ROLE = "arn:aws:iam::*:role/"
+USER = "arn:aws:iam::*:user/"
+EXEMPTIONS = [
+    # operator, key, values, verdict on MFA, verdict on new keys
+    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "Admin"], ENFORCED, ENFORCED),
+    ("StringNotLike", "aws:PrincipalARN", [ROLE + "path/Admin", ROLE + "stacksets-exec-*"], ENFORCED, ENFORCED),
+    (
+        "ArnNotEquals",
+        "aws:PrincipalArn",
+        [ROLE + "aws-reserved/sso.amazonaws.com/*/AWSReservedSSO_Admin_*"],
+        ENFORCED,
+        ENFORCED,
+    ),
+    ("StringNotEquals", "aws:PrincipalArn", ["arn:aws:iam::111122223333:user/break-glass"], ENFORCED, ENFORCED),
+    ("ArnNotLikeIfExists", "aws:PrincipalArn", ["arn:*:iam::*:root"], ENFORCED, ENFORCED),
+    ("StringNotLike", "aws:username", ["break-glass", "ci"], ENFORCED, ENFORCED),
+    # every role, or who can say which: no console user, but free to create keys
+    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "*"], ENFORCED, PARTIAL),
+    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "Admin", ROLE + "aws-reserved/sso.amazonaws.com/*"], ENFORCED, PARTIAL),
+    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "a*"], ENFORCED, PARTIAL),
+    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "${aws:PrincipalTag/path/role}"], ENFORCED, PARTIAL),
+    # all users, or who can say which
+    ("ArnNotLike", "aws:PrincipalArn", ["*"], PARTIAL, PARTIAL),
+    ("StringNotLike", "aws:PrincipalArn", ["arn:aws:iam::*:*"], PARTIAL, PARTIAL),
+    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "Admin", USER + "*"], PARTIAL, PARTIAL),
+    ("ArnNotLike", "aws:PrincipalArn", [USER + "${aws:username}"], PARTIAL, PARTIAL),
+    ("ArnNotLike", "aws:PrincipalArn", [USER + "admin-*"], PARTIAL, PARTIAL),
+    ("ArnNotLike", "aws:PrincipalArn", ["arn:aws:iam::*:?ser/ci"], PARTIAL, PARTIAL),
+    ("StringNotLike", "aws:username", ["*"], PARTIAL, PARTIAL),
+    ("StringNotEquals", "aws:username", ["${aws:username}"], PARTIAL, PARTIAL),
+    # an absent key fails ForAnyValue, so that roles, which have no user name, would go free
+    ("ForAnyValue:StringNotLike", "aws:username", ["ci"], PARTIAL, PARTIAL),
+    ("ForAllValues:StringNotLike", "aws:PrincipalArn", [ROLE + "Admin"], PARTIAL, PARTIAL),
+    # a tag that many may set
+    ("StringNotLike", "aws:PrincipalTag/exempt", ["true"], PARTIAL, PARTIAL),
+    ("StringNotEquals", "aws:PrincipalAccount", ["111122223333"], PARTIAL, PARTIAL),
+]
+
+
+@pytest.mark.parametrize(("operator", "key", "values", "on_mfa", "on_keys"), EXEMPTIONS)
+def test_exemptions(operator: str, key: str, values: list[str], on_mfa: str, on_keys: str) -> None:
+    exempt = {operator: {key: values}}
+    mfa = judged(policy(deny("*", {**NO_MFA, **exempt})), "mfa-required")
+    keys = judged(policy(deny(KEY, exempt)), "new-keys-prevented")
+    shown = f"{operator} {key} {', '.join(values)}"
+    for judgement, verdict in ((mfa, on_mfa), (keys, on_keys)):
+        expected = (tuple(values), ()) if verdict == ENFORCED else ((), (shown,))
+        assert (judgement.verdict, judgement.exemptions, judgement.conditions) == (verdict, *expected)
+
+
+def test_new_keys_denied_to_users_only_shows_that_roles_are_exempt() -> None:
+    judgement = judged(policy(deny(KEY, {"StringLike": {"aws:PrincipalType": "User"}})), "new-keys-prevented")
+    assert judgement == audit.Judgement(ENFORCED, ("all principals but IAM users",))
+
+
+# Service control policies that AWS documents, with the names of its pages and of its samples repository.
+AWS_EXAMPLES = [
+    ("FullAWSAccess", {"Effect": "Allow", "Action": "*", "Resource": "*"}, ABSENT, ABSENT),
+    (
+        "Require MFA to perform an API action",
+        deny(["ec2:StopInstances", "ec2:TerminateInstances"], {"BoolIfExists": {"aws:MultiFactorAuthPresent": False}}),
+        PARTIAL,
+        ABSENT,
+    ),
+    (
+        "Deny access to AWS based on the requested AWS Region",
+        deny(
+            NotAction=["cloudfront:*", "iam:*", "organizations:*", "route53:*", "sts:*", "support:*"],
+            condition={
+                "StringNotEquals": {"aws:RequestedRegion": ["eu-central-1", "eu-west-1"]},
+                "ArnNotLike": {
+                    "aws:PrincipalARN": [ROLE + "Role1AllowedToBypassThisSCP", ROLE + "Role2AllowedToBypassThisSCP"]
+                },
+            },
+        ),
+        ABSENT,
+        ABSENT,
+    ),
+    (
+        "Prevent IAM users and roles from making certain changes",
+        deny(["iam:AttachRolePolicy", "iam:DeleteRole"], Resource=[ROLE + "name-of-role-to-deny"]),
+        ABSENT,
+        ABSENT,
+    ),
+    (
+        "... with an exception for a specified admin role",
+        deny(
+            ["iam:PutRolePolicy"],
+            {"StringNotLike": {"aws:PrincipalARN": ROLE + "name-of-admin-role-to-allow"}},
+            Resource=[ROLE + "name-of-role-to-deny"],
+        ),
+        ABSENT,
+        ABSENT,
+    ),
+    (
+        "Block service access for the root user",
+        deny(["ec2:*"], {"StringLike": {"aws:PrincipalArn": ["arn:aws:iam::*:root"]}}, Resource=["*"]),
+        ABSENT,
+        ABSENT,
+    ),
+    (
+        "Prevent member accounts from leaving the organization",
+        deny(["organizations:LeaveOrganization"]),
+        ABSENT,
+        ABSENT,
+    ),
+    ("Deny IAM, EC2 and RDS", deny(["iam:*", "ec2:*", "rds:*"]), ABSENT, ENFORCED),
+    (
+        "Deny critical IAM user actions",
+        deny(
+            ["iam:CreateAccessKey", "iam:CreateUser", "iam:CreateLoginProfile"],
+            {
+                "ArnNotLike": {"aws:PrincipalArn": ROLE + "[PRIVILEGED_ROLE]"},
+                "StringNotLike": {"aws:PrincipalTag/IAMUserManagementException": "true"},
+            },
+        ),
+        ABSENT,
+        PARTIAL,
+    ),
+    (
+        "Prevent root credentials management in member accounts",
+        deny("*", {"ArnLike": {"aws:PrincipalArn": ["arn:aws:iam::*:root"]}, "Null": {"aws:AssumedRoot": "true"}}),
+        ABSENT,
+        PARTIAL,
+    ),
+    (
+        "Deny use of IAM user credentials from unexpected networks",
+        deny(
+            NotAction=["es:ES*", "dax:GetItem", "neptune-db:*"],
+            condition={
+                "BoolIfExists": {"aws:ViaAWSService": "false"},
+                "NotIpAddressIfExists": {"aws:SourceIp": ["192.0.2.0/24"]},
+                "ArnLike": {"aws:PrincipalArn": ["arn:aws:iam::*:user/*"]},
+            },
+        ),
+        ABSENT,
+        PARTIAL,
+    ),
+    (
+        "Allows MFA-authenticated IAM users to manage their own MFA device (its Deny)",
+        deny(
+            NotAction=[
+                *SETUP,
+                "iam:ChangePassword",
+                "iam:GetUser",
+                "iam:GetMFADevice",
+                "iam:ListVirtualMFADevices",
+                "iam:ResyncMFADevice",
+            ],
+            condition={"BoolIfExists": {"aws:MultiFactorAuthPresent": "false"}},
+        ),
+        ENFORCED,
+        PARTIAL,
+    ),
+    (
+        "Use an MFA token to authenticate access through the AWS CLI (its Deny)",
+        deny(
+            NotAction=[
+                *SETUP,
+                "iam:DeleteVirtualMFADevice",
+                "iam:ListUsers",
+                "iam:ListAccessKeys",
+                "iam:GetAccountSummary",
+            ],
+            condition={"Bool": {"aws:MultiFactorAuthPresent": "false", "aws:ViaAWSService": "false"}},
+        ),
+        PARTIAL,
+        PARTIAL,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("statement", "on_mfa", "on_keys"), [case[1:] for case in AWS_EXAMPLES], ids=[case[0] for case in AWS_EXAMPLES]
+)
+def test_examples_that_aws_documents(statement: dict[str, Any], on_mfa: str, on_keys: str) -> None:
+    judgements = audit.judge_policy(policy(statement))
+    assert {control: judgement.verdict for control, judgement in judgements.items()} == {
+        "mfa-required": on_mfa,
+        "new-keys-prevented": on_keys,
+    }
+
+
+@pytest.mark.parametrize("partition", ["aws", "aws-cn", "aws-us-gov"])
+def test_users_are_those_of_the_partition(partition: str) -> None:
+    statement = deny(KEY, Resource=f"arn:{partition}:iam::*:user/*")
+    assert judged(policy(statement), "new-keys-prevented", partition).verdict == ENFORCED
+    assert judged(policy(statement), "new-keys-prevented", "aws-iso").verdict == ABSENT
+
+
+def test_a_statement_may_stand_alone() -> None:
+    assert judged(json.dumps({"Statement": deny(KEY)}), "new-keys-prevented").verdict == ENFORCED
+
+
+def test_partial_statements_add_up_to_partial() -> None:
+    judgement = judged(policy(deny("s3:*", NO_MFA), deny("ec2:*", NO_MFA), deny(KEY)), "mfa-required")
+    assert judgement == audit.Judgement(PARTIAL, (), ("Action s3:*", "Action ec2:*"))
+
+
+def test_the_enforcing_statement_with_the_fewest_exemptions_counts() -> None:
+    exempt = deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": ROLE + "Admin"}})
+    assert judged(policy(exempt, deny(KEY), deny(KEY, NO_MFA)), "new-keys-prevented") == audit.Judgement(ENFORCED)
+
+
+MALFORMED = [
+    "",
+    "Statement",
+    "[]",
+    "{}",
+    '{"Statement": null}',
+    '{"Statement": ["Deny"]}',
+    '{"Statement": [[]]}',
+    "[" * 100_000,
+    '{"Statement": ' + "9" * 10_000 + "}",
+    policy(deny(KEY), {}),
+    policy(deny([])),
+    policy(deny(None)),
+    policy(deny({"iam": "CreateAccessKey"})),
+    policy(deny([["*"]])),
+    policy(deny(KEY, Effect="deny")),
+    policy(deny(KEY, Effect=["Deny"])),
+    policy(deny(KEY, Principal="*")),
+    policy({"Effect": "Deny", "Action": KEY}),
+    policy({"Effect": "Deny", "Action": KEY, "NotAction": "s3:*", "Resource": "*"}),
+    policy(deny(KEY, [])),
+    policy(deny(KEY, {"Bool": []})),
+    policy(deny(KEY, {"Bool": "aws:MultiFactorAuthPresent"})),
+    policy(deny(KEY, {"Bool": {"aws:MultiFactorAuthPresent": []}})),
+    policy(deny(KEY, {"Bool": {"aws:MultiFactorAuthPresent": None}})),
+    policy(deny(KEY, {"Bool": {"aws:MultiFactorAuthPresent": {"false": "false"}}})),
+]
+
+
+@pytest.mark.parametrize("content", MALFORMED, ids=range(len(MALFORMED)))
+def test_what_is_not_understood_is_not_checked(content: str) -> None:
+    assert {judgement.verdict for judgement in audit.judge_policy(content).values()} == {NOT_CHECKED}
+
+
+def test_a_policy_without_statements_prevents_nothing() -> None:
+    assert {judgement.verdict for judgement in audit.judge_policy(policy()).values()} == {ABSENT}
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+
+
+@given(JSON)
+def test_no_json_raises(document: Any) -> None:
+    for content in (
+        json.dumps(document),
+        json.dumps({"Statement": document}),
+        policy(deny(document)),
+        policy(deny("*", document)),
+    ):
+        for judgement in audit.judge_policy(content).values():
+            assert judgement.verdict in (ENFORCED, PARTIAL, ABSENT, NOT_CHECKED)
+
+
+@given(st.text())
+@example("\ud800")
+def test_no_text_raises(content: str) -> None:
+    audit.judge_policy(content)
+    judgements = audit.judge_policy(policy(deny(content, {content: {content: content}}, Resource=content)))
+    assert judgements["mfa-required"].verdict != ENFORCED
+
+
+def test_hostile_wildcards_take_no_time() -> None:
+    pattern = "iam:" + "*a" * 2_000 + "x"
+    assert (
+        judged(
+            policy(deny([pattern] * 2), deny(KEY, Resource=f"arn:aws:iam::*:user/{pattern}")), "new-keys-prevented"
+        ).verdict
+        == PARTIAL
+    )
+
+
+# An evaluator of its own, request by request as AWS describes it, holds the judge to the one promise that matters: where it
+# says enforced, no request gets through. (Null aws:MultiFactorAuthPresent is not among the conditions: AWS writes that it
+# behaves like Bool false, which a request of a console session, that has the key, does not bear out.)
+ACTIONS = [
+    "*",
+    "*:*",
+    "iam:*",
+    "s3:*",
+    "iam:Create*",
+    KEY,
+    "iam:EnableMFADevice",
+    "iam:Get*",
+    "sts:*",
+    "iam:*MFADevice",
+    "?am:*",
+    "sts:GetSessionToken",
+]
+RESOURCES = [
+    "*",
+    "arn:*:iam::*:user/*",
+    USER + "ci",
+    USER + "*",
+    ROLE + "*",
+    "arn:aws:s3:::*",
+    "arn:aws:iam::*:*",
+    "arn:aws:iam::*:u*",
+    "arn:?ws:iam::*:user/?i",
+]
+PRINCIPALS = [
+    "*",
+    "arn:*:iam::*:user/*",
+    USER + "*",
+    USER + "ci",
+    USER + "c*",
+    ROLE + "Admin",
+    ROLE + "*",
+    "arn:aws:iam::*:root",
+    "arn:aws:iam::*:*",
+    USER + "?i",
+    "arn:aws-cn:iam::*:user/*",
+]
+OPERATORS = [
+    "StringLike",
+    "StringNotLike",
+    "ArnLike",
+    "ArnNotLike",
+    "ArnEquals",
+    "ArnNotEquals",
+    "StringEquals",
+    "StringNotEquals",
+]
+BOOLEANS = ["Bool", "BoolIfExists", "ForAnyValue:Bool"]
+
+
+def some(values: list[Any]) -> st.SearchStrategy[Any]:
+    return st.sampled_from(values) | st.lists(st.sampled_from(values), min_size=1, max_size=2)
+
+
+CONDITIONS = st.lists(
+    st.tuples(st.sampled_from(BOOLEANS), st.just("aws:MultiFactorAuthPresent"), some(["false", False, "False", "true"]))
+    | st.tuples(st.just("Null"), st.just("aws:MultiFactorAuthAge"), some(["true", False]))
+    | st.tuples(st.sampled_from(OPERATORS), st.just("aws:PrincipalArn"), some(PRINCIPALS))
+    | st.tuples(
+        st.sampled_from(["StringEquals", "StringNotEquals"]),
+        st.just("aws:PrincipalType"),
+        some(["User", "AssumedRole"]),
+    )
+    | st.tuples(
+        st.sampled_from(["StringLike", "ForAnyValue:StringNotLike", "StringNotEquals"]),
+        st.just("aws:username"),
+        some(["ci", "*"]),
+    )
+    | st.tuples(st.just("StringEquals"), st.just("aws:RequestedRegion"), some(["us-east-1", "eu-west-1"])),
+    max_size=3,
+).map(lambda triples: {triple[0]: {triple[1]: triple[2]} for triple in triples})
+STATEMENTS = st.fixed_dictionaries({"action": some(ACTIONS), "condition": CONDITIONS, "Resource": some(RESOURCES)}).map(
+    lambda parts: deny(**parts)
+) | st.fixed_dictionaries({"NotAction": some(ACTIONS), "condition": CONDITIONS, "NotResource": some(RESOURCES)}).map(
+    lambda parts: deny(**parts)
+)
+
+
+def as_list(value: Any) -> list[str]:
+    return [str(each) for each in (value if isinstance(value, list) else [value])]
+
+
+def matches(pattern: str, value: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), value, re.DOTALL) is not None
+
+
+def condition_holds(operator: str, key: str, values: list[str], request: dict[str, str]) -> bool:
+    set_operator, _, plain = operator.rpartition(":")
+    name, if_exists = plain.removesuffix("IfExists"), plain.endswith("IfExists")
+    if name == "Null":
+        return any((key not in request) == (value.lower() == "true") for value in values)
+    negated = "Not" in name
+    if key not in request:
+        return if_exists or (negated and not set_operator)
+    if name == "Bool":
+        return any(value.lower() == request[key] for value in values)
+    compare = matches if "Like" in name or "Arn" in name else str.__eq__
+    return any(compare(value, request[key]) for value in values) != negated
+
+
+def denies(statement: dict[str, Any], action: str, resource: str, request: dict[str, str]) -> bool:
+    named = any(
+        matches(each.lower(), action.lower()) for each in as_list(statement.get("Action", statement.get("NotAction")))
+    )
+    covered = any(matches(each, resource) for each in as_list(statement.get("Resource", statement.get("NotResource"))))
+    return (
+        named == ("Action" in statement)
+        and covered == ("Resource" in statement)
+        and all(
+            condition_holds(operator, key, as_list(value), request)
+            for operator, keys in statement["Condition"].items()
+            for key, value in keys.items()
+        )
+    )
+
+
+def request_of(principal: str, **more: str) -> dict[str, str]:
+    """What a request of this principal carries, from a console session without MFA unless more says otherwise."""
+    kind, _, name = principal.partition("/")
+    user = (
+        {"aws:PrincipalType": "User", "aws:username": name.rpartition("/")[2]}
+        if kind == "user"
+        else {"aws:PrincipalType": "AssumedRole"}
+    )
+    return {
+        "aws:PrincipalArn": f"arn:aws:iam::111122223333:{principal}",
+        "aws:RequestedRegion": "us-west-2",
+        "aws:MultiFactorAuthPresent": "false",
+        "aws:ViaAWSService": "false",
+        **user,
+        **more,
+    }
+
+
+def is_exempt(principal: str, exemptions: tuple[str, ...]) -> bool:
+    arn, name = f"arn:aws:iam::111122223333:{principal}", principal.rpartition("/")[2]
+    return any(matches(each, arn) or each == name for each in exemptions) or (
+        not principal.startswith("user/") and "all principals but IAM users" in exemptions
+    )
+
+
+@given(STATEMENTS)
+@example(deny("*", {**NO_MFA, **ONLY_USERS}))
+@example(deny(NotAction=SETUP, condition=NO_MFA))
+def test_where_mfa_is_enforced_no_request_without_it_gets_through(statement: dict[str, Any]) -> None:
+    judgement = judged(policy(statement), "mfa-required")
+    if judgement.verdict != ENFORCED:
+        return
+    for principal in ("user/ci", "user/team/anna", "user/x"):
+        for action in ("s3:GetObject", KEY, "iam:DeactivateMFADevice", "sts:AssumeRole"):
+            for resource in ("arn:aws:s3:::bucket/object", "arn:aws:iam::111122223333:user/ci"):
+                assert is_exempt(principal, judgement.exemptions) or denies(
+                    statement, action, resource, request_of(principal)
+                )
+
+
+@given(STATEMENTS)
+@example(deny(KEY, ONLY_USERS))
+@example(deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": ROLE + "Admin"}}))
+def test_where_new_keys_are_prevented_none_is_created(statement: dict[str, Any]) -> None:
+    judgement = judged(policy(statement), "new-keys-prevented")
+    for principal in ("user/ci", "user/team/anna", "role/Admin", "role/path/Other", "root"):
+        for mfa in ("true", "false"):
+            for user in ("ci", "team/anna", "x"):
+                denied = denies(
+                    statement,
+                    KEY,
+                    f"arn:aws:iam::111122223333:user/{user}",
+                    request_of(principal, **{"aws:MultiFactorAuthPresent": mfa}),
+                )
+                assert judgement.verdict != ENFORCED or denied or is_exempt(principal, judgement.exemptions)
+                assert judgement.verdict != ABSENT or not denied
+
+
+PATH = ("o-1", "r-1", "ou-1", "ou-2", "111122223333")
+PREVENT, NARROW = policy(deny(KEY)), policy(deny(KEY, NO_MFA))
+
+
+def controls(*policies: tuple[str, str, str], management: bool = False) -> audit.Control:
+    """The control of new keys of an account on PATH, under policies of a name, content and target each."""
+    listed = [audit.Policy(f"p-{name}", name, content, frozenset([target])) for name, content, target in policies]
+    return audit.controls_of_account(PATH, audit.judge_policies(listed, "aws"), management)["new-keys-prevented"]
+
+
+@pytest.mark.parametrize("target", PATH[1:])
+def test_a_policy_counts_at_the_root_an_ou_or_the_account(target: str) -> None:
+    assert controls(("keys", PREVENT, target)) == audit.Control(ENFORCED, {"p-keys": "keys"})
+
+
+def test_a_policy_elsewhere_does_not_count() -> None:
+    assert controls(("keys", PREVENT, "ou-3")) == audit.Control(ABSENT, {})
+
+
+def test_the_management_account_is_under_no_policy() -> None:
+    assert controls(("keys", PREVENT, "r-1"), ("bad", "{", "r-1"), management=True) == audit.Control(ABSENT, {})
+
+
+def test_enforced_beats_not_checked_beats_partial_beats_absent() -> None:
+    full, partial, bad, enforced = (
+        ("full", policy(), "r-1"),
+        ("half", NARROW, "ou-1"),
+        ("bad", "{", "ou-2"),
+        ("keys", PREVENT, PATH[-1]),
+    )
+    assert controls(full, partial) == audit.Control(
+        PARTIAL, {"p-half": "half"}, (), ("Bool aws:MultiFactorAuthPresent false",)
+    )
+    assert controls(full, partial, bad) == audit.Control(NOT_CHECKED, {"p-bad": "bad"})
+    assert controls(full, partial, bad, enforced) == audit.Control(ENFORCED, {"p-keys": "keys"})
+    assert controls(full, ("bad", "{", "ou-3")) == audit.Control(ABSENT, {})
+
+
+# ---------------------------------------------------------------------------------------------------------- --print
+
+POLICIES = ["caller-policy", "role-policy", "role-trust", "scp-require-mfa", "scp-deny-access-keys"]
+TEMPLATES = ["role-template", "alert-rule"]
+
+
+def printed(name: str, **options: Any) -> Any:
+    return json.loads(audit.print_document(name, **options))
+
+
+def test_every_document_is_one_of_these() -> None:
+    assert sorted(audit.DOCUMENTS) == sorted(POLICIES + TEMPLATES)
+    assert all(audit.print_document(name).endswith("}\n") for name in audit.DOCUMENTS)
+
+
+# What parliament says on purpose-built parts: it would have BoolIfExists, which would deny every access key in use; and it
+# would name the users, whom an audit does not know beforehand. (It knows no trust policies.)
+# The first is what Bool in place of BoolIfExists is for; the second key is younger than parliament's list of global keys.
+KNOWN = {
+    "scp-require-mfa": {"BAD_PATTERN_FOR_MFA", "UNKNOWN_CONDITION_FOR_ACTION aws:ViaAWSService"},
+    "role-policy": {"RESOURCE_STAR"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "role-trust"])
+def test_parliament_finds_nothing_else_in_the_policies(name: str) -> None:
+    findings = parliament.analyze_policy_string(audit.print_document(name, exempt_roles=["Admin"])).findings
+    found = {
+        f"{finding.issue} {finding.detail.split()[2]}" if finding.issue.startswith("UNKNOWN") else finding.issue
+        for finding in findings
+    }
+    assert found == KNOWN.get(name, set())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_cfn_lint_finds_nothing_in_the_templates(name: str) -> None:
+    assert [str(match) for match in lint(audit.print_document(name), config=ManualArgs(regions=["us-east-1"]))] == []
+
+
+def test_the_judge_calls_both_policies_enforced() -> None:
+    assert judged(audit.print_document("scp-require-mfa"), "mfa-required") == audit.Judgement(ENFORCED)
+    assert judged(audit.print_document("scp-deny-access-keys"), "new-keys-prevented") == audit.Judgement(ENFORCED)
+    exempting = audit.print_document("scp-deny-access-keys", exempt_roles=["Admin", "path/Other"])
+    names = ("arn:*:iam::*:role/Admin", "arn:*:iam::*:role/path/Other")
+    assert judged(exempting, "new-keys-prevented") == audit.Judgement(ENFORCED, names)
+
+
+@pytest.mark.parametrize("name", ["scp-require-mfa", "scp-deny-access-keys"])
+def test_service_control_policies_fit(name: str) -> None:
+    assert len(audit.print_document(name, exempt_roles=["x" * 64] * 20)) <= 5_120
+
+
+@pytest.mark.parametrize(
+    ("who", "request_", "denied"),
+    [
+        ("a console user without MFA", request_of("user/anna"), True),
+        ("a console user with MFA", request_of("user/anna", **{"aws:MultiFactorAuthPresent": "true"}), False),
+        (
+            "a role, as of Identity Center",
+            request_of("role/aws-reserved/sso.amazonaws.com/AWSReservedSSO_Admin_1"),
+            False,
+        ),
+        ("root", request_of("root"), False),
+    ],
+)
+def test_who_is_denied_without_mfa(who: str, request_: dict[str, str], denied: bool) -> None:
+    [statement] = printed("scp-require-mfa")["Statement"]
+    assert denies(statement, "s3:GetObject", "arn:aws:s3:::bucket/object", request_) is denied, who
+    assert not denies(statement, "iam:EnableMFADevice", "arn:aws:iam::111122223333:user/anna", request_), who
+
+
+def test_access_keys_are_not_denied_without_mfa() -> None:
+    [statement] = printed("scp-require-mfa")["Statement"]
+    request = request_of("user/ci")
+    del request["aws:MultiFactorAuthPresent"]  # long-term credentials do not carry it
+    assert not denies(statement, "s3:GetObject", "arn:aws:s3:::bucket/object", request)
+
+
+def test_the_policies_allow_what_the_program_calls_and_nothing_else() -> None:
+    *reads, assume = printed("caller-policy", role="audit/IAMAuditRole")["Statement"]
+    assert sorted(action for read in reads for action in read["Action"]) == sorted(audit.CALLER_READS)
+    assert (assume["Action"], assume["Resource"]) == (["sts:AssumeRole"], "arn:*:iam::*:role/audit/IAMAuditRole")
+    iam, cloudtrail = printed("role-policy")["Statement"]
+    assert (iam["Action"], cloudtrail["Action"]) == (list(audit.ROLE_READS), list(audit.CLOUDTRAIL_READS))
+
+
+@pytest.mark.parametrize("owner_and_path", ["444455556666:policy/o-1", "aws:policy"])
+def test_the_caller_may_read_the_organizations_and_the_managed_policies(owner_and_path: str) -> None:
+    [resource] = [each["Resource"] for each in printed("caller-policy")["Statement"] if each["Sid"] == "ReadPolicies"]
+    assert matches(resource, f"arn:aws:organizations::{owner_and_path}/service_control_policy/p-1")
+    assert not matches(resource, f"arn:aws:organizations::{owner_and_path}/tag_policy/p-1")
+
+
+def test_moto_accepts_the_policies() -> None:
+    with mock_aws():
+        iam = boto3.client("iam", "us-east-1")
+        for name in ("caller-policy", "role-policy"):
+            iam.create_policy(PolicyName=name, PolicyDocument=audit.print_document(name))
+        iam.create_role(RoleName="IAMAuditRole", AssumeRolePolicyDocument=audit.print_document("role-trust"))
+        organizations = boto3.client("organizations", "us-east-1")
+        organizations.create_organization(FeatureSet="ALL")
+        root = organizations.list_roots()["Roots"][0]["Id"]
+        organizations.enable_policy_type(RootId=root, PolicyType="SERVICE_CONTROL_POLICY")
+        for name in ("scp-require-mfa", "scp-deny-access-keys"):
+            content = audit.print_document(name)
+            created = organizations.create_policy(
+                Name=name, Description=name, Type="SERVICE_CONTROL_POLICY", Content=content
+            )
+            organizations.attach_policy(PolicyId=created["Policy"]["PolicySummary"]["Id"], TargetId=root)
+
+
+def create_stack(name: str, parameters: dict[str, str], **options: Any) -> None:
+    boto3.client("cloudformation", "us-east-1").create_stack(
+        StackName=name,
+        TemplateBody=audit.print_document(name, **options),
+        Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()],
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+    )
+
+
+@pytest.mark.parametrize("external_id", ["", "ex:42"])
+def test_the_role_template_makes_the_role(external_id: str) -> None:
+    with mock_aws():
+        parameters = {"ManagementAccountId": "444455556666", "ExternalId": external_id}
+        create_stack("role-template", parameters, role="audit/Reader")
+        iam: Any = boto3.client("iam", "us-east-1")
+        role = iam.get_role(RoleName="Reader")["Role"]
+        assert iam.list_role_policies(RoleName="Reader")["PolicyNames"] == ["iam-audit"]
+    [trust] = role["AssumeRolePolicyDocument"]["Statement"]
+    assert role["Arn"].endswith(":role/audit/Reader")
+    assert trust["Principal"] == {"AWS": "arn:aws:iam::444455556666:root"}
+    assert trust.get("Condition") == ({"StringEquals": {"sts:ExternalId": external_id}} if external_id else None)
+
+
+def test_the_role_of_the_template_may_what_the_role_policy_says() -> None:
+    [inline] = printed("role-template")["Resources"]["Role"]["Properties"]["Policies"]
+    assert inline["PolicyDocument"] == printed("role-policy")
+
+
+def test_the_alert_rule_sends_what_succeeded_to_the_topic() -> None:
+    with mock_aws():
+        create_stack("alert-rule", {"Email": "security@example.com"})
+        events: Any = boto3.client("events", "us-east-1")
+        sns: Any = boto3.client("sns", "us-east-1")
+        sqs: Any = boto3.client("sqs", "us-east-1")
+        [topic], [subscription] = sns.list_topics()["Topics"], sns.list_subscriptions()["Subscriptions"]
+        [rule] = events.list_rules()["Rules"]
+        [target] = events.list_targets_by_rule(Rule=rule["Name"])["Targets"]
+        queue = sqs.create_queue(QueueName="seen")["QueueUrl"]  # moto hands on to queues, not to topics
+        arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        events.remove_targets(Rule=rule["Name"], Ids=[target["Id"]])
+        events.put_targets(Rule=rule["Name"], Targets=[{"Id": "seen", "Arn": arn}])
+        for detail in (
+            {"eventName": "CreateAccessKey", "eventID": "made"},
+            {"eventName": "CreateAccessKey", "eventID": "denied", "errorCode": "AccessDenied"},
+            {"eventName": "ListAccessKeys", "eventID": "read"},
+        ):
+            event = {"Source": "aws.iam", "DetailType": "AWS API Call via CloudTrail"}
+            body = json.dumps({"eventSource": "iam.amazonaws.com", **detail})
+            events.put_events(Entries=[{**event, "Detail": body}])
+        seen = sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10)["Messages"]
+    assert (subscription["Protocol"], subscription["Endpoint"]) == ("email", "security@example.com")
+    assert (target["Arn"], subscription["TopicArn"]) == (topic["TopicArn"], topic["TopicArn"])
+    assert [json.loads(message["Body"])["detail"]["eventID"] for message in seen] == ["made"]
+
+
+def test_only_eventbridge_may_publish_to_the_topic() -> None:
+    [statement] = printed("alert-rule")["Resources"]["TopicPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    assert statement == {
+        "Effect": "Allow",
+        "Principal": {"Service": "events.amazonaws.com"},
+        "Action": "sns:Publish",
+        "Resource": {"Ref": "Topic"},
+    }
+
+
+@pytest.mark.parametrize("name", ["scp-require-mfa", "scp-deny-access-keys"])
+def test_the_readme_shows_what_is_printed(name: str) -> None:
+    shown = re.search(rf"--print {name}[^\n]*\n+```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == audit.print_document(name)

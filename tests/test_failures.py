@@ -1,0 +1,766 @@
+"""What goes wrong, seen over HTTP: one account's trouble stops no other, and nothing looks complete that is not."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TRACEBACK, Program, Result, Serve, check_what_always_holds, screen
+from endpoint import Endpoint, Json, access_key_id, account, generate, key, root, rule, secret_of, user
+
+import iam_audit
+
+pytestmark = pytest.mark.program
+
+ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
+MANAGEMENT = "999999999999"
+MFA_SERIAL = f"arn:aws:iam::{MANAGEMENT}:mfa/auditor"
+ROLE_ACTIONS = [
+    *("GenerateCredentialReport", "GetCredentialReport", "ListUsers", "ListAccessKeys", "GetAccessKeyLastUsed"),
+    *("ListMFADevices", "ListVirtualMFADevices", "GetLoginProfile"),
+]
+CALLER_ACTIONS = ["GetCallerIdentity", "DescribeOrganization", "ListAccounts", "AssumeRole"]
+
+
+def full(account_id: str, name: str, **options: Any) -> Json:
+    """An account of which the program asks everything that it can ask."""
+    ana = user("ana", password=True, mfa=["GAHT12345678"], keys=[key(f"AKIA{account_id}0ANA")])
+    new = user("new", in_report=False)
+    return account(account_id, name, users=[ana, new], root=root(password=True, virtual=True), **options)
+
+
+def numbered(number: int) -> str:
+    return f"1000000{number:05d}"
+
+
+def for_each_action(options: Callable[[str], Json]) -> tuple[list[Json], dict[str, str]]:
+    """An account for each action of the role, and one more; and which action belongs to which account."""
+    actions = dict(zip(map(numbered, range(len(ROLE_ACTIONS))), ROLE_ACTIONS, strict=True))
+    accounts = [full(account_id, action, **options(action)) for account_id, action in actions.items()]
+    return [*accounts, full(ONE, "well")], actions
+
+
+# --- an account cannot be read ----------------------------------------------------------------------------------------
+
+
+def test_role_denied(serve: Serve, run_program: Program) -> None:
+    """AWS does not say why; the person is told what to look at."""
+    result = run_program(serve(account(ONE, "one"), account(TWO, "no role", role="denied")).env())
+    assert (result.exit_code, result.csvs) == (3, {ONE})
+    assert result.failures == {TWO: ("AssumeRole", "AccessDenied")}
+    assert re.search(f"{TWO}.*no role", result.stdout)
+    for word in ("AssumeRole", "AccessDenied", "exist", "trust", "SCP"):
+        assert word in result.stdout
+
+
+def test_each_action_denied(serve: Serve, run_program: Program) -> None:
+    accounts, actions = for_each_action(lambda action: {"deny": [action]})
+    result = run_program(serve(*accounts).env())
+    assert (result.exit_code, result.csvs) == (3, {ONE})
+    assert result.failures == {one: (action, "AccessDenied") for one, action in actions.items()}
+    for action in ROLE_ACTIONS:
+        assert f"iam:{action}" in result.stdout
+
+
+@pytest.mark.parametrize("status", [400, 404, 409])
+def test_an_error_nobody_has_thought_of(serve: Serve, run_program: Program, status: int) -> None:
+    """It fails the account at once, whichever action it is."""
+    accounts, actions = for_each_action(lambda _: {})
+    rules = [rule(action, one, error="Novelty", message="never seen", status=status) for one, action in actions.items()]
+    endpoint = serve(*accounts, rules=rules)
+    result = run_program(endpoint.env())
+    assert (result.exit_code, result.csvs) == (3, {ONE})
+    assert result.failures == {one: (action, "Novelty") for one, action in actions.items()}
+    assert "never seen" in result.stdout
+    counts = endpoint.stats()["by_account"]
+    repeated = {action for one, action in actions.items() if counts[one][action] > counts[ONE][action]}
+    assert not repeated
+
+
+def answer_of(action: str, result: str) -> str:
+    return f"<{action}Response><{action}Result>{result}</{action}Result></{action}Response>"
+
+
+def as_report(content: bytes) -> str:
+    content64 = base64.b64encode(content).decode()
+    generated = "<GeneratedTime>2026-01-02T03:04:05Z</GeneratedTime>"
+    return answer_of(
+        "GetCredentialReport", f"<Content>{content64}</Content><ReportFormat>text/csv</ReportFormat>{generated}"
+    )
+
+
+HEADER = (
+    "user,arn,user_creation_time,password_enabled,password_last_used,password_last_changed,password_next_rotation,mfa_active,"
+    "access_key_1_active,access_key_1_last_rotated,access_key_1_last_used_date,access_key_1_last_used_region,"
+    "access_key_1_last_used_service,access_key_2_active,access_key_2_last_rotated,access_key_2_last_used_date,"
+    "access_key_2_last_used_region,access_key_2_last_used_service,cert_1_active,cert_1_last_rotated,cert_2_active,"
+    "cert_2_last_rotated"
+)
+KEYS = "false,N/A,N/A,N/A,N/A,false,N/A,N/A,N/A,N/A,false,N/A,false,N/A"
+
+
+def row(name: str, account_id: str, **cells: str) -> str:
+    made = {
+        "created": "2024-01-31T12:00:00Z",
+        "password": "true",
+        "last_used": "no_information",
+        "mfa": "false",
+        "keys": KEYS,
+    }
+    made.update(cells)
+    resource_id = "root" if name.startswith("<") else f"user/{name}"
+    arn = f"arn:aws:iam::{account_id}:{resource_id}"
+    return f"{name},{arn},{made['created']},{made['password']},{made['last_used']},N/A,N/A,{made['mfa']},{made['keys']}"
+
+
+def report(*rows: str, header: str = HEADER) -> str:
+    return "\n".join([header, *rows])
+
+
+def damaged_reports(one: str) -> dict[str, str | Json]:
+    """What an account's GetCredentialReport gives that is no report of this account."""
+    boss, ana = row("<root_account>", one), row("ana", one)
+    return {
+        "nothing": "",
+        "no report at all": "no report",
+        "HTML": "<html><body>Service Unavailable, try again</body></html>",
+        "JSON": '{"user": "ana"}',
+        "a column is missing": report(header=HEADER.replace(",mfa_active", "")),
+        "cut off within a row": report(boss, ana)[:-60],
+        "cut off within a quoted cell": report(boss, ana.replace("ana,", '"ana,', 1)),
+        "more cells than columns": report(boss, ana + ",more"),
+        "another account's": {"account": THREE},
+        "one row of another account": report(boss, ana, row("bea", THREE)),
+        "no ARN": report(boss, ana.replace(f"arn:aws:iam::{one}:user/ana", "ana")),
+        "no date": report(boss, row("ana", one, last_used="last week")),
+        "no creation date": report(boss, row("ana", one, created="sometime")),
+        "no boolean": report(boss, row("ana", one, mfa="perhaps")),
+        "password unclear": report(row("<root_account>", one, password="perhaps")),
+        "root key without a date": report(row("<root_account>", one, keys="true" + KEYS.removeprefix("false"))),
+    }
+
+
+def test_reports_that_are_none(serve: Serve, run_program: Program) -> None:
+    cases = [*damaged_reports(""), "not UTF-8", "not base64", "no content"]
+    ids = {numbered(number): name for number, name in enumerate(cases)}
+    ana = user("ana", keys=[key("AKIA0000000000000ANA")])
+    accounts = [account(one, name, users=[ana], report=damaged_reports(one).get(name)) for one, name in ids.items()]
+    raw = {
+        "not UTF-8": as_report(report(row("an\xe4", numbered(cases.index("not UTF-8")))).encode("latin-1")),
+        "not base64": as_report(b"").replace("<Content>", "<Content>%%%"),
+        "no content": answer_of("GetCredentialReport", "<ReportFormat>text/csv</ReportFormat>"),
+    }
+    rules = [rule("GetCredentialReport", numbered(cases.index(name)), raw=body) for name, body in raw.items()]
+    result = run_program(serve(*accounts, full(ONE, "well"), rules=rules).env())
+    assert (result.exit_code, result.csvs) == (3, {ONE})
+    assert {one: step for one, (step, _) in result.failures.items()} == dict.fromkeys(ids, "GetCredentialReport")
+    codes = {ids[one]: code for one, (_, code) in result.failures.items()}
+    assert codes["another account's"] == codes["one row of another account"] == codes["no ARN"]
+    assert codes["another account's"] != codes["nothing"]
+
+
+def test_users_of_another_account(serve: Serve, run_program: Program) -> None:
+    """Whatever mixes accounts up must show."""
+    member = (
+        f"<member><Path>/</Path><UserName>ana</UserName><UserId>1</UserId><Arn>arn:aws:iam::{THREE}:user/ana</Arn>"
+        "<CreateDate>2024-01-31T12:00:00Z</CreateDate></member>"
+    )
+    users = answer_of("ListUsers", f"<Users>{member}</Users><IsTruncated>false</IsTruncated>")
+    result = run_program(
+        serve(account(ONE, "one"), account(TWO, "two"), rules=[rule("ListUsers", TWO, raw=users)]).env()
+    )
+    assert (result.exit_code, result.csvs) == (3, {ONE})
+    assert result.failures[TWO][0] == "ListUsers"
+
+
+def test_a_report_that_is_never_ready(serve: Serve, run_program: Program) -> None:
+    """Asked for after 1 to 2 s at first, then less and less often, and at the deadline no more."""
+    endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=None), record=True)
+    result = run_program(endpoint.env(), "--report-timeout", "4")
+    assert (result.exit_code, result.csvs) == (3, {ONE})
+    assert result.failures[TWO][0] == "GenerateCredentialReport"
+    assert "--report-timeout" in result.stdout
+    asked = [
+        at for at, one, action in endpoint.stats()["recorded"] if (one, action) == (TWO, "GenerateCredentialReport")
+    ]
+    pauses = [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)]
+    assert 0.9 < pauses[0] < 2.5
+    assert pauses[0] < pauses[1] < pauses[2]
+    assert asked[-1] - asked[0] < 5.5
+
+
+def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
+    not_yet = [
+        ("GenerateCredentialReport", "LimitExceeded", 409),
+        ("GetCredentialReport", "ReportNotPresent", 410),
+        ("GetCredentialReport", "ReportExpired", 410),
+        ("GetCredentialReport", "ReportInProgress", 404),
+    ]
+    rules = [
+        rule(action, numbered(n), error=code, status=status, times=1)
+        for n, (action, code, status) in enumerate(not_yet)
+    ]
+    accounts = [full(numbered(n), code) for n, (_, code, _) in enumerate(not_yet)]
+    endpoint = serve(*accounts, full(ONE, "started", report_delay=0.5), rules=rules)
+    result = run_program(endpoint.env())
+    assert (result.exit_code, len(result.csvs)) == (0, 5)
+    counts = endpoint.stats()["by_account"]
+    assert {counts[one]["GenerateCredentialReport"] for one in result.csvs} == {2}
+
+
+def test_a_report_that_expires_for_ever(serve: Serve, run_program: Program) -> None:
+    endpoint = serve(account(ONE, "one"), rules=[rule("GetCredentialReport", error="ReportExpired", status=410)])
+    result = run_program(endpoint.env(), "--report-timeout", "1.5")
+    assert result.exit_code == 3
+    assert "ReportExpired" in result.stdout
+
+
+def test_users_and_keys_deleted_meanwhile(serve: Serve, run_program: Program) -> None:
+    """A user who is gone is left out, whenever he went; one who only lost a key is not."""
+    gone: Json = {"error": "NoSuchEntity", "status": 404}
+    users = [
+        user("before-keys", password=True),
+        user("before-mfa", password=True, keys=[key("AKIA0000000000000ONE")]),
+        user("young", in_report=False),
+        user("lost-a-key", password=True, keys=[key("AKIA000000000000LOST"), key("AKIA000000000000KEPT")]),
+    ]
+    rules = [
+        rule("ListAccessKeys", user="before-keys", **gone),
+        rule("ListMFADevices", user="before-mfa", **gone),
+        rule("GetLoginProfile", user="young", **gone),
+        rule("ListAccessKeys", user="young", **gone),
+        rule("GetAccessKeyLastUsed", fields={"AccessKeyId": "AKIA000000000000LOST"}, **gone),
+    ]
+    result = run_program(serve(account(ONE, "one", users=users), rules=rules).env())
+    assert result.exit_code == 0, result
+    keys = [(one["username"], one["access_key_id"]) for one in result.rows(ONE)]
+    assert keys == [("<root_account>", "N/A"), ("lost-a-key", "AKIA000000000000KEPT")]
+
+
+def test_a_key_whose_last_use_is_another_accounts_secret(serve: Serve, run_program: Program) -> None:
+    """AWS may answer AccessDenied for a key that is no longer there: the account fails, it does not look clean."""
+    denied = rule("GetAccessKeyLastUsed", ONE, error="AccessDenied", status=403)
+    result = run_program(serve(full(ONE, "one"), rules=[denied]).env())
+    assert result.failures == {ONE: ("GetAccessKeyLastUsed", "AccessDenied")}
+    assert result.csvs == set()
+
+
+# --- what is waited out -----------------------------------------------------------------------------------------------
+
+TROUBLES: dict[str, Json] = {
+    "Throttling": {"error": "Throttling", "message": "Rate exceeded", "status": 400, "times": 4},
+    "TooManyRequests": {"error": "TooManyRequestsException", "status": 429, "times": 4},
+    "500": {"error": "InternalFailure", "status": 500, "times": 1},
+    "503 in HTML": {"raw": "<html><body>Service Unavailable</body></html>", "status": 503, "times": 1},
+    "dropped": {"drop": True, "times": 1},
+    "half an answer": {"raw": "<ListUsersResponse><ListUsersResult><Users><mem", "times": 1},
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_trouble_with_each_action_of_the_role(serve: Serve, run_program: Program, trouble: str) -> None:
+    accounts, actions = for_each_action(lambda _: {})
+    rules = [rule(action, one, **TROUBLES[trouble]) for one, action in actions.items()]
+    rules += [rule("AssumeRole", TWO, **TROUBLES[trouble] | {"times": 1})]
+    endpoint = serve(*accounts, full(TWO, "AssumeRole"), rules=rules)
+    result = run_program(endpoint.env())
+    assert (result.exit_code, result.csvs) == (0, {*actions, ONE, TWO}), result.stdout
+    counts = endpoint.stats()["by_account"]
+    well = counts[ONE]
+    for one, action in actions.items():
+        assert counts[one] == {**well, action: well[action] + TROUBLES[trouble]["times"]}
+        assert result.table(one)[1:] == [[one, action, *cells[2:]] for cells in result.table(one)[1:]]
+    assert counts[TWO] == {**well, "AssumeRole": 2}
+
+
+@pytest.mark.parametrize("trouble", [name for name in TROUBLES if name != "half an answer"])
+def test_trouble_with_each_action_of_the_caller(serve: Serve, run_program: Program, trouble: str) -> None:
+    rules = [rule(action, **TROUBLES[trouble] | {"times": 1}) for action in CALLER_ACTIONS]
+    endpoint = serve(account(ONE, "one"), rules=rules)
+    result = run_program(endpoint.env())
+    assert (result.exit_code, result.csvs) == (0, {ONE}), result.stderr
+    requests = endpoint.stats()["requests"]
+    assert {action: requests[action] for action in CALLER_ACTIONS} == dict.fromkeys(CALLER_ACTIONS, 2)
+
+
+def test_trouble_that_does_not_end_fails_the_account(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where waiting can be made short."""
+    monkeypatch.setattr(iam_audit, "THROTTLING_PATIENCE", 0.5)
+    monkeypatch.setattr(iam_audit, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(iam_audit, "TRANSIENT_ATTEMPTS", 2)
+    troubles: dict[str, tuple[str, Json]] = {
+        numbered(1): ("Throttling", {"error": "Throttling"}),
+        numbered(2): ("InternalFailure", {"error": "InternalFailure", "status": 500}),
+        numbered(3): ("ConnectionClosedError", {"drop": True}),
+        numbered(4): ("ReadTimeoutError", {"hang": True}),
+    }
+    rules = [rule("ListUsers", one, **trouble) for one, (_, trouble) in troubles.items()]
+    hang_once = rule("ListAccessKeys", TWO, hang=True, times=1)
+    endpoint = serve(
+        full(ONE, "well"), full(TWO, "slow once"), *(account(one, one) for one in troubles), rules=[*rules, hang_once]
+    )
+    for name, value in endpoint.env().items():
+        monkeypatch.setenv(name, value)
+    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "reports")]) == 3
+    [summary] = tmp_path.glob("reports/*/summary.json")
+    entries = {entry["id"]: entry for entry in json.loads(summary.read_text(encoding="utf-8"))["accounts"]}
+    assert {one: (entries[one]["step"], entries[one]["error"]["code"]) for one in troubles} == {
+        one: ("ListUsers", code) for one, (code, _) in troubles.items()
+    }
+    assert {file.stem for file in tmp_path.glob("reports/*/accounts/*")} == {ONE, TWO}
+    assert "ReadTimeoutError" in capsys.readouterr().out
+
+
+def test_a_session_that_expires_is_renewed(serve: Serve, run_program: Program) -> None:
+    """Once, although eight calls find out at the same time."""
+    users = [user(f"user-{n}") for n in range(20)]
+    expired = rule("ListAccessKeys", ONE, error="ExpiredToken", status=403, times=8, delay=0.7)
+    endpoint = serve(account(ONE, "one", users=users), rules=[expired])
+    result = run_program(endpoint.env())
+    assert (result.exit_code, len(result.rows(ONE))) == (0, 21)
+    counts = endpoint.stats()["by_account"][ONE]
+    assert (counts["AssumeRole"], counts["ListAccessKeys"]) == (2, 28)
+
+
+def test_sessions_that_are_always_expired(serve: Serve, run_program: Program) -> None:
+    endpoint = serve(account(ONE, "one"), rules=[rule("ListUsers", ONE, error="ExpiredToken", status=403)])
+    result = run_program(endpoint.env())
+    assert result.failures == {ONE: ("ListUsers", "ExpiredToken")}
+    assert endpoint.stats()["by_account"][ONE]["AssumeRole"] == 2
+
+
+def test_the_callers_own_session_ends_in_the_middle(serve: Serve, run_program: Program) -> None:
+    ended = rule("AssumeRole", error="ExpiredToken", status=403, skip=1)
+    result = run_program(
+        serve(account(ONE, "one"), account(TWO, "two"), account(THREE, "three"), rules=[ended]).env(), "--workers", "1"
+    )
+    assert (result.exit_code, len(result.csvs)) == (3, 1)
+    assert set(result.failures.values()) == {("AssumeRole", "ExpiredToken")}
+    assert "sign in" in result.stdout
+
+
+# --- the audit cannot start or finish ---------------------------------------------------------------------------------
+
+STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stderr says
+    "expired at the start": (
+        {"rules": [rule("GetCallerIdentity", error="ExpiredToken", status=403)]},
+        ["ExpiredToken", "ign in"],
+    ),
+    "not an organization": ({"organization": None}, ["AWSOrganizationsNotInUseException", "organization"]),
+    "DescribeOrganization denied": (
+        {"rules": [rule("DescribeOrganization", error="AccessDenied")]},
+        ["DescribeOrganization", "AccessDenied"],
+    ),
+    "ListAccounts denied": (
+        {"rules": [rule("ListAccounts", error="AccessDenied")]},
+        ["ListAccounts", "AccessDenied", "management account"],
+    ),
+    "ListAccounts is no JSON": ({"rules": [rule("ListAccounts", raw="<html>")]}, ["iam_audit.py: "]),
+    "neither State nor Status": ({"omit": ["State", "Status"]}, ["botocore", "State"]),
+    "an error with escapes": (
+        {"rules": [rule("ListAccounts", error="Odd", message="\x1b[31mred\x1b]0;title\x07")]},
+        ["Odd", "red"],
+    ),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_the_audit_cannot_start(
+    serve: Serve, run_program: Program, program_versions: dict[str, str], stop: str
+) -> None:
+    options, said = STOPS[stop]
+    endpoint = serve(account(ONE, "one"), **options)
+    result = run_program(endpoint.env())
+    assert (result.exit_code, result.csvs, result.stdout) == (1, set(), "")
+    for word in said:
+        assert word in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.files == []
+    assert list(result.output_dir.glob("*")) == [], "an empty run folder is left"
+    assert endpoint.stats()["assumed"] == {}
+    if stop == "neither State nor Status":
+        assert program_versions["botocore"] in result.stderr
+
+
+def test_listing_breaks_off(serve: Serve, run_program: Program) -> None:
+    """What has been finished is kept; nothing says that it is all."""
+    denied = rule("ListAccounts", error="AccessDenied", fields={"NextToken": "3"}, delay=1.5)
+    result = run_program(
+        serve(account(ONE, "one"), account(TWO, "two"), account(THREE, "three"), page=3, rules=[denied]).env()
+    )
+    assert (result.exit_code, result.csvs) == (1, {ONE, TWO})
+    assert "ListAccounts" in result.stderr
+
+
+def profile_env(endpoint: Endpoint, folder: Path, config: str) -> dict[str, str]:
+    """An environment in which profiles alone give credentials; `base` in that configuration has the caller's."""
+    env = endpoint.env()
+    base = [f"{name.lower()} = {env.pop(name)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    (folder / "credentials").write_text("\n".join(["[base]", *base, ""]), encoding="utf-8")
+    (folder / "config").write_text(config, encoding="utf-8")
+    files = {"AWS_CONFIG_FILE": str(folder / "config"), "AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials")}
+    return {**env, **files, "HOME": str(folder)}
+
+
+def role_profile(name: str, *, source: str = "source_profile = base", mfa: bool = True) -> str:
+    serial = f"mfa_serial = {MFA_SERIAL}\n" if mfa else ""
+    return f"[{name}]\nrole_arn = arn:aws:iam::{MANAGEMENT}:role/Operator\n{source}\n{serial}"
+
+
+def test_unknown_profile(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+    endpoint = serve(account(ONE, "one"))
+    result = run_program(profile_env(endpoint, tmp_path, ""), "--profile", "nowhere")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nowhere" in result.stderr
+    assert endpoint.stats()["requests"] == {}
+
+
+def test_no_credentials(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+    endpoint = serve(account(ONE, "one"))
+    result = run_program(profile_env(endpoint, tmp_path, ""))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "credentials" in result.stderr
+    assert "--profile" in result.stderr
+    assert endpoint.stats()["requests"] == {}
+
+
+def test_half_the_credentials(serve: Serve, run_program: Program) -> None:
+    env = {name: value for name, value in serve(account(ONE, "one")).env().items() if name != "AWS_SECRET_ACCESS_KEY"}
+    result = run_program(env)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "credentials" in result.stderr.lower()
+
+
+def test_expired_sso_session(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+    config = (
+        "[profile sso]\nsso_session = corp\nsso_account_id = 999999999999\nsso_role_name = Admin\nregion = us-east-1\n"
+        "[sso-session corp]\nsso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
+    )
+    endpoint = serve(account(ONE, "one"))
+    result = run_program(profile_env(endpoint, tmp_path, config), "--profile", "sso")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "sso" in result.stderr.lower()
+    assert endpoint.stats()["requests"] == {}
+
+
+MFA_PROFILES = {
+    "its own": (role_profile("profile mgmt"), "mgmt", {}),
+    "of its source": (
+        role_profile("profile mgmt", source="source_profile = hop", mfa=False) + role_profile("profile hop"),
+        "mgmt",
+        {},
+    ),
+    "the default profile's": (role_profile("default"), None, {}),
+    "by AWS_PROFILE": (role_profile("profile mgmt"), None, {"AWS_PROFILE": "mgmt"}),
+}
+
+
+@pytest.mark.parametrize("which", MFA_PROFILES)
+def test_mfa_without_a_terminal(serve: Serve, program: Program, tmp_path: Path, which: str) -> None:
+    """Standard input is a pipe that never ends, as under some job runners: reading from it would hang."""
+    config, profile, variables = MFA_PROFILES[which]
+    endpoint = serve(account(ONE, "one"))
+    env = {**profile_env(endpoint, tmp_path, config), **variables}
+    options = ["--profile", profile] if profile else []
+    with program.start(env, *options, stdin=subprocess.PIPE, start_new_session=True) as (process, output_dir):
+        assert process.wait(30) == 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert "mfa_serial" in said
+    assert "terminal" in said
+    assert not TRACEBACK.search(said)
+    assert endpoint.stats()["requests"] == {}
+    assert not list(output_dir.glob("*"))
+
+
+def test_mfa_profile_that_is_not_used(serve: Serve, program: Program, tmp_path: Path) -> None:
+    """Credentials of the environment go before AWS_PROFILE: nobody is asked anything."""
+    endpoint = serve(account(ONE, "one"))
+    env = {**endpoint.env(), "AWS_PROFILE": "mgmt", "AWS_CONFIG_FILE": str(tmp_path / "config")}
+    (tmp_path / "config").write_text(role_profile("profile mgmt"), encoding="utf-8")
+    result = program(env, start_new_session=True)
+    assert (result.exit_code, result.csvs) == (0, {ONE}), result.stderr
+
+
+def test_mfa_with_a_terminal(serve: Serve, program: Program, tmp_path: Path) -> None:
+    """One prompt, before anything else is asked of AWS; and role chaining goes on to work."""
+    code = {"SerialNumber": MFA_SERIAL, "TokenCode": "246810"}
+    rules = [
+        rule("AssumeRole", MANAGEMENT, fields=code),
+        rule("AssumeRole", MANAGEMENT, error="AccessDenied", status=403),
+    ]
+    endpoint = serve(account(MANAGEMENT, "management"), account(ONE, "one"), account(TWO, "two"), rules=rules)
+    asked_before: list[Json] = []
+
+    def type_code(shown: str) -> str:
+        if "MFA code" not in shown:
+            return ""
+        asked_before.append(endpoint.stats()["requests"])
+        return "246810\n"
+
+    env = profile_env(endpoint, tmp_path, role_profile("profile mgmt"))
+    result = program.in_terminal(env, "--profile", "mgmt", "--include-management", answer=type_code)
+    assert (result.exit_code, result.csvs) == (0, {MANAGEMENT, ONE, TWO}), result
+    assert asked_before == [{}]
+    assert "246810" not in result.terminal
+    assert endpoint.stats()["requests"]["AssumeRole"] == 3
+
+
+def test_interrupted_at_the_prompt(serve: Serve, program: Program, tmp_path: Path) -> None:
+    endpoint = serve(account(ONE, "one"))
+    env = profile_env(endpoint, tmp_path, role_profile("profile mgmt"))
+    result = program.in_terminal(env, "--profile", "mgmt", answer=lambda shown: "\x03" if "MFA code" in shown else "")
+    assert result.exit_code == 130
+    assert endpoint.stats()["requests"] == {}
+
+
+# --- files cannot be written ------------------------------------------------------------------------------------------
+
+
+def test_output_folder_that_cannot_be(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    endpoint = serve(account(ONE, "one"))
+    for output_dir in (tmp_path / "file", tmp_path / "file" / "reports", Path("/proc/reports")):
+        result = run_program(endpoint.env(), output_dir=output_dir)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert str(output_dir) in result.stderr
+    assert endpoint.stats()["requests"] == {}
+
+
+def test_output_folder_without_permission(serve: Serve, program: Program, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    result = program(serve(account(ONE, "one")).env(), output_dir=tmp_path / "reports")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert str(tmp_path) in result.stderr
+
+
+def test_disk_full(serve: Serve, run_program: Program) -> None:
+    """A limit on the size of files stands for it: write() fails in the middle of a file in either case."""
+    large = account(TWO, "large", users=[user(f"user-{n:03d}") for n in range(120)])
+    endpoint = serve(account(ONE, "one"), large, rules=[rule("GetCredentialReport", TWO, delay=1.0)])
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    result = run_program(endpoint.env(), preexec_fn=limit)
+    assert (result.exit_code, result.csvs, result.summary) == (1, {ONE}, None)
+    assert "write" in result.stderr
+    assert "large" in result.stderr.lower()  # File too large
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("action", "signum"),
+    [
+        ("GetCallerIdentity", signal.SIGINT),
+        ("GetCallerIdentity", signal.SIGTERM),
+        ("DescribeOrganization", signal.SIGTERM),
+        ("ListAccounts", signal.SIGINT),
+        ("AssumeRole", signal.SIGTERM),
+        ("GenerateCredentialReport", signal.SIGINT),
+        ("ListAccessKeys", signal.SIGTERM),
+    ],
+)
+def test_interrupted_while_a_server_does_not_answer(
+    serve: Serve, program: Program, action: str, signum: signal.Signals
+) -> None:
+    endpoint = serve(account(ONE, "one"), full(TWO, "two"), generate=generate(20, 2), page=5, rules=[
+        rule(action, hang=True, fields={"NextToken": "5"} if action == "ListAccounts" else {}),
+        rule(action, ONE),
+    ][:: -1 if action in ("AssumeRole", "GenerateCredentialReport", "ListAccessKeys") else 1])  # fmt: skip
+    with program.start(endpoint.env()) as (process, output_dir):
+        until(lambda: endpoint.stats()["hung"])
+        started = action not in ("GetCallerIdentity", "DescribeOrganization")
+        if started:
+            until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        result, seconds = program.end(process, output_dir, signum, endpoint.env())
+    assert result.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[signum]
+    assert seconds < 2
+    assert result.summary is None
+    assert result.csvs >= ({ONE} if started else set())
+    assert TWO not in result.csvs or action == "ListAccounts"
+
+
+def test_interrupted_while_waiting_for_a_report_and_again_while_ending(serve: Serve, program: Program) -> None:
+    endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=None))
+    with program.start(endpoint.env()) as (process, output_dir):
+        until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        process.send_signal(signal.SIGINT)
+        result, seconds = program.end(process, output_dir, signal.SIGINT, endpoint.env())
+    assert (result.exit_code, result.csvs, result.summary) == (130, {ONE}, None)
+    assert seconds < 2
+
+
+AT_THAT_MOMENT = """
+import functools, os, pydoc, runpy, signal
+owner, _, name = os.environ["FUNCTION"].rpartition(".")
+owner, number, calls = pydoc.locate(owner), int(os.environ["NUMBER"]), iter(range(1, 10**9))
+original = getattr(owner, name)
+
+@functools.wraps(original)
+def interrupted(*args, **kwargs):
+    if next(calls) == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+
+setattr(owner, name, interrupted)
+runpy.run_path(os.environ["PROGRAM"], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "number"),
+    [
+        # the event loop has taken what it runs next and not begun to: were it run again, it could wait for that for ever
+        *(("asyncio.events.Handle._run", number) for number in (5, 97, 212)),
+        # a task is handing a call to a thread
+        *(("queue.Queue.put", number) for number in (2, 94, 186)),
+    ],
+)
+def test_interrupted_at_the_worst_moment(
+    serve: Serve, program: Program, tmp_path: Path, function: str, number: int
+) -> None:
+    """A signal can come between any two steps of the main thread; here it always comes at the same one."""
+    (tmp_path / "iam_audit.py").write_text(AT_THAT_MOMENT, encoding="utf-8")
+    at_that_moment = Program(str(tmp_path / "iam_audit.py"), program.python, lambda: tmp_path)
+    endpoint = serve(generate=generate(30, 6))
+    env = {**endpoint.env(), "PROGRAM": program.path, "FUNCTION": function, "NUMBER": str(number)}
+    with at_that_moment.start(env) as (process, output_dir):
+        stdout, stderr = process.communicate(timeout=20)
+    result = Result(process.returncode, stdout, stderr, output_dir)
+    check_what_always_holds(result, env, verbose=False)
+    assert (result.exit_code, result.summary) == (143, None)
+
+
+def test_the_reader_of_stdout_goes_away(serve: Serve, program: Program) -> None:
+    """`iam_audit.py | head`: the files are written, and nobody gets a traceback."""
+    endpoint = serve(account(ONE, "one"))
+    with program.start(endpoint.env()) as (process, output_dir):
+        assert process.stdout is not None
+        process.stdout.close()
+        process.wait(30)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert list(output_dir.glob("*/summary.json"))
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+TOKEN = "IQoJb3JpZ2luX2VjE" + base64.b64encode(bytes(range(200))).decode()
+SIGNATURE = "5d672d79c15b13162d9279b0855cfba6789a8edb4c82c400e06b5924a6f2b5d7"
+
+
+def signature_does_not_match(token: str) -> str:
+    """What AWS says: it quotes the request and what is signed of it."""
+    return (
+        "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access "
+        "Key and signing method. Consult the service documentation for details.\n\nThe Canonical String for this request "
+        "should have been\n'POST\n/\n\ncontent-type:application/x-www-form-urlencoded; charset=utf-8\n"
+        "host:iam.amazonaws.com\n"
+        f"x-amz-date:20261123T000000Z\nx-amz-security-token:{token}\n\ncontent-type;host;x-amz-security-token\n"
+        f"{SIGNATURE}'\n\nThe String-to-Sign should have been\n'AWS4-HMAC-SHA256\n20261123T000000Z\n"
+        f"20261123/us-east-1/iam/aws4_request\n{SIGNATURE}'\n"
+    )
+
+
+def broken_assume_role(account_id: str, token: str) -> str:
+    """XML that breaks off behind the credentials; what botocore says of it quotes it all."""
+    key_id = access_key_id(account_id)
+    return (
+        f"<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>{key_id}</AccessKeyId>"
+        f"<SecretAccessKey>{secret_of(key_id)}</SecretAccessKey><SessionToken>{token}</SessionToken>"
+    )
+
+
+def test_no_secrets_in_accounts_that_fail(serve: Serve, run_program: Program) -> None:
+    """conftest.py looks for them in everything that a run writes; here are the answers that hold some."""
+    mismatch: Json = {"error": "SignatureDoesNotMatch", "status": 403}
+    whole = broken_assume_role(THREE, TOKEN)
+    no_token = (
+        whole.replace(f"<SessionToken>{TOKEN}</SessionToken>", "")
+        + "</Credentials></AssumeRoleResult></AssumeRoleResponse>"
+    )
+    odd_date = whole + "<Expiration>soon</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>"
+    rules = [
+        rule("ListUsers", numbered(1), message=signature_does_not_match(TOKEN), **mismatch),
+        rule("ListUsers", numbered(2), message=f"Signature {SIGNATURE} is wrong", **mismatch),
+        rule("AssumeRole", numbered(3), message=signature_does_not_match(TOKEN), **mismatch),
+        rule("AssumeRole", numbered(4), raw=broken_assume_role(numbered(4), TOKEN), times=1),
+        rule("AssumeRole", numbered(5), raw=no_token),
+        rule("AssumeRole", numbered(6), raw=odd_date),
+        rule(
+            "ListUsers", numbered(7), error="InvalidClientTokenId", status=403, message=f"The token {TOKEN} is invalid"
+        ),
+    ]
+    accounts = [account(numbered(n), f"account-{n}") for n in range(1, 8)]
+    result = run_program(serve(*accounts, rules=rules).env(), "-v")
+    assert (result.exit_code, result.csvs) == (3, {numbered(4)})
+    assert len(result.failures) == 6
+    assert "The request signature we calculated does not match" in result.stdout
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=["terse", "verbose"])
+@pytest.mark.parametrize("action", ["GetCallerIdentity", "ListAccounts"])
+def test_no_secrets_when_the_caller_fails(serve: Serve, run_program: Program, action: str, verbose: list[str]) -> None:
+    mismatch = rule(action, error="SignatureDoesNotMatch", status=403, message=signature_does_not_match(TOKEN))
+    result = run_program(serve(account(ONE, "one"), rules=[mismatch]).env(), *verbose)
+    assert result.exit_code == 1
+    assert action in result.stderr
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=["terse", "verbose"])
+def test_no_secrets_when_the_profiles_own_role_fails(
+    serve: Serve, run_program: Program, tmp_path: Path, verbose: list[str]
+) -> None:
+    broken = rule("AssumeRole", MANAGEMENT, raw=broken_assume_role(MANAGEMENT, TOKEN))
+    endpoint = serve(account(MANAGEMENT, "management"), rules=[broken])
+    env = profile_env(endpoint, tmp_path, role_profile("profile mgmt", mfa=False))
+    result = run_program(env, "--profile", "mgmt", *verbose)
+    assert result.exit_code == 1
+    assert secret_of(access_key_id(MANAGEMENT)) not in result.stderr
+    assert endpoint.stats()["requests"] == {"AssumeRole": endpoint.stats()["requests"]["AssumeRole"]}
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_cannot_steer_the_terminal(serve: Serve, program: Program) -> None:
+    """Of accounts that fail, are skipped, are audited; `screen` refuses whatever could. XML lets less through."""
+    evil = "\x1b[31mred\x1b]0;title\x07\r\x1b[2J\x9b1A\u202egnp.exe"
+    endpoint = serve(
+        account(ONE, f"one {evil}"),
+        account(TWO, f"two {evil}", role="denied"),
+        account(THREE, f"three {evil}", state="SUSPENDED"),
+        rules=[rule("ListUsers", ONE, error="Odd", message="\x9b31m\x85\u202egnp.exe")],
+    )
+    result = program.in_terminal(endpoint.env(), "--verbose", everything=True)
+    assert result.exit_code == 3
+    shown = "\n".join(screen(result.terminal))
+    for word in ("one ", "two ", "three ", "Odd"):
+        assert word in shown
+    plain = program(endpoint.env(), "--verbose")
+    for steering in ("\x1b", "\x07", "\x9b", "\x85", "\u202e", "\r"):
+        assert steering not in plain.stdout + plain.stderr

@@ -1,0 +1,172 @@
+"""Cells that no spreadsheet takes for formulas, CSVs that read back exactly, files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import stat
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from conftest import Program, Serve
+from endpoint import account, key, user
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import iam_audit
+
+ONE, TWO = "111111111111", "222222222222"
+
+cells = st.text(st.one_of(st.sampled_from("='\"+-@\t\r\n,; a"), st.characters(exclude_categories=["Cs"])), max_size=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+1", "'+1"),
+        ("-1", "'-1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\tname", "'\tname"),
+        ("\rname", "'\rname"),
+        ("name", "name"),
+        ("", ""),
+        ("a=1", "a=1"),
+        ("<root_account>", "<root_account>"),
+        ("2024-01-31T12:00:00+00:00", "2024-01-31T12:00:00+00:00"),
+    ],
+)
+def test_formulas_get_an_apostrophe(text: str, cell: str) -> None:
+    assert iam_audit.neutral(text) == cell
+    assert iam_audit.original(cell) == text
+
+
+@given(cells)
+def test_cells_read_back(text: str) -> None:
+    """Also names that begin with apostrophes of their own, which must neither be lost nor be mistaken for ours."""
+    assert iam_audit.original(iam_audit.neutral(text)) == text
+    assert not iam_audit.neutral(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
+@given(st.lists(st.lists(cells, min_size=3, max_size=3), max_size=5))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tables_read_back(tmp_path: Path, rows: list[list[str]]) -> None:
+    """By the csv module as every Python has it; on disk each row ends in one line feed."""
+    path = tmp_path / "table.csv"
+    iam_audit.write_csv(path, ["a", "b", "c"], rows)
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *read = csv.reader(file, strict=True)
+    assert header == ["a", "b", "c"]
+    assert [[iam_audit.original(cell) for cell in row] for row in read] == rows
+    assert path.read_bytes().startswith(b"a,b,c\n")
+    assert path.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.program
+def test_line_ends_within_a_cell_read_back(serve: Serve, run_program: Program) -> None:
+    """The account's name comes by JSON, which lets them through."""
+    name = "one\r\ntwo\nthree\rfour\tfive \"six\", 'seven'"
+    result = run_program(serve(account(ONE, name, users=[user("ana")])).env())
+    assert [row["account_name"] for row in result.rows(ONE)] == [name, name]
+
+
+def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+
+    def rows() -> Iterator[list[str]]:
+        yield ["1"]
+        assert not path.exists()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        iam_audit.write_csv(path, ["a"], rows())
+    assert list(tmp_path.iterdir()) == []
+    iam_audit.write_csv(path, ["a"], [["old"]])
+    with pytest.raises(ZeroDivisionError):
+        iam_audit.write_csv(path, ["a"], ([str(1 // n)] for n in (1, 0)))
+    assert path.read_text(encoding="utf-8") == "a\nold\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    started = datetime(2026, 11, 23, 20, 50, tzinfo=timezone.utc)
+    made = [iam_audit.make_run_folder(tmp_path / "reports", started) for _ in range(3)]
+    assert made[0].name == "20261123T205000Z"
+    assert len({*made}) == 3
+    assert all((folder / "accounts").is_dir() for folder in made)
+
+
+@pytest.mark.program
+def test_modes_whatever_the_umask(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+    """What is in the folders is checked after every run, by conftest.py."""
+    output_dir = tmp_path / "reports"
+    result = run_program(serve(account(ONE, "one")).env(), output_dir=output_dir, preexec_fn=lambda: os.umask(0))
+    assert result.csvs == {ONE}
+    assert stat.S_IMODE(output_dir.stat().st_mode) == 0o700
+
+
+@pytest.mark.program
+def test_a_folder_that_is_there_is_left_as_it_is(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("mine", encoding="utf-8")
+    (tmp_path / "notes.csv").chmod(0o600)
+    mode = tmp_path.stat().st_mode
+    run_program(serve(account(ONE, "one")).env(), output_dir=tmp_path)
+    assert (tmp_path / "notes.csv").read_text(encoding="utf-8") == "mine"
+    assert tmp_path.stat().st_mode == mode
+
+
+@pytest.mark.program
+def test_two_runs_in_the_same_second(serve: Serve, program: Program, tmp_path: Path) -> None:
+    """Whichever second it starts in, another run has begun in it already."""
+    now = datetime.now(timezone.utc)
+    taken = {f"{now + timedelta(seconds=n):%Y%m%dT%H%M%SZ}" for n in range(60)}
+    for name in taken:
+        (tmp_path / name).mkdir(mode=0o700)
+    endpoint = serve(account(ONE, "one", users=[user("ana", keys=[key("AKIA0000000000000ANA")])]))
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(program.start(endpoint.env(), output_dir=tmp_path)) for _ in range(2)]
+        ended = [process.communicate(timeout=60) for process, _ in started]
+        assert [process.returncode for process, _ in started] == [0, 0], ended
+    made = {path for path in tmp_path.iterdir() if path.name not in taken}
+    assert len(made) == 2
+    for folder in made:
+        assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["totals"]["audited"] == 1
+        assert (folder / "accounts" / f"{ONE}.csv").exists()
+    assert not any(any((tmp_path / name).iterdir()) for name in taken)
+
+
+@pytest.mark.program
+def test_summary_says_what_was_done(serve: Serve, run_program: Program) -> None:
+    users = [user("ana", keys=[key("AKIA000000000000ANA1"), key("AKIA000000000000ANA2")]), user("bea")]
+    endpoint = serve(
+        account(ONE, "one", users=users, report_time="2026-01-02T03:04:05Z", paths=["o-test123456/r-test/ou-1/1/"]),
+        account(TWO, "two", role="denied"),
+        account("333333333333", "three", state="SUSPENDED"),
+    )
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    result = run_program(endpoint.env(), role="audit/Role")
+    summary = result.summary
+    assert summary is not None
+    assert isinstance(summary["format"], int)
+    assert (summary["version"], summary["role"]) == (iam_audit.VERSION, "audit/Role")
+    started, finished = (datetime.fromisoformat(summary[name]) for name in ("started", "finished"))
+    assert before <= started <= finished <= datetime.now(timezone.utc)
+    assert summary["caller"]["account"] == "999999999999"
+    assert summary["organization"]["id"] == "o-test123456"
+    assert summary["organization"]["management_account"] == "999999999999"
+    assert [summary["totals"][name] for name in ("audited", "failed", "skipped", "users")] == [1, 1, 1, 2]
+    entries = {one: (entry["name"], entry["state"], entry["result"]) for one, entry in result.accounts.items()}
+    assert entries == {
+        ONE: ("one", "ACTIVE", "audited"),
+        TWO: ("two", "ACTIVE", "failed"),
+        "333333333333": ("three", "SUSPENDED", "skipped"),
+    }
+    audited, failed = result.accounts[ONE], result.accounts[TWO]
+    assert audited["report_generated"] == "2026-01-02T03:04:05+00:00"
+    assert (audited["users"], audited["gaps"]["access_keys"]) == (2, 2)
+    assert (failed["step"], failed["error"]["code"]) == ("AssumeRole", "AccessDenied")
+    assert "sts:AssumeRole" in failed["error"]["message"]

@@ -1,0 +1,768 @@
+"""What a run says: the terminal's summary, summary.json, findings.csv and the exit code, as values and as a process."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import endpoint as aws
+import pytest
+from conftest import Program, Result, Serve
+from endpoint import Json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_assess import (
+    DAY,
+    KEY_FINDINGS,
+    MANAGEMENT,
+    NOW,
+    PAYMENTS,
+    SANDBOX,
+    audited,
+    failed,
+    key,
+    organizations,
+    plan,
+    run_of,
+    user,
+)
+
+from iam_audit import (
+    FINDINGS_COLUMNS,
+    GAP_COUNTS,
+    LEVELS,
+    ROOT,
+    AccessKey,
+    Account,
+    AuditedAccount,
+    FailedAccount,
+    Gaps,
+    Outcome,
+    OutOfScopeAccount,
+    Run,
+    SkippedAccount,
+    assess,
+    exit_code,
+    main,
+    original,
+    parse_arguments,
+    summary_document,
+    terminal_summary,
+)
+
+FINISHED = NOW + timedelta(minutes=2)
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
+
+def shown(found: Run, *, quiet: bool = False) -> list[str]:
+    """The lines that the terminal gets."""
+    text = terminal_summary(found, FINISHED, quiet)
+    assert text == "" or text.endswith("\n")
+    return text.split("\n")[:-1]
+
+
+def document(found: Run) -> Json:
+    """summary.json as its readers get it."""
+    read: Json = json.loads(json.dumps(summary_document(found, FINISHED)))
+    return read
+
+
+def only(lines: Iterable[str], start: str) -> str:
+    (line,) = [one for one in lines if one.startswith(start)]
+    return line
+
+
+def findings_shown(lines: Iterable[str]) -> list[tuple[int, str, str, str]]:
+    """Priority, finding, account and user of each finding on the terminal."""
+    found = (re.fullmatch(r"  ([1-7])  ([a-z0-9-]+) +(\d{12}) .{20} (.*)", line) for line in lines)
+    return [(int(one[1]), one[2], one[3], one[4]) for one in found if one]
+
+
+def many(number: int, *, first: int = 0) -> list[AuditedAccount]:
+    """Accounts with a console user without MFA in each."""
+    accounts = (Account(f"{100_000_000_000 + first + index}", f"team-{index}", "ACTIVE") for index in range(number))
+    return [audited(user("alice", password=True), account=one) for one in accounts]
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+GAP_LABELS = {
+    "console users": "console_users",
+    "without MFA": "console_users_without_mfa",
+    "access keys (long-term credentials)": "access_keys",
+    "active": "active_keys",
+    "older than 120 days": "active_keys_older_than_max_age",
+    "older than 1 year": "active_keys_older_than_1_year",
+    "never used": "active_keys_never_used",
+    "not used for 90 days": "active_keys_not_used_for_90_days",
+    "used within 30 days": "active_keys_used_within_30_days",
+    "inactive": "inactive_keys",
+    "expired": "expired_keys",
+    "of root": "root_access_keys",
+    "users with two active keys": "users_with_two_active_keys",
+}
+
+
+def gap_table(lines: list[str]) -> dict[str, tuple[str, str]]:
+    """The figures of the organization and of production by label; the columns must stand where their titles do."""
+    start = lines.index(only(lines, "Gaps"))
+    width = len(lines[start])
+    table = {}
+    for line in lines[start + 1 :]:
+        if not (figures := re.fullmatch(r" *(\S.*?)  +([\d.,]+(?: %)?|no users)  +([\d.,]+(?: %)?|no users)", line)):
+            break
+        assert len(line) == width
+        assert figures.end(2) == lines[start].index("organization") + len("organization")
+        table[figures[1]] = (figures[2], figures[3])
+    return table
+
+
+def test_the_table_of_gaps_has_every_figure_in_its_place() -> None:
+    """All figures differ, so that none can stand in for another."""
+    found = run_of([audited(), audited(account=PAYMENTS)], "--max-key-age", "120")
+    for index, figures in enumerate(found.audited):
+        numbers: dict[str, Any] = {name: (index + 1) * 1000 - place for place, name in enumerate(GAP_COUNTS)}
+        found.audited[index] = dataclasses.replace(figures, gaps=Gaps(**numbers))
+    table = gap_table(shown(found))
+    assert table.pop("MFA coverage") == ("0.0 %", "0.0 %")
+    organization = {name: 3000 - 2 * place for place, name in enumerate(GAP_COUNTS)}
+    production = {name: 2000 - place for place, name in enumerate(GAP_COUNTS)}
+    assert table == {label: (f"{organization[name]:,}", f"{production[name]:,}") for label, name in GAP_LABELS.items()}
+
+
+def test_coverage_of_the_organization_and_of_production() -> None:
+    users = [user(name, password=True, mfa=["Virtual"]) for name in ("ann", "bob")]
+    found = run_of([audited(*users, user("eve", password=True)), audited(users[0], account=PAYMENTS)])
+    assert gap_table(shown(found))["MFA coverage"] == ("75.0 %", "100.0 %")
+
+
+def test_no_console_users_reads_as_such_and_counts_as_100_percent() -> None:
+    found = run_of([audited(user("alice"))])
+    lines = shown(found)
+    assert gap_table(lines)["MFA coverage"] == ("no users", "no users")
+    assert "no console users" in only(lines, "Phase 1")
+    assert document(found)["gaps"]["organization"]["mfa_coverage_percent"] == 100
+
+
+def test_both_phases_with_level_number_and_accounts_at_each_level() -> None:
+    outcomes: list[Outcome] = [
+        audited(user("a", key(91 * DAY), password=True), user("b", password=True, mfa=["SMS"])),
+        audited(user("c", key(DAY)), account=PAYMENTS),
+        audited(account=Account("333333333333", "empty", "ACTIVE")),
+        failed(),
+        SkippedAccount(Account("555555555555", "old", "SUSPENDED")),
+    ]
+    lines = shown(run_of(outcomes))
+    first, second = only(lines, "Phase 1, multi-factor"), only(lines, "Phase 2, use temporary")
+    assert re.search(r"  In Progress +1 of 2 console users without MFA$", first)
+    assert re.search(r"  In Progress +1 of 2 active keys older than 90 days$", second)
+    assert lines[lines.index(first) + 1].strip() == "accounts: 1 Not Started, 1 In Progress, 2 Complete"
+    assert lines[lines.index(second) + 1].strip() == ("accounts: 1 Not Started, 1 In Progress, 1 Complete, 1 Advanced")
+    assert first.index("In Progress") == second.index("In Progress")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "level"),
+    [
+        ([], "Not Started"),
+        ([failed()], "Not Started"),
+        ([audited()], "Complete"),
+        ([audited(), failed()], "In Progress"),
+    ],
+)
+def test_the_organizations_level_of_phase_1(outcomes: list[Outcome], level: str) -> None:
+    found = run_of(outcomes)
+    assert f"  {level}  " in only(shown(found), "Phase 1")
+    assert document(found)["maturity"]["phase1"]["level"] == level
+
+
+def test_the_five_accounts_with_the_largest_gaps_hold_the_organization_back() -> None:
+    """Users without MFA and old keys weigh alike; accounts without a gap are not named, however few the others are."""
+    sizes = {"1": 2, "2": 7, "3": 0, "4": 1, "5": 4, "6": 3, "7": 7}
+
+    def of_size(digit: str, size: int) -> AuditedAccount:
+        people = [user(f"u{n}", password=n % 2 == 0) for n in range(size)]
+        people = [one if one.password else user(one.name, key(91 * DAY)) for one in people]
+        return audited(*people, user("fine", key(DAY)), account=Account(digit * 12, f"team-{digit}", "ACTIVE"))
+
+    lines = shown(run_of([of_size(*item) for item in sizes.items()]))
+    start = lines.index("Held back most by") + 1
+    assert [line[2:14] for line in lines[start : start + 5]] == [digit * 12 for digit in "27561"]
+    assert re.fullmatch(r"  2{12} team-2 +4 without MFA, 3 active keys older than 90 days", lines[start])
+    assert lines[start + 5] == ""
+    few = shown(run_of([of_size("3", 0), of_size("1", 1)]))
+    assert [line[2:14] for line in few[few.index("Held back most by") + 1 :]][:2] == ["1" * 12, ""]
+    assert "Held back most by" not in shown(run_of([of_size("3", 0)]))
+
+
+def test_how_many_accounts_count_as_production() -> None:
+    live = Account("333333333333", "live", "ACTIVE")
+    found = run_of([audited(), audited(account=PAYMENTS), audited(account=live)])
+    assert "3 accounts (2 production)" in only(shown(found), "Audited")
+    assert document(found)["totals"]["production"] == 2
+
+
+def test_the_oldest_active_key_and_its_owner() -> None:
+    found = run_of([audited(user("bob", key(1234 * DAY, key_id="AKIA00000000OLDEST01")))])
+    line = only(shown(found), "oldest active key")
+    for part in ("1,234 days", "AKIA00000000OLDEST01", "bob", SANDBOX.id, SANDBOX.name):
+        assert part in line
+    assert not [line for line in shown(run_of([audited(user("bob"))])) if line.startswith("oldest active key")]
+
+
+def test_ten_findings_with_their_reasons_and_how_many_there_are() -> None:
+    outcomes = [*many(12), audited(user("bob", key(400 * DAY, DAY)), account=PAYMENTS)]
+    found = run_of(outcomes)
+    lines = shown(found)
+    assert "10 of 13" in only(lines, "What to fix first")
+    assert "findings.csv" in only(lines, "What to fix first")
+    assert findings_shown(lines) == [
+        (2, "key-older-than-1-year", PAYMENTS.id, "bob"),
+        *((4, "console-without-mfa", f"{100_000_000_000 + index}", "alice") for index in range(9)),
+    ]
+    reasons = [line for line in lines if "used within 30 days;" in line]
+    assert len(reasons) == 1
+    assert "AKIA0000000000000001" in reasons[0]
+    assert "older than 1 year" in reasons[0]
+
+
+def test_exactly_ten_findings_are_all_shown() -> None:
+    lines = shown(run_of(many(10)))
+    assert len(findings_shown(lines)) == 10
+    assert "10 of 10" in only(lines, "What to fix first")
+
+
+def test_quiet_shows_each_finding_of_priority_1_and_no_other() -> None:
+    """However many there are: nobody opens a file for what was never mailed."""
+    production = [audited(*one.users, account=dataclasses.replace(one.account, name="prod")) for one in many(12)]
+    found = run_of([*production, *many(3, first=100)])
+    lines = shown(found, quiet=True)
+    assert findings_shown(lines) == [
+        (1, "console-without-mfa", f"{100_000_000_000 + index}", "alice") for index in range(12)
+    ]
+    assert "12 of 15" in only(lines, "What to fix first")
+    assert len(lines) <= 2 + 2 * 12
+
+
+def test_quiet_is_silent_where_nothing_is_of_priority_1() -> None:
+    found = run_of([*many(3), audited(user("bob", key(400 * DAY, DAY)), account=PAYMENTS)])
+    assert len(found.findings) == 4
+    assert shown(found, quiet=True) == []
+
+
+def test_quiet_does_not_keep_failed_accounts_to_itself() -> None:
+    lines = shown(run_of([failed(), audited()]), quiet=True)
+    assert any("444444444444" in line for line in lines)
+    assert findings_shown(lines) == []
+
+
+def test_long_names_are_cut_and_key_ids_are_not() -> None:
+    account = Account("111111111111", "A" * 50, "ACTIVE")
+    found = run_of([audited(user("U" * 64, key(12_345 * DAY), password=True), account=account)])
+    lines = shown(found)
+    assert findings_shown(lines)[0][2] == "111111111111"
+    for line in lines:
+        assert "A" * 50 not in line
+        assert "U" * 64 not in line
+        assert "AKIA000000000000000" not in line or "AKIA0000000000000001" in line
+    assert sum("AKIA0000000000000001" in line for line in lines) == 2  # the oldest key, and the finding
+    assert sum(ELLIPSIS in line for line in lines) >= 4
+    assert account.id in only(lines, "oldest active key")
+
+
+@pytest.mark.parametrize("one", [one for one, _ in KEY_FINDINGS.values()], ids=list(KEY_FINDINGS))
+@pytest.mark.parametrize("name", [ROOT, "alice"])
+def test_reasons_are_never_cut(name: str, one: AccessKey) -> None:
+    """Not even where all of them apply; root's keys have short names, their reasons are long."""
+    key_id = "<root_access_key_1>" if name == ROOT else one.id
+    found = run_of([audited(user(name, dataclasses.replace(one, id=key_id)))])
+    text = " ".join(" ".join(shown(found)).split())
+    for each in found.findings:
+        assert f"{key_id}: {'; '.join(each.reasons)} " in text
+
+
+ANY_TEXT = st.text(max_size=90) | st.text(
+    st.sampled_from("abc \t\r\n\x00\x1b[31m]\x07\x7f\x9b\u202e\u2028\u200b,;'\"=<>\ud800\N{SNOWMAN}"), max_size=120
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(organizations(ANY_TEXT, ANY_TEXT), st.booleans())
+def test_no_name_makes_a_line_too_wide_or_steers_the_terminal(outcomes: list[Outcome], quiet: bool) -> None:
+    for line in shown(run_of(outcomes), quiet=quiet):
+        assert line.isprintable()
+        assert line.startswith("Files: ") or len(line) <= 100
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_large_figures_fit_as_well(quiet: bool) -> None:
+    """An account can have 5,000 users with two keys each, an organization many thousand accounts."""
+    account = Account("111111111111", "p" * 45 + "-prod", "ACTIVE")
+    found = run_of([audited(user("x" * 64, key(9999 * DAY), password=True), account=account)])
+    numbers: dict[str, Any] = dict.fromkeys(GAP_COUNTS, 10_002) | {"console_users_without_mfa": 5_001}
+    large = Gaps(oldest_active_key=found.audited[0].gaps.oldest_active_key, **numbers)
+    found.audited = [dataclasses.replace(found.audited[0], gaps=large) for _ in range(10_000)]
+    lines = shown(found, quiet=quiet)
+    assert all(len(line) <= 100 or line.startswith("Files: ") for line in lines)
+    if not quiet:
+        held_back = lines[lines.index("Held back most by") + 1]
+        assert held_back.endswith("5,001 without MFA, 10,002 active keys older than 90 days")
+        assert gap_table(lines)["active"] == ("100,020,000", "100,020,000")
+
+
+def test_the_columns_of_findings_align() -> None:
+    names = ["a", "payments-production-europe-west-1", "b" * 20, ""]
+    accounts = [Account(str(index) * 12, name, "ACTIVE") for index, name in enumerate(names)]
+    found = run_of([audited(user("alice", key(91 * DAY), password=True), account=one) for one in accounts])
+    lines = [line for line in shown(found) if re.match(r"  \d  ", line)]
+    assert len(lines) == 8
+    assert {line.index(one.id) for one in accounts for line in lines if one.id in line} == {lines[0].index("1" * 12)}
+    assert {line.index("alice") for line in lines} == {lines[0].index("alice")}
+
+
+# --- summary.json -----------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_an_account_and_in_total() -> None:
+    alice = user("alice", key(400 * DAY, DAY, key_id="A1"), key(DAY, key_id="A2"), password=True)
+    made = document(
+        run_of(
+            [
+                audited(user(ROOT, key(DAY, status="Inactive", key_id="R1")), alice, account=PAYMENTS),
+                audited(user("bob", key(100 * DAY, 95 * DAY), key(DAY, status="Expired"), password=True, mfa=["SMS"])),
+                failed(),
+            ]
+        )
+    )
+    oldest = {
+        "created": "2025-10-19T20:50:00+00:00",
+        "account_id": "222222222222",
+        "account_name": "payments-prod",
+        "username": "alice",
+        "access_key_id": "A1",
+        "age_days": 400,
+    }
+    production = {
+        "console_users": 1,
+        "console_users_without_mfa": 1,
+        "access_keys": 3,
+        "active_keys": 2,
+        "inactive_keys": 1,
+        "expired_keys": 0,
+        "active_keys_older_than_max_age": 1,
+        "active_keys_older_than_1_year": 1,
+        "active_keys_never_used": 1,
+        "active_keys_not_used_for_90_days": 0,
+        "active_keys_used_within_30_days": 1,
+        "root_access_keys": 1,
+        "users_with_two_active_keys": 1,
+        "mfa_coverage_percent": 0.0,
+        "oldest_active_key": oldest,
+    }
+    organization = {
+        **production,
+        "console_users": 2,
+        "access_keys": 5,
+        "active_keys": 3,
+        "expired_keys": 1,
+        "active_keys_older_than_max_age": 2,
+        "active_keys_not_used_for_90_days": 1,
+        "mfa_coverage_percent": 50.0,
+    }
+    assert made["gaps"] == {"organization": organization, "production": production}
+    sandbox, payments, locked = made["accounts"]
+    assert (sandbox["id"], payments["id"], locked["id"]) == (SANDBOX.id, PAYMENTS.id, "444444444444")
+    assert payments["gaps"] == production
+    assert (payments["production"], sandbox["production"]) == (True, False)
+    assert sandbox["maturity"] == {"phase1": "Complete", "phase2": "In Progress"}
+    assert locked["maturity"] == {"phase1": "Not Started", "phase2": "Not Started"}
+    assert made["maturity"]["phase1"]["level"] == "In Progress"
+    assert made["maturity"]["phase1"]["accounts"] == {
+        "Not Started": 1,
+        "In Progress": 1,
+        "Complete": 1,
+        "Advanced": 0,
+    }
+    assert made["findings"] == {"1": 1, "2": 1, "3": 0, "4": 0, "5": 1, "6": 0, "7": 2}
+
+
+def test_the_settings_that_decided() -> None:
+    made = document(run_of([], "--production", "^pay|live$", "--max-key-age", "45"))
+    assert (made["production_pattern"], made["max_key_age_days"]) == ("^pay|live$", 45)
+
+
+def test_a_key_created_while_the_run_was_under_way_is_no_day_old() -> None:
+    made = document(run_of([audited(user("alice", key(timedelta(seconds=-60))))]))
+    assert made["gaps"]["organization"]["oldest_active_key"]["age_days"] == 0
+
+
+def values_of(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """All values that are neither objects nor lists, with their place."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from values_of(each, f"{path}.{name}")
+    elif isinstance(value, list):
+        for each in value:
+            yield from values_of(each, f"{path}[]")
+    else:
+        yield path, value
+
+
+def test_dates_are_iso_8601_and_percentages_numbers() -> None:
+    people = user("alice", key(DAY), password=True, mfa=["SMS"]), user("bob", password=True)
+    made = document(run_of([audited(*people), failed()]))
+    assert type(made["format"]) is int
+    assert made["format"] >= 1
+    dates = [
+        value for path, value in values_of(made) if re.search(r"\.(started|finished|created|report_generated)$", path)
+    ]
+    assert len(dates) >= 5
+    for text in dates:
+        assert datetime.fromisoformat(text).utcoffset() == timedelta(0)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", text)
+    percentages = [value for path, value in values_of(made) if path.endswith("percent")]
+    assert len(percentages) == 3
+    assert all(type(value) in (int, float) for value in percentages)
+
+
+@settings(max_examples=60, deadline=None)
+@given(organizations())
+def test_totals_of_the_document_are_the_sums_over_its_accounts(outcomes: list[Outcome]) -> None:
+    found = run_of(outcomes)
+    made = document(found)
+    entries = [one for one in made["accounts"] if one["result"] == "audited"]
+    for column, members in (("organization", entries), ("production", [one for one in entries if one["production"]])):
+        total = made["gaps"][column]
+        for name in GAP_COUNTS:
+            assert total[name] == sum(one["gaps"][name] for one in members), (column, name)
+        oldest = [one["gaps"]["oldest_active_key"] for one in members if one["gaps"]["oldest_active_key"]]
+        assert total["oldest_active_key"] == min(
+            oldest, key=lambda one: (one["created"], one["account_id"], one["username"]), default=None
+        )
+        complete = total["console_users_without_mfa"] == 0
+        assert (total["mfa_coverage_percent"] == 100) == complete
+    for phase in ("phase1", "phase2"):
+        levels = Counter(one["maturity"][phase] for one in made["accounts"] if one["result"] != "skipped")
+        assert made["maturity"][phase]["accounts"] == {level: levels[level] for level in LEVELS}
+    assert made["totals"]["users"] == sum(one["users"] for one in entries)
+    results = Counter(one["result"] for one in made["accounts"])
+    assert {name: made["totals"][name] for name in ("audited", "failed", "skipped")} == {
+        name: results[name] for name in ("audited", "failed", "skipped")
+    }
+    priorities = Counter(one.priority for one in found.findings)
+    assert made["findings"] == {str(number): priorities[number] for number in range(1, 8)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(organizations(ANY_TEXT, ANY_TEXT))
+def test_any_name_comes_through_json(outcomes: list[Outcome]) -> None:
+    made = document(run_of(outcomes))
+    assert [one["name"] for one in made["accounts"]] == [one.account.name for one in outcomes]
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+OF_PRIORITY: dict[int, AuditedAccount] = {
+    1: audited(user("alice", password=True), account=PAYMENTS),
+    2: audited(user("alice", key(400 * DAY))),
+    3: audited(user("alice", key(DAY, DAY))),
+    4: audited(user("alice", password=True)),
+    5: audited(user("alice", key(91 * DAY))),
+    6: audited(user("alice", key(91 * DAY, 60 * DAY))),
+    7: audited(user("alice", key(DAY, status="Inactive"))),
+}
+
+
+@pytest.mark.parametrize("asked", range(1, 8))
+@pytest.mark.parametrize("priority", OF_PRIORITY)
+def test_fail_on_findings_of_a_priority_or_more_urgent(priority: int, asked: int) -> None:
+    found = run_of([OF_PRIORITY[priority]])
+    assert [one.priority for one in found.findings] == [priority]
+    chosen = parse_arguments(["--role", "R", "--fail-on", f"findings:{asked}"]).fail_on
+    assert exit_code(found, chosen) == (4 if priority <= asked else 0)
+
+
+@pytest.mark.parametrize("priority", OF_PRIORITY)
+def test_fail_on_findings_means_any(priority: int) -> None:
+    found, chosen = run_of([OF_PRIORITY[priority]]), parse_arguments(["--role", "R", "--fail-on", "findings"]).fail_on
+    assert exit_code(found, chosen) == 4
+    assert exit_code(run_of([audited()]), chosen) == 0
+
+
+@pytest.mark.parametrize("value", ["findings:1,findings:6", "findings:6,findings:1", "findings,findings:1"])
+def test_each_of_several_reasons_to_fail_counts(value: str) -> None:
+    chosen = parse_arguments(["--role", "R", "--fail-on", value]).fail_on
+    assert exit_code(run_of([OF_PRIORITY[1]]), chosen) == 4
+    assert exit_code(run_of([OF_PRIORITY[6]]), chosen) == 4
+
+
+def test_findings_alone_are_no_failure() -> None:
+    found = run_of(OF_PRIORITY.values())
+    assert exit_code(found, parse_arguments(["--role", "R"]).fail_on) == 0
+
+
+def test_failed_accounts_go_before_findings() -> None:
+    found = run_of([OF_PRIORITY[1], failed()])
+    assert exit_code(found, parse_arguments(["--role", "R", "--fail-on", "findings"]).fail_on) == 3
+
+
+BAD_VALUES = [
+    *(("--fail-on", value) for value in ("", "finding", "findings:0", "findings:8", "findings:", "findings:12")),
+    *(("--fail-on", value) for value in ("findings:-1", "findings:a", "Findings", "findings 1", "changes", "4")),
+    *(("--production", value) for value in ("(", "prod)", "[a", "*prod", "(?P<a>x)(?P<a>y)", "a{99999999999}", "\\")),
+    ("--production", "(" * 5000),
+    *(("--max-key-age", value) for value in ("", "0", "000", "-1", "1.5", "ninety", "90d", "10000", " 90", "0x10")),
+    ("--max-key-age", "\N{ARABIC-INDIC DIGIT NINE}\N{ARABIC-INDIC DIGIT ZERO}"),
+]
+
+
+@pytest.fixture
+def reachable(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> aws.Endpoint:
+    """An AWS that this process would talk to."""
+    endpoint = serve(aws.account("111111111111", "one"))
+    for name, text in endpoint.env().items():
+        monkeypatch.setenv(name, text)
+    return endpoint
+
+
+@pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda text: ascii(text)[:30])
+def test_a_wrong_value_is_refused_before_any_request(
+    option: str, value: str, reachable: aws.Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--role", "Audit", "--output-dir", str(tmp_path / "reports"), option, value])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}" in last
+    assert repr(value) in last
+    assert reachable.stats()["requests"] == {}
+    assert not (tmp_path / "reports").exists()
+
+
+# --- the whole program ------------------------------------------------------------------------------------------------
+
+TODAY = datetime.now(timezone.utc)
+PROD, PLAIN, CLEAN, LOCKED = "111111111111", "222222222222", "333333333333", "444444444444"
+
+
+def ago(days: float) -> datetime:
+    return TODAY - timedelta(days=days)
+
+
+def access_key(name: str, days: float, used: float | None = None, status: str = "Active") -> Json:
+    last_used = None if used is None else ago(used)
+    return aws.key(f"AKIA{name:0>16}", created=ago(days), last_used=last_used, status=status)
+
+
+WORLD = [
+    aws.account(
+        PROD,
+        "=payments-prod",
+        root=aws.root(password=True, keys=[aws.root_key(last_rotated=ago(10), last_used=ago(200))]),
+        users=[
+            aws.user("-x", password=True, password_last_used=ago(1)),
+            aws.user("deploy", keys=[access_key("DEPLOY", 90.1, 30.1), access_key("DEPLOY2", 365.1, 30.1)]),
+            aws.user("safe", password=True, mfa=[f"arn:aws:iam::{PROD}:mfa/safe"], keys=[access_key("SAFE", 89.9)]),
+        ],
+    ),
+    aws.account(
+        PLAIN,
+        "sandbox",
+        root=aws.root(password=True, virtual=True),
+        users=[
+            aws.user("login", password=True),
+            aws.user("keys", keys=[access_key("INUSE", 89.9, 29.9), access_key("UNUSED", 90.1)]),
+            aws.user("rest", keys=[access_key("EXPIRED", 400, 1, "Expired"), access_key("INACTIVE", 5, 1, "Inactive")]),
+        ],
+    ),
+    aws.account(CLEAN, "clean", users=[aws.user("young", keys=[access_key("YOUNG", 89.9)])]),
+    aws.account(LOCKED, "locked-prod", role="denied"),
+]
+
+# priority, finding, account, user, key, age in days; in the order of findings.csv
+EXPECTED = [
+    ("1", "root-access-key", PROD, ROOT, "<root_access_key_1>", "10"),
+    ("1", "console-without-mfa", PROD, "-x", "N/A", ""),
+    ("1", "console-without-mfa", PROD, ROOT, "N/A", ""),
+    ("2", "key-older-than-1-year", PROD, "deploy", "AKIA000000000DEPLOY2", "365"),
+    ("3", "key-in-use", PLAIN, "keys", "AKIA00000000000INUSE", "89"),
+    ("4", "console-without-mfa", PLAIN, "login", "N/A", ""),
+    ("5", "unused-key", PLAIN, "keys", "AKIA0000000000UNUSED", "90"),
+    ("6", "key-older-than-90-days", PROD, "deploy", "AKIA0000000000DEPLOY", "90"),
+    ("7", "inactive-key", PLAIN, "rest", "AKIA000000000EXPIRED", "400"),
+    ("7", "inactive-key", PLAIN, "rest", "AKIA00000000INACTIVE", "5"),
+]
+
+
+def findings_csv(result: Result) -> list[dict[str, str]]:
+    """findings.csv read back, cells as they were before they were made safe for spreadsheets."""
+    with (result.folder / "findings.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file, strict=True)
+    assert header == list(FINDINGS_COLUMNS)
+    return [dict(zip(header, map(original, row), strict=True)) for row in rows]
+
+
+def essence(rows: Iterable[dict[str, str]]) -> list[tuple[str, ...]]:
+    columns = ("priority", "finding", "account_id", "username", "access_key_id", "age_days")
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(serve: Serve, program: Program) -> Result:
+    """All accounts; one of them fails, which goes before what --fail-on asks for."""
+    return program(serve(*WORLD).env(), "--fail-on", "findings")
+
+
+@pytest.mark.program
+def test_findings_csv_of_a_whole_run(whole: Result) -> None:
+    rows = findings_csv(whole)
+    assert essence(rows) == EXPECTED
+    assert {(row["account_id"], row["account_name"], row["production"]) for row in rows} == {
+        (PROD, "=payments-prod", "true"),
+        (PLAIN, "sandbox", "false"),
+    }
+    assert "aws iam delete-login-profile --user-name" in rows[1]["recommendation"]
+    assert "-x" in rows[1]["recommendation"]
+    text = (whole.folder / "findings.csv").read_text(encoding="utf-8")
+    assert "'=payments-prod" in text
+    assert ",'-x," in text
+
+
+@pytest.mark.program
+def test_summary_json_of_a_whole_run(whole: Result) -> None:
+    made = whole.summary
+    assert made is not None
+    assert made["gaps"]["organization"] == {
+        "console_users": 5,
+        "console_users_without_mfa": 3,
+        "mfa_coverage_percent": 40.0,
+        "access_keys": 9,
+        "active_keys": 7,
+        "inactive_keys": 1,
+        "expired_keys": 1,
+        "active_keys_older_than_max_age": 3,
+        "active_keys_older_than_1_year": 1,
+        "active_keys_never_used": 3,
+        "active_keys_not_used_for_90_days": 1,
+        "active_keys_used_within_30_days": 1,
+        "root_access_keys": 1,
+        "users_with_two_active_keys": 2,
+        "oldest_active_key": {
+            "created": ago(365.1).replace(microsecond=0).isoformat(),
+            "account_id": PROD,
+            "account_name": "=payments-prod",
+            "username": "deploy",
+            "access_key_id": "AKIA000000000DEPLOY2",
+            "age_days": 365,
+        },
+    }
+    assert made["gaps"]["production"]["access_keys"] == 4
+    assert made["gaps"]["production"] == whole.accounts[PROD]["gaps"]
+    assert made["maturity"] == {
+        "phase1": {
+            "level": "In Progress",
+            "accounts": {"Not Started": 1, "In Progress": 2, "Complete": 1, "Advanced": 0},
+        },
+        "phase2": {
+            "level": "In Progress",
+            "accounts": {"Not Started": 1, "In Progress": 2, "Complete": 1, "Advanced": 0},
+        },
+    }
+    assert made["findings"] == {"1": 3, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1, "7": 2}
+    assert made["totals"]["production"] == 1
+    assert {one: entry["maturity"]["phase1"] for one, entry in whole.accounts.items()} == {
+        PROD: "In Progress",
+        PLAIN: "In Progress",
+        CLEAN: "Complete",
+        LOCKED: "Not Started",
+    }
+
+
+@pytest.mark.program
+def test_the_terminal_of_a_whole_run(whole: Result) -> None:
+    assert whole.exit_code == 3
+    lines = whole.stdout.splitlines()
+    assert gap_table(lines)["without MFA"] == ("3", "2")
+    assert [one[1:3] for one in findings_shown(lines)] == [row[1:3] for row in EXPECTED]
+    assert only(lines, "Audited").startswith("Audited: 3 accounts (1 production), 7 users, 9 access keys")
+    assert all(len(line) <= 100 or line.startswith("Files: ") for line in lines)
+
+
+@pytest.mark.program
+def test_quiet_prints_the_findings_of_priority_1(serve: Serve, program: Program) -> None:
+    result = program(serve(*WORLD).env(), "--exclude", LOCKED, "--quiet", "--fail-on", "findings:1")
+    assert result.exit_code == 4
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert [(str(one[0]), *one[1:]) for one in findings_shown(lines)] == [row[:4] for row in EXPECTED if row[0] == "1"]
+    for row in EXPECTED[3:]:
+        assert row[4] == "N/A" or row[4] not in result.stdout
+    assert "Gaps" not in result.stdout
+    assert essence(findings_csv(result)) == EXPECTED
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(
+    ("account_id", "what", "code"),
+    [
+        (PLAIN, "findings:2", 0),
+        (PLAIN, "findings", 4),
+        (CLEAN, "findings", 0),
+    ],
+)
+def test_fail_on_and_quiet_without_a_finding_of_priority_1(
+    account_id: str, what: str, code: int, serve: Serve, program: Program
+) -> None:
+    result = program(serve(*WORLD).env(), "--accounts", account_id, "--quiet", "--fail-on", what)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", "")
+    assert essence(findings_csv(result)) == [row for row in EXPECTED if row[2] == account_id]
+
+
+@pytest.mark.program
+def test_an_audit_that_cannot_finish_goes_before_its_findings(serve: Serve, program: Program) -> None:
+    """The first page's account has findings; the second page is refused."""
+    denied = aws.rule("ListAccounts", skip=2, error="AccessDeniedException")
+    result = program(serve(WORLD[0], WORLD[1], page=1, rules=[denied]).env(), "--fail-on", "findings")
+    assert result.exit_code == 1
+    assert result.csvs <= {PROD}
+    assert "ListAccounts" in result.stderr
+
+
+@pytest.mark.program
+def test_production_and_key_age_decide_as_asked(serve: Serve, program: Program) -> None:
+    """Production by ID, a key just over and another just under the limit."""
+    options = ["--accounts", f"{PLAIN},{CLEAN}", "--production", f"^{PLAIN}$", "--max-key-age", "89"]
+    result = program(serve(*WORLD).env(), *options)
+    assert result.exit_code == 0
+    rows = findings_csv(result)
+    assert essence(rows)[0] == ("1", "console-without-mfa", PLAIN, "login", "N/A", "")
+    young = next(row for row in rows if row["account_id"] == CLEAN)
+    assert young["reasons"] == "older than 89 days"
+    assert {row["production"] for row in rows if row["account_id"] == PLAIN} == {"true"}
+
+
+@pytest.mark.program
+def test_a_wrong_value_ends_the_process_with_2(serve: Serve, program: Program) -> None:
+    endpoint = serve(*WORLD)
+    result = program(endpoint.env(), "--fail-on", "findings:8")
+    assert result.exit_code == 2
+    assert "'findings:8'" in result.stderr
+    assert result.stdout == ""
+    assert endpoint.stats()["requests"] == {}
+
+
+def test_outcomes_that_were_not_looked_into_have_no_gaps() -> None:
+    """Accounts that are skipped, left out or failed add nothing to any figure, and hide nothing either."""
+    left_out = OutOfScopeAccount(Account(MANAGEMENT, "management", "ACTIVE"))
+    denied = FailedAccount(PAYMENTS, "AssumeRole", "AccessDenied", "no")
+    made = document(run_of([audited(), SkippedAccount(PAYMENTS), left_out, denied]))
+    assert made["gaps"]["organization"] == document(run_of([audited()]))["gaps"]["organization"]
+    assert made["gaps"]["organization"]["console_users"] == assess(audited(), plan(), NOW).gaps.console_users == 0
+    assert made["maturity"]["phase1"]["accounts"]["Not Started"] == 1

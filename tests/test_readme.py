@@ -1,0 +1,84 @@
+"""README.md tells the truth: its documents, tables and the demo's output are the program's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import iam_audit
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def masked(output: str) -> str:
+    """The output without what differs from run to run: when it was and how long it took."""
+    output = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "<time>", output)
+    return re.sub(r"took \d+:\d\d|\d+ minutes?\b", "<span>", output)
+
+
+@pytest.mark.program
+def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    summary = printed[printed.index("Organization ") : printed.index("\n\nFiles: ")]
+    assert masked(f"```\n{summary}\n```") in masked(README)
+
+
+@pytest.mark.parametrize(
+    "name", ["caller-policy", "role-policy", "role-trust", "scp-require-mfa", "scp-deny-access-keys"]
+)
+def test_the_readme_shows_what_print_gives(name: str) -> None:
+    shown = re.search(rf"--print {name}[^\n]*\n+```json\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == iam_audit.print_document(name, role="IAMAuditRole")
+    assert json.loads(shown[1])["Version"] == "2012-10-17"
+
+
+@pytest.mark.parametrize("name", iam_audit.DOCUMENTS)
+def test_the_readme_and_the_help_name_every_document(name: str) -> None:
+    assert f"--print {name}" in README or f"`{name}`" in README
+    assert re.search(rf"^  {name} ", iam_audit.HELP_EPILOG, re.MULTILINE)
+
+
+def test_every_action_stands_with_its_reason() -> None:
+    reads = {**iam_audit.CALLER_READS, **iam_audit.ROLE_READS, **iam_audit.CLOUDTRAIL_READS}
+    missing = [action for action, why in reads.items() if f"| `{action}` | {why} |" not in README]
+    assert missing == []
+
+
+def test_every_exit_code_and_every_word_is_explained() -> None:
+    for code in (
+        value for name, value in vars(iam_audit).items() if name.startswith("EXIT_") and name != "EXIT_SIGNAL"
+    ):
+        assert re.search(rf"^\| {code} \|", README, re.MULTILINE), code
+    words = [
+        *(f"| `{column}` |" for column in iam_audit.CSV_COLUMNS[2:]),
+        *(f"`{word}`" for word in (*iam_audit.FINDINGS_COLUMNS, *iam_audit.PRIORITIES, *iam_audit.GAP_COUNTS)),
+        *(
+            f"`{change}`"
+            for change in (*iam_audit.EXPLAINED_BY, iam_audit.CAME_AND_WENT, "account-joined", "account-left")
+        ),
+        *(f"`{word}`" for word in ("confirmed", "contradicted", "not found", "unavailable", *iam_audit.VERDICTS)),
+        *(
+            f"`{word}`"
+            for word in ("Configurada", "No configurada", "Nunca", "Nunca utilizada", "N/A", "None", "Unknown")
+        ),
+        *(f"| {level} |" for level in iam_audit.LEVELS),
+    ]
+    assert [word for word in words if word not in README] == []
+
+
+@pytest.mark.program
+def test_every_key_of_the_summary_is_explained(tmp_path: Path) -> None:
+    command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    (path,) = tmp_path.glob("reports/*/summary.json")
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    account = next(entry for entry in summary["accounts"] if entry["result"] == "audited")
+    keys = [*summary, *summary["organization"], *summary["totals"], *account]
+    assert [key for key in keys if f"`{key}`" not in README] == []
