@@ -49,7 +49,6 @@ import queue
 import random
 import re
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -475,6 +474,7 @@ class Plan:
     production: re.Pattern[str]
     max_key_age: timedelta
     events_since: datetime | None  # None: CloudTrail is not asked
+    events_out_of_reach: bool = False  # what was wanted began before CloudTrail's memory does
 
 
 @dataclass(frozen=True)
@@ -722,7 +722,10 @@ class StepFailed(Exception):
 def parse_time(text: str) -> datetime:
     """An ISO 8601 time of AWS (`...Z` or `...+00:00`; fromisoformat takes `Z` only from Python 3.11), in UTC."""
     moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    try:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    except OverflowError as error:  # the first or last day there is, in another time zone
+        raise ValueError(str(error)) from None
 
 
 def to_second(moment: datetime) -> datetime:
@@ -1193,11 +1196,12 @@ def event_of(detail: Mapping[str, Any]) -> Event | None:
     identity = detail.get("userIdentity") or {}
     request = detail.get("requestParameters") or {}
     created_key = (detail.get("responseElements") or {}).get("accessKey") or {}
+    named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
     caller_itself = ROOT if identity.get("type") == "Root" else identity.get("userName")
     return Event(
         time=to_second(parse_time(detail["eventTime"])),
         name=str(detail["eventName"]),
-        user=str(request.get("userName") or caller_itself or created_key.get("userName") or ""),
+        user=str(named or caller_itself or created_key.get("userName") or ""),
         key_id=str(request.get("accessKeyId") or created_key.get("accessKeyId") or ""),
         status=str(request.get("status") or ""),
         actor=str(identity.get("arn") or identity.get("invokedBy") or identity.get("principalId") or ""),
@@ -1659,11 +1663,13 @@ def make_run_folder(output_dir: Path, started: datetime) -> Path:
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
     """An account's CSV of an earlier run. Raises AuditError for one that this program has not written so."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            if tuple(next(rows, ())) != CSV_COLUMNS:
-                raise ValueError("its header is not that of an account's CSV")
-            return states_of_rows(rows, account_id)
+        text = path.read_bytes().decode("utf-8")
+        if not text.endswith("\n"):
+            raise ValueError("it does not end with a line feed")
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        if tuple(next(rows, ())) != CSV_COLUMNS:
+            raise ValueError("its header is not that of an account's CSV")
+        return states_of_rows(rows, account_id)
     except (OSError, ValueError, csv.Error) as error:
         raise AuditError(f"Cannot read the earlier run's {path}: {error}") from None
 
@@ -1921,7 +1927,7 @@ def naming_the_file(folder: Path) -> Iterator[None]:
     """What a summary.json lacks or has wrong becomes an AuditError that says which one."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AuditError(f"Cannot read the earlier run's {folder / 'summary.json'}: {error!r}") from None
 
 
@@ -1943,7 +1949,7 @@ def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
         if entry["result"] == "audited":
             states = read_states(account_csv(folder, entry["id"]), entry["id"])
             keys = sum(len(state.keys) for state in states.values())
-            if (len(states) - (ROOT in states), keys) != (entry["users"], entry["gaps"]["access_keys"]):
+            if (len(states), keys) != (entry["users"] + entry["root"], entry["gaps"]["access_keys"]):
                 path = account_csv(folder, entry["id"])
                 raise AuditError(f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts")
     accounts.update({entry["id"]: (entry["name"], "out of scope") for entry in summary["out_of_scope"]})
@@ -1958,14 +1964,21 @@ def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
         return
     before = read_states(account_csv(earlier.folder, account.id), account.id)
     after = {user.name: state_of(user) for user in audited.users}
-    changes = [*changes_between(account, before, after), *came_and_went(account, before, after, audited.trail)]
+    trail = audited.trail and trail_since(audited.trail, earlier.started)
+    changes = [*changes_between(account, before, after), *came_and_went(account, before, after, trail)]
     tracking.compared += 1
-    tracking.changes += [with_witness(change, audited.trail) for change in changes]
-    lacking_before = {name for name, state in before.items() if state.lacks_mfa}
-    lacking_now = {name for name, state in after.items() if state.lacks_mfa}
+    tracking.changes += [with_witness(change, trail) for change in changes]
+    unknown = {ROOT} - (before.keys() & after.keys())
+    lacking_before = {name for name, state in before.items() if state.lacks_mfa} - unknown
+    lacking_now = {name for name, state in after.items() if state.lacks_mfa} - unknown
     tracking.mfa_fixed += len(lacking_before - lacking_now)
     new = sorted(lacking_now - lacking_before)
     tracking.mfa_new += [Change(account.id, account.name, name, "", "console-without-mfa") for name in new]
+
+
+def trail_since(trail: Trail, moment: datetime) -> Trail:
+    """What can explain a change: with --since, CloudTrail may have been asked for older events too."""
+    return replace(trail, events=tuple(event for event in trail.events if event.time >= moment))
 
 
 def state_of(user: User) -> UserState:
@@ -2019,7 +2032,7 @@ def came_and_went(account: Account, before: States, after: States, trail: Trail 
     """Keys that were created and deleted between two runs, which no snapshot shows."""
     seen = {key_id for states in (before, after) for state in states.values() for key_id in state.keys}
     events = trail.events if trail else ()
-    created = {event.key_id for event in events if event.name == "CreateAccessKey"}
+    created = {event.key_id for event in events if event.name == "CreateAccessKey" and event.key_id}
     for event in events:
         if event.name == "DeleteAccessKey" and event.key_id in created - seen:
             yield Change(account.id, account.name, event.user, event.key_id, CAME_AND_WENT, event=event)
@@ -2513,6 +2526,7 @@ def audited_entry(figures: AccountFigures, now: datetime) -> dict[str, Any]:
         **account_entry(figures.account, "audited"),
         "report_generated": iso(figures.report_generated),
         "users": figures.users,
+        "root": figures.has_root,
         "production": figures.production,
         "maturity": {"phase1": figures.phase1, "phase2": figures.phase2},
         "controls": {name: control_document(control) for name, control in figures.controls.items()},
@@ -2903,10 +2917,8 @@ def witness_lines(run: Run) -> list[str]:
     if trail is None or run.plan.events_since is None:
         return []
     lines = ["", f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"]
-    if run.tracking.earlier and run.tracking.earlier.started < run.plan.events_since:
-        lines.append(
-            f"  the earlier run is older (CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days): no witness for before"
-        )
+    if run.plan.events_out_of_reach:
+        lines.append(f"  CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days: what happened before has no witness.")
     witnesses = Counter(change.witness for change in run.tracking.changes if change.witness)
     if witnesses:
         lines.append(
@@ -3155,7 +3167,7 @@ def role_name(text: str) -> str:
     https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
     """
     what = "a role's name or path and name (no ARN: the account differs)"
-    return matching(r"([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}", what, text)
+    return matching(r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}", what, text)
 
 
 def role_names(text: str) -> tuple[str, ...]:
@@ -3274,7 +3286,7 @@ class Status:
     def draw(self) -> None:
         if self._draws:
             line = progress_line(self._progress, time.monotonic() - self._started)
-            width = shutil.get_terminal_size().columns - 1
+            width = os.get_terminal_size(self._stream.fileno()).columns - 1
             print(f"\r\x1b[K{line[:width]}", end="", file=self._stream, flush=True)
 
     @contextlib.contextmanager
@@ -3324,8 +3336,9 @@ def interruptible() -> Iterator[None]:
     except asyncio.CancelledError:
         raise Interrupted(received[0]) from None
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if not received:  # else both stay ignored: a second one would only make the interpreter's own end noisy
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 def run(options: argparse.Namespace, started: datetime) -> int:
@@ -3378,7 +3391,7 @@ async def audit_into(found: Run, aws: Aws, options: argparse.Namespace) -> None:
             if isinstance(outcome, AuditedAccount):
                 write_csv(account_csv(found.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
             keep(found, outcome)
-            progress.done = len(found.audited) + len(found.failed) + len(found.skipped)
+            progress.done = len(found.audited) + len(found.failed)
             progress.failed = len(found.failed)
             status.log(outcome_line(outcome))
         found.enforcement = await enforcement
@@ -3415,6 +3428,7 @@ def plan_of(
         production=options.production,
         max_key_age=options.max_key_age,
         events_since=max(since, started - CLOUDTRAIL_KEEPS) if options.cloudtrail else None,
+        events_out_of_reach=since < started - CLOUDTRAIL_KEEPS,
     )
 
 

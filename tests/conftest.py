@@ -16,6 +16,7 @@ import re
 import select
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import termios
@@ -139,7 +140,7 @@ class Program:
         """Run it to its end; `role` None leaves --role away."""
         with self.start(env, *options, role=role, **popen) as (process, output_dir):
             stdout, stderr = process.communicate(timeout=TIMEOUT)
-        return self._checked(Result(process.returncode, stdout, stderr, output_dir), env, options)
+        return self._checked(Result(process.returncode, stdout or "", stderr or "", output_dir), env, options)
 
     @contextlib.contextmanager
     def start(
@@ -176,6 +177,7 @@ class Program:
         *options: str,
         answer: Callable[[str], str] = lambda _: "",
         everything: bool = False,
+        columns: int = 120,
     ) -> Result:
         """Run it with a controlling terminal for stdin and stderr, for stdout too with `everything`.
 
@@ -184,6 +186,7 @@ class Program:
         folder = self._make_folder()
         command = self._command(options, "Audit", folder / "reports")
         ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, ours)
             stdout = stack.enter_context((folder / "stdout").open("w+", encoding="utf-8", newline=""))

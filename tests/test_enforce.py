@@ -556,9 +556,9 @@ def test_hostile_wildcards_take_no_time() -> None:
     )
 
 
-# An evaluator of its own, request by request as AWS describes it, holds the judge to the one promise that matters: where it
-# says enforced, no request gets through. (Null aws:MultiFactorAuthPresent is not among the conditions: AWS writes that it
-# behaves like Bool false, which a request of a console session, that has the key, does not bear out.)
+# An evaluator of its own, request by request as AWS describes it, holds the judge to the one promise that matters: where
+# it says enforced, no request gets through. (Null aws:MultiFactorAuthPresent is not among the conditions: AWS writes that
+# it behaves like Bool false, which a request of a console session, that has the key, does not bear out.)
 ACTIONS = [
     "*",
     "*:*",
@@ -787,9 +787,9 @@ def test_every_document_is_one_of_these() -> None:
     assert all(audit.print_document(name).endswith("}\n") for name in audit.DOCUMENTS)
 
 
-# What parliament says on purpose-built parts: it would have BoolIfExists, which would deny every access key in use; and it
-# would name the users, whom an audit does not know beforehand. (It knows no trust policies.)
-# The first is what Bool in place of BoolIfExists is for; the second key is younger than parliament's list of global keys.
+# What parliament says on purpose-built parts: it would have BoolIfExists, which would deny every access key in use; it
+# does not know aws:ViaAWSService, which is younger than its list of global keys; and it would name the users, whom an
+# audit does not know beforehand. (It knows no trust policies.)
 KNOWN = {
     "scp-require-mfa": {"BAD_PATTERN_FOR_MFA", "UNKNOWN_CONDITION_FOR_ACTION aws:ViaAWSService"},
     "role-policy": {"RESOURCE_STAR"},

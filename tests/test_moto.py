@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import NamedTuple
 
 import pytest
-from conftest import Program
+from conftest import Program, Result
 from organization import (
     DEFAULT_ROLE,
     HARDWARE,
@@ -180,8 +180,8 @@ MEMBERS = [
         ],
     ),
     Expected(
-        AccountSpec("many", "100000000011", users=tuple(UserSpec(f"user-{n:03d}") for n in range(120))),
-        [NO_ROOT, *(f"user-{n:03d}|No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None" for n in range(120))],
+        AccountSpec("many", "100000000011", users=tuple(UserSpec(f"user-{n:03d}") for n in range(25))),
+        [NO_ROOT, *(f"user-{n:03d}|No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None" for n in range(25))],
     ),
 ]
 BOSS = AccountSpec(
@@ -223,10 +223,21 @@ def table(made: MadeAccount, rows: list[str]) -> list[list[str]]:
     return [list(iam_audit.CSV_COLUMNS), *([made.id, name, *row.format_map(keys).split("|")] for row in rows)]
 
 
-def test_twelve_accounts_give_eleven_csvs(
+@pytest.fixture(scope="module")
+def audited(
     server: MotoServer, organization: MadeOrganization, run_program: Program
-) -> None:
+) -> tuple[Result, Mapping[tuple[str, str], int]]:
+    """A run over the whole organization, and the requests that it took."""
+    server.prepare_reports(organization.accounts)
+    server.clear_counts()
     result = run_program(server.env(), role=DEFAULT_ROLE)
+    return result, server.counts()
+
+
+def test_twelve_accounts_give_eleven_csvs(
+    audited: tuple[Result, Mapping[tuple[str, str], int]], organization: MadeOrganization
+) -> None:
+    result, _ = audited
     assert (result.exit_code, result.csvs) == (0, IDS), result.stderr
     assert len(result.csvs) == 11
     for expected in MEMBERS:
@@ -242,10 +253,8 @@ def test_with_the_management_account(server: MotoServer, organization: MadeOrgan
 
 
 def test_units(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
-    found = {}
-    for names in [("Workloads",), ("Workloads", "Prod")]:
-        found[names] = run_program(server.env(), "--ou", organization.ous[names], role=DEFAULT_ROLE).csvs
-    assert found == {("Workloads",): {"100000000009", "100000000010"}, ("Workloads", "Prod"): {"100000000010"}}
+    result = run_program(server.env(), "--ou", organization.ous["Workloads",], role=DEFAULT_ROLE)
+    assert (result.exit_code, result.csvs) == (0, {"100000000009", "100000000010"})
 
 
 def test_a_role_that_does_not_exist(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
@@ -269,9 +278,8 @@ def requests(made: MadeAccount) -> dict[str, int]:
     }
 
 
-def test_requests(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
-    run_program(server.env(), role=DEFAULT_ROLE)
-    counted = server.counts()
+def test_requests(audited: tuple[Result, Mapping[tuple[str, str], int]], organization: MadeOrganization) -> None:
+    _, counted = audited
     for made in organization.accounts.values():
         of_account = {action: number for (one, action), number in counted.items() if one == made.id}
         assert of_account == {action: number for action, number in requests(made).items() if number}, made.name

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import iam_audit
 import pytest
+
+import iam_audit
 
 TESTS = Path(__file__).resolve().parent
 README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
