@@ -128,7 +128,7 @@ USERS = {
         "security-key|Configurada|Nunca|N/A|N/A|N/A|N/A|N/A|Security key",
     ),
     "SMS": case(
-        user("sms", password=True, mfa=[f"{ARN}sms-mfa/sms"]),
+        user("sms", password=True, mfa=[f"{ARN}sms-mfa/virtual/mfa"]),
         "sms|Configurada|Nunca|N/A|N/A|N/A|N/A|N/A|SMS",
     ),
     "hardware token": case(
@@ -238,6 +238,7 @@ def rearranged(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 USED_ROOT_KEY = root_key(last_rotated=OLDER, last_used=USED, service="ec2")
+USED_INACTIVE_ROOT_KEY = root_key(active=False, last_rotated=OLD, last_used=USED, service="iam")
 ROOTS: dict[str, tuple[Json, list[str]]] = {
     "without credentials": ({"root": root()}, ["No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None"]),
     "with a password": (
@@ -262,10 +263,10 @@ ROOTS: dict[str, tuple[Json, list[str]]] = {
         ["Configurada|Nunca|<root_access_key_1>|Active|2019-01-01T00:00:00+00:00|Nunca utilizada|N/A|None"],
     ),
     "with two keys, the oldest first": (
-        {"root": root(keys=[root_key(active=False, last_rotated=OLD), USED_ROOT_KEY])},
+        {"root": root(keys=[USED_INACTIVE_ROOT_KEY, USED_ROOT_KEY])},
         [
             f"No configurada|N/A|<root_access_key_2>|Active|{OLDER_CELL}|{USED_CELL}|ec2|None",
-            f"No configurada|N/A|<root_access_key_1>|Inactive|{OLD_CELL}|Nunca utilizada|N/A|None",
+            f"No configurada|N/A|<root_access_key_1>|Inactive|{OLD_CELL}|{USED_CELL}|iam|None",
         ],
     ),
     "in a report that shouts": (

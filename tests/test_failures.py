@@ -141,6 +141,7 @@ def damaged_reports(one: str) -> dict[str, str | Json]:
         "a column is missing": report(header=HEADER.replace(",mfa_active", "")),
         "cut off within a row": report(boss, ana)[:-60],
         "cut off within a quoted cell": report(boss, ana.replace("ana,", '"ana,', 1)),
+        "cut off within the last cell": report(boss, ana.removesuffix("N/A") + '"N/A'),
         "more cells than columns": report(boss, ana + ",more"),
         "another account's": {"account": THREE},
         "one row of another account": report(boss, ana, row("bea", THREE)),

@@ -7,7 +7,7 @@ import csv
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -90,6 +90,26 @@ def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
         iam_audit.write_csv(path, ["a"], ([str(1 // n)] for n in (1, 0)))
     assert path.read_text(encoding="utf-8") == "a\nold\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_summary_is_written_last(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without it is one of a run that did not finish."""
+    for name, value in serve(account(ONE, "one"), account(TWO, "two")).env().items():
+        monkeypatch.setenv(name, value)
+    put_in_place: list[str] = []
+
+    def replace(source: str, target: Path, rename: Callable[[str, Path], None] = os.replace) -> None:
+        put_in_place.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "reports"), "--quiet"]) == 0
+    assert {f"{ONE}.csv", f"{TWO}.csv"} <= set(put_in_place)
+    assert put_in_place.index("summary.json") == len(put_in_place) - 1
+    assert {path.name for path in tmp_path.rglob("*.*")} == set(put_in_place)
+    assert capsys.readouterr().out == ""
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
