@@ -5,7 +5,7 @@ From a profile of the management account (or of a delegated administrator) a rol
 member account, the IAM credential report and the access keys' last use are read, and what was found is written.
 
 Reads   the AWS profile's credentials, as the SDK finds them.
-        The CSVs and summaries of earlier runs in OUTPUT_DIR, to compare.
+        The CSVs and summaries of earlier runs in OUTPUT_DIR, or of the one that --previous names, to compare.
 Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv, events.csv and, last, summary.json;
         files 0600, folders 0700. stdout gets the summary, or with --print a document and nothing else happens.
 
@@ -24,7 +24,7 @@ AWS actions, all of them:
     with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; nothing else here changes anything in AWS. Each AssumeRole
-carries a session policy that allows the IAM actions above and no other, so that even an administrator role is
+carries a session policy that allows the role's actions above and no other, so that even an administrator role is
 read-only in this program's hands. No credential is written, logged or put on a command line. An account that could
 not be read in full gets no CSV: it is listed as failed, with the step that failed and why.
 
@@ -133,7 +133,17 @@ THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
 
 # botocore retries none of these for IAM's report, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
-THROTTLED = {"Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException", "SlowDown"}
+THROTTLED = {
+    "Throttling",
+    "ThrottlingException",
+    "ThrottledException",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestLimitExceeded",
+    "TooManyRequestsException",
+    "SlowDown",
+}
+TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}  # and every 5xx
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
 SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
 CANNOT_START = {
@@ -270,11 +280,13 @@ MFA_SETUP = {
     "sts:GetSessionToken": "an MFA session for access keys, where Bool becomes BoolIfExists",
 }
 # What an MFA requirement may leave out and still be one: setting up MFA, reading IAM, signing in. Not iam:* or sts:*,
-# with which a stolen password makes itself an access key or assumes a role, and nothing that removes an MFA device.
+# with which a stolen password makes itself an access key or assumes a role, and nothing that deactivates an MFA device
+# (DeleteVirtualMFADevice, in an example of AWS's, can only delete one that nobody has).
 MFA_BASICS = (
     *MFA_SETUP,
     "iam:Get*",
     "iam:List*",
+    "iam:DeleteVirtualMFADevice",
     "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access",
     "signin:CreateOAuth2Token",
@@ -298,12 +310,9 @@ ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "
 VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first of them holds
 
 # Operator, key and value of a condition that holds without MFA, and of one that holds only with it. Access keys send
-# no aws:MultiFactorAuthPresent at all, console sessions without MFA send false; AWS names Null true beside Bool false.
-WITHOUT_MFA = {
-    ("bool", "aws:multifactorauthpresent"): "false",
-    ("null", "aws:multifactorauthpresent"): "true",
-    ("null", "aws:multifactorauthage"): "true",
-}
+# no aws:MultiFactorAuthPresent at all, console sessions without MFA send false: Null true of that key, alone, stops the
+# first and not the second, and so does not count.
+WITHOUT_MFA = {("bool", "aws:multifactorauthpresent"): "false", ("null", "aws:multifactorauthage"): "true"}
 WITH_MFA = {("bool", "aws:multifactorauthpresent"): "true", ("null", "aws:multifactorauthage"): "false"}
 # Holds for what the caller asks itself, not for what a service then asks for it (Athena of S3, CloudFormation of EC2):
 # those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
@@ -670,6 +679,7 @@ class Tracking:
 
     earlier: EarlierRun | None = None
     runs: list[RunFigures] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     compared: int = 0
     mfa_fixed: int = 0
@@ -872,7 +882,7 @@ def connect(session: boto3.Session, workers: int) -> Aws:
     regions = [session.region_name] if session.region_name else list(PARTITION_REGIONS)
     while True:
         region = regions.pop(0)
-        sts = session.client("sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE), 5))
+        sts = session.client("sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE), 3))
         try:
             return Aws(session, sts, get_caller_identity(sts, region), workers)
         except ClientError as error:
@@ -914,9 +924,12 @@ def open_session(profile: str | None) -> boto3.Session:
 
 
 def parse_timestamp(value: Any) -> datetime:
-    """A timestamp in an answer. botocore's own parser guesses the format, which costs ten times as much as the ISO 8601
-    that IAM and STS always send; other services send other formats."""
-    return parse_time(value) if isinstance(value, str) and "T" in value else botocore.utils.parse_timestamp(value)
+    """A timestamp in an answer. IAM and STS send ISO 8601; botocore's own parser, which guesses the format, takes ten
+    times as long for it and is left for whatever else there is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return parse_time(value)
+    return botocore.utils.parse_timestamp(value)
 
 
 def asks_for_mfa_code(core: botocore.session.Session) -> bool:
@@ -1051,7 +1064,7 @@ class AccountSession:
     async def sign_in(self) -> None:
         """Get this account's credentials: the role's, or the profile's own where the account is the profile's."""
         if self.role.own_account == self.account.id:
-            self._credentials = self.aws.profile_credentials()
+            self._credentials = await self._attempt("AssumeRole", self.aws.profile_credentials, self._pace)
             return
         request = functools.partial(assume_role, self.aws, self.role, self.account.id)
         async with self.aws.assume_role_gate:
@@ -1251,12 +1264,19 @@ def step_failed(step: str, error: Exception) -> StepFailed:
     if isinstance(error, ClientError):
         code, message = error_code(error), str(error.response.get("Error", {}).get("Message", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        throttled, transient = code in THROTTLED or status == 429, status >= 500
+        throttled, transient = code in THROTTLED or status == 429, code in TRANSIENT or status >= 500
     else:
         code, message = type(error).__name__, str(error)
         throttled, transient = False, isinstance(error, (HTTPClientError, ConnectionError))
     kind = "throttled" if throttled else "transient" if transient else "final"
     return StepFailed(step, code, without_secrets(message), kind)
+
+
+def reason_of(step: str, error: Exception) -> str:
+    """Why something was not checked, whatever the error is."""
+    if isinstance(error, (ClientError, BotoCoreError, ResponseParserError)):
+        return str(step_failed(step, error))
+    return f"{step}: {type(error).__name__}"
 
 
 def frames_of(error: BaseException) -> list[str]:
@@ -1334,7 +1354,10 @@ def parse_report(content: bytes, account_id: str) -> dict[str, dict[str, str]]:
         if None in row or None in row.values():
             raise no_report(f"a row does not have as many cells as the header ({row['user']})")
         check_account(row["arn"], account_id, "GetCredentialReport")
-    return {row["user"]: row for row in rows}
+    by_user = {row["user"]: row for row in rows}
+    if len(by_user) < len(rows):
+        raise no_report("it has two rows of one user")
+    return by_user
 
 
 def no_report(why: str) -> StepFailed:
@@ -1545,6 +1568,13 @@ def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Acc
     below = {part for account in accounts for part in (account.path or "").split("/")}
     if unknown := scope.ous - below:
         raise AuditError(f"--ou: no account of organization {organization.id} lies below {', '.join(sorted(unknown))}")
+    by_id = {account.id: account for account in accounts}
+    if outside := {each for each in scope.accounts if scope.ous and not is_below(by_id[each], scope.ous)}:
+        raise AuditError(f"--accounts: not below --ou: {', '.join(sorted(outside))}")
+
+
+def is_below(account: Account, ous: frozenset[str]) -> bool:
+    return not ous.isdisjoint((account.path or "").split("/"))
 
 
 def leave_out(account: Account, organization: Organization, scope: Scope) -> SkippedAccount | OutOfScopeAccount | None:
@@ -1552,7 +1582,7 @@ def leave_out(account: Account, organization: Organization, scope: Scope) -> Ski
     in_scope = (
         (scope.include_management or account.id != organization.management_account)
         and (not scope.accounts or account.id in scope.accounts)
-        and (not scope.ous or not scope.ous.isdisjoint((account.path or "").split("/")))
+        and (not scope.ous or is_below(account, scope.ous))
         and account.id not in scope.exclude
     )
     if not in_scope:
@@ -1656,14 +1686,19 @@ def write_json(path: Path, document: Any) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
     """A file that is there in full or not at all: written beside its place (mkstemp makes it 0600), then renamed."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = None
     try:
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        # backslashreplace: what strangers write can hold half a character, and must not cost the whole file
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise AuditError(f"Cannot write {path}: {error.strerror or error}") from None
         raise
 
 
@@ -1724,7 +1759,7 @@ def finished_runs(output_dir: Path) -> list[Path]:
     found = []
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
-        if name and (folder / "summary.json").exists():
+        if name and os.path.exists(folder / "summary.json"):
             found.append((name[1], int(name[2] or 1), folder))
     return [folder for _, _, folder in sorted(found, reverse=True)]
 
@@ -1925,13 +1960,18 @@ def open_tracking(output_dir: Path, named: Path | None, organization_id: str) ->
     for folder in finished_runs(output_dir):
         if len(tracking.runs) == RUNS_SHOWN - 1:
             break
-        with naming_the_file(folder):
-            summary = read_summary(folder)
-            if summary["organization"]["id"] != organization_id:
-                continue
-            tracking.runs.insert(0, run_figures(summary))
+        try:
+            with naming_the_file(folder):
+                summary = read_summary(folder)
+                if summary["organization"]["id"] != organization_id:
+                    continue
+                tracking.runs.insert(0, run_figures(summary))
+                if tracking.earlier is None and named is None:
+                    tracking.earlier = earlier_run(folder, summary)
+        except AuditError:
             if tracking.earlier is None and named is None:
-                tracking.earlier = earlier_run(folder, summary)
+                raise
+            tracking.unreadable.append(folder.name)  # it would only have been a line in the table of runs
     if named is not None:
         with naming_the_file(named):
             summary = read_summary(named)
@@ -2006,7 +2046,10 @@ def state_of(user: User) -> UserState:
 
 
 def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
-    """Root is compared only if both reports have it; it neither comes nor goes."""
+    """Root is compared only if both reports have it; it neither comes nor goes. A user who was renamed is another one,
+    and his keys, which kept their IDs, are neither new nor gone."""
+    keys_gone = {key_id for name, state in before.items() if name not in after for key_id in state.keys}
+    moved = {key_id for name, state in after.items() if name not in before for key_id in state.keys} & keys_gone
     for name in sorted(before.keys() | after.keys()):
         then, now = before.get(name), after.get(name)
         if name == ROOT and (then is None or now is None):
@@ -2018,7 +2061,8 @@ def changes_between(account: Account, before: States, after: States) -> Iterator
             yield change("", "user-deleted")
         else:
             yield from sign_in_changes(change, then, now)
-        yield from key_changes(change, then.keys if then else {}, now.keys if now else {})
+        found = key_changes(change, then.keys if then else {}, now.keys if now else {})
+        yield from (each for each in found if each.key_id not in moved)
 
 
 def sign_in_changes(change: Callable[..., Change], then: UserState, now: UserState) -> Iterator[Change]:
@@ -2037,7 +2081,7 @@ def key_changes(
     for key_id in sorted(then.keys() | now.keys()):
         status_then, created_then = then.get(key_id, ("", ""))
         status_now, created_now = now.get(key_id, ("", ""))
-        replaced = status_then == status_now and created_then != created_now
+        replaced = bool(status_then and status_now) and created_then != created_now
         if not status_now or replaced:
             yield change(key_id, "access-key-deleted", status_then)
         if not status_then or replaced:
@@ -2119,22 +2163,30 @@ def event_rows(run: Run) -> list[tuple[str, ...]]:
 
 def parse_policy(content: str) -> tuple[Statement, ...]:
     """The statements of a policy; ValueError for anything but a policy of the elements that SCPs have."""
-    document = expect_object(json.loads(content))
+    document = expect_object(json.loads(content, object_pairs_hook=without_repetition))
     listed = document.get("Statement")
     return tuple(map(parse_statement, listed if isinstance(listed, list) else [listed]))
 
 
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; with a name twice, nobody can say which of the two AWS goes by."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return members
+
+
 def parse_statement(element: Any) -> Statement:
-    fields = expect_object(element)
-    unknown = fields.keys() - {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
+    members = expect_object(element)
+    unknown = members.keys() - {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
     names = ("Action", "NotAction", "Resource", "NotResource")
-    actions, not_actions, resources, not_resources = (texts(fields.get(name, [])) for name in names)
+    actions, not_actions, resources, not_resources = (texts(members.get(name, [])) for name in names)
     if unknown or bool(actions) == bool(not_actions) or bool(resources) == bool(not_resources):
         raise ValueError("not a statement of a service control policy")
-    effect = fields.get("Effect")
+    effect = members.get("Effect")
     if effect not in ("Allow", "Deny"):
         raise ValueError("Effect is neither Allow nor Deny")
-    conditions = parse_conditions(fields.get("Condition", {}))
+    conditions = parse_conditions(members.get("Condition", {}))
     return Statement(effect, actions, not_actions, resources, not_resources, conditions)
 
 
@@ -2315,12 +2367,12 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
         for policy_id, name in await ask(list_policies):
             content, targets = await ask(describe_policy, policy_id), await ask(list_targets_for_policy, policy_id)
             policies.append(Policy(policy_id, name, content, targets))
-    except (ClientError, BotoCoreError, ResponseParserError) as error:
-        why_not = str(step_failed("service control policies", error))
+    except Exception as error:  # whatever it is, it must not cost the audit
+        why_not = reason_of("service control policies", error)
     try:
         root_managed = await ask(list_organizations_features)
-    except (ClientError, BotoCoreError, ResponseParserError) as error:
-        root_why_not = str(step_failed("ListOrganizationsFeatures", error))
+    except Exception as error:
+        root_why_not = reason_of("ListOrganizationsFeatures", error)
     if organization.feature_set != "ALL":
         why_not = "the organization has consolidated billing only, service control policies need all features"
     elif not why_not and not any(policy.targets for policy in policies):
@@ -2339,9 +2391,8 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
             if not run.enforcement.why_not:
                 path_ids = [] if is_management else await path_of(aws, figures.account, parents)
                 controls = controls_of_account(path_ids, run.enforcement.judged, is_management)
-        except (ClientError, BotoCoreError, ResponseParserError) as error:
-            why_not = str(step_failed("ListParents", error))
-            run.enforcement = replace(run.enforcement, why_not=why_not)
+        except Exception as error:
+            run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
         level = phase1_level(figures.gaps, controls[MFA_REQUIRED].verdict == ENFORCED)
         run.audited[number] = replace(figures, controls=controls, phase1=level)
 
@@ -2575,9 +2626,10 @@ def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
 
 
 def maturity_document(run: Run, phase: str) -> dict[str, Any]:
-    levels = [getattr(account, phase) for account in run.audited] + [NOT_STARTED] * len(run.failed)
+    audited = [getattr(account, phase) for account in run.audited]
+    levels = audited + [NOT_STARTED] * len(run.failed)
     return {
-        "level": organization_level([getattr(account, phase) for account in run.audited], len(run.failed)),
+        "level": organization_level(audited, len(run.failed)),
         "accounts": {level: levels.count(level) for level in LEVELS},
     }
 
@@ -2628,6 +2680,12 @@ def not_compared(run: Run) -> int:
     return len(both - (left_out_now & left_out_then)) - run.tracking.compared
 
 
+def blind_spots(run: Run) -> int:
+    """Accounts audited now that the earlier run knew and did not audit: what is new in them shows in no comparison."""
+    then = run.tracking.earlier.accounts if run.tracking.earlier else {}
+    return sum(then.get(one.account.id, ("", "audited"))[1] != "audited" for one in run.audited)
+
+
 def new_keys(run: Run) -> list[Change]:
     """The access keys created since the earlier run, with those that are gone again."""
     return [change for change in run.tracking.changes if change.change in ("access-key-created", CAME_AND_WENT)]
@@ -2639,6 +2697,7 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
         return None
     return {
         "since": iso(run.plan.events_since),
+        "out_of_reach": run.plan.events_out_of_reach,
         "events": sum(len(trail.events) for _, trail in run.trails),
         "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
     }
@@ -2730,6 +2789,8 @@ def next_step(step: str, code: str, run: Run) -> str:
         )
     if step == "AssumeRole" and (code in SESSION_EXPIRED or "Token" in code or "Credential" in code or "MFA" in code):
         return "the profile's own session has ended: sign in again (aws sso login, for one), then run the audit again."
+    if code == "RegionDisabledException":
+        return "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."
     if code in DENIED:
         return f"the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."
     if code == "ReportTimeout":
@@ -2815,11 +2876,11 @@ def gap_lines(run: Run) -> list[str]:
         "root_access_keys": "  of root",
         "users_with_two_active_keys": "users with two active keys",
     }
-    lines = ["", f"{'Gaps':<38}{'organization':>14}{'production':>14}"]
+    lines = ["", f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
     for name, label in labels.items():
-        lines.append(f"{label:<38}" + "".join(f"{getattr(gaps, name):>14,}" for gaps in columns))
-    coverage = (f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no users" for gaps in columns)
-    lines.insert(4, f"{'  MFA coverage':<38}" + "".join(f"{text:>14}" for text in coverage))
+        lines.append(f"{label:<38}" + "".join(f"{getattr(gaps, name):>18,}" for gaps in columns))
+    coverage = (f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users" for gaps in columns)
+    lines.insert(4, f"{'  MFA coverage':<38}" + "".join(f"{text:>18}" for text in coverage))
     if oldest := columns[0].oldest_active_key:
         old = count(days_between(oldest.created, run.started), "day")
         whose = f"{cut(oldest.username, 24)} in {oldest.account_id} {oldest.account_name}"
@@ -2849,13 +2910,16 @@ def enforcement_lines(run: Run) -> list[str]:
         lines.append(f"  {CONTROLS[control]:<36}{words or 'no account'}")
         for remark in control_remarks(run, control):
             lines += wrapped(f"    {remark}")
-    lines.append(f"  {'root credentials managed centrally':<36}{root_credentials_in_words(run.enforcement)}")
+    managed = {True: "yes", False: "no", None: "not checked"}[run.enforcement.root_credentials_managed]
+    lines.append(f"  {'root credentials managed centrally':<36}{managed}")
+    if run.enforcement.root_why_not:
+        lines += wrapped(f"    {run.enforcement.root_why_not}")
     bare = [one for one in run.audited if all(control.verdict == ABSENT for control in one.controls.values())]
     bare = sorted(
         (one for one in bare if one.gaps.active_keys), key=lambda one: (-one.gaps.active_keys, one.account.id)
     )
     if bare:
-        lines.append("Neither is enforced, and most active keys")
+        lines.append("With neither control, and most active keys")
     for one in bare[:ACCOUNTS_SHOWN]:
         lines.append(f"  {one.account.id} {cut(one.account.name, 28):<28} {count(one.gaps.active_keys, 'active key')}")
     return lines
@@ -2871,12 +2935,6 @@ def control_remarks(run: Run, control: str) -> list[str]:
             parts += [f"only if {'; or if '.join(found.conditions)}"] * bool(found.conditions)
             remarks[", ".join(parts)] = None
     return list(remarks)
-
-
-def root_credentials_in_words(enforcement: Enforcement) -> str:
-    if enforcement.root_credentials_managed is None:
-        return f"not checked: {enforcement.root_why_not}"
-    return "yes" if enforcement.root_credentials_managed else "no"
 
 
 def change_lines(run: Run) -> list[str]:
@@ -2927,6 +2985,8 @@ def alert_lines(run: Run) -> list[str]:
     for title, changes in (("New console users without MFA", run.tracking.mfa_new), ("MFA removed", removed)):
         if changes:
             lines += [f"{title} since the earlier run", *(f"  {change_line(change)}" for change in changes)]
+    if blind := blind_spots(run):
+        lines.append(f"Not compared, because the earlier run had not audited them: {count(blind, 'account')}")
     return lines
 
 
@@ -2938,6 +2998,8 @@ def witness_lines(run: Run) -> list[str]:
     lines = ["", f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"]
     if run.plan.events_out_of_reach:
         lines.append(f"  CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days: what happened before has no witness.")
+    elif run.tracking.earlier and run.tracking.earlier.started < run.plan.events_since:
+        lines.append("  The earlier run began before that: what happened in between has no witness.")
     witnesses = Counter(change.witness for change in run.tracking.changes if change.witness)
     if witnesses:
         lines.append(
@@ -2956,6 +3018,8 @@ def run_lines(run: Run) -> list[str]:
     for one in all_runs(run):
         figures = (one.console_users_without_mfa, one.active_keys, one.active_keys_older_than_max_age)
         lines.append(f"{iso(one.started):<28}{one.audited:>9,}" + "".join(f"{number:>13,}" for number in figures))
+    if run.tracking.unreadable:
+        lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
 
 
@@ -3466,7 +3530,7 @@ def what_stopped_it(error: Exception) -> str:
     if isinstance(error, BotoCoreError):
         return f"{type(error).__name__}: {without_secrets(str(error))}"
     if isinstance(error, OSError):
-        return f"Cannot write the results: {error.strerror or error}: {error.filename or ''}"
+        return f"{error.strerror or error}: {error.filename or 'no file named'}"
     return f"Unexpected {type(error).__name__}: {without_secrets(str(error))} (--verbose shows where)"
 
 

@@ -354,6 +354,7 @@ def test_scope(serve: Serve, run_program: Program, name: str) -> None:
         (["--accounts", f"{ONE},123456789012"], "123456789012"),
         (["--ou", f"{UNIT},ou-test-dddddddd"], "ou-test-dddddddd"),
         (["--accounts", MANAGEMENT], "--include-management"),
+        (["--accounts", f"{ONE},{THREE}", "--ou", UNIT], THREE),
     ],
 )
 def test_what_is_not_there_is_refused_before_any_account(

@@ -89,7 +89,12 @@ MFA_CASES = [
     ("JSON false", deny("*", {"Bool": {"aws:MultiFactorAuthPresent": False}}), ENFORCED, ()),
     ("a list, any case", deny("*", {"bool": {"AWS:multifactorauthpresent": ["False"]}}), ENFORCED, ()),
     ("a set operator", deny("*", {"ForAnyValue:Bool": {"aws:MultiFactorAuthPresent": "false"}}), ENFORCED, ()),
-    ("Null", deny("*", {"Null": {"aws:MultiFactorAuthPresent": "true"}}), ENFORCED, ()),
+    (
+        "Null, which console sessions without MFA do not meet: they send the key, as false",
+        deny("*", {"Null": {"aws:MultiFactorAuthPresent": "true"}}),
+        PARTIAL,
+        ("Null aws:MultiFactorAuthPresent true",),
+    ),
     ("no age", deny("*", {"Null": {"aws:MultiFactorAuthAge": True}}), ENFORCED, ()),
     ("only with MFA", deny("*", {"Bool": {"aws:MultiFactorAuthPresent": "true"}}), ABSENT, ()),
     ("only with an age", deny("*", {"Null": {"aws:MultiFactorAuthAge": "false"}}), ABSENT, ()),
@@ -444,7 +449,7 @@ AWS_EXAMPLES = [
             ],
             condition={"Bool": {"aws:MultiFactorAuthPresent": "false", "aws:ViaAWSService": "false"}},
         ),
-        PARTIAL,
+        ENFORCED,
         PARTIAL,
     ),
 ]
@@ -556,9 +561,14 @@ def test_hostile_wildcards_take_no_time() -> None:
     )
 
 
-# An evaluator of its own, request by request as AWS describes it, holds the judge to the one promise that matters: where
-# it says enforced, no request gets through. (Null aws:MultiFactorAuthPresent is not among the conditions: AWS writes that
-# it behaves like Bool false, which a request of a console session, that has the key, does not bear out.)
+def test_a_name_that_stands_twice_is_not_checked() -> None:
+    narrowed = '{"Bool": {"aws:MultiFactorAuthPresent": "false"}}, "Condition": {"Bool": {"aws:ViaAWSService": "true"}}'
+    content = f'{{"Statement": {{"Effect": "Deny", "Action": "*", "Resource": "*", "Condition": {narrowed}}}}}'
+    assert {judgement.verdict for judgement in audit.judge_policy(content).values()} == {NOT_CHECKED}
+
+
+# An evaluator of its own, request by request as AWS describes it, holds the judge to the one promise that matters:
+# where it says enforced, no request gets through.
 ACTIONS = [
     "*",
     "*:*",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-import os
 import re
 import resource
 import signal
@@ -145,6 +144,7 @@ def damaged_reports(one: str) -> dict[str, str | Json]:
         "more cells than columns": report(boss, ana + ",more"),
         "another account's": {"account": THREE},
         "one row of another account": report(boss, ana, row("bea", THREE)),
+        "two rows of one user": report(boss, ana, ana),
         "no ARN": report(boss, ana.replace(f"arn:aws:iam::{one}:user/ana", "ana")),
         "no date": report(boss, row("ana", one, last_used="last week")),
         "no creation date": report(boss, row("ana", one, created="sometime")),
@@ -544,15 +544,6 @@ def test_output_folder_that_cannot_be(serve: Serve, run_program: Program, tmp_pa
     assert endpoint.stats()["requests"] == {}
 
 
-def test_output_folder_without_permission(serve: Serve, program: Program, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    tmp_path.chmod(0o500)
-    result = program(serve(account(ONE, "one")).env(), output_dir=tmp_path / "reports")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert str(tmp_path) in result.stderr
-
-
 def test_disk_full(serve: Serve, run_program: Program) -> None:
     """A limit on the size of files stands for it: write() fails in the middle of a file in either case."""
     large = account(TWO, "large", users=[user(f"user-{n:03d}") for n in range(120)])
@@ -563,7 +554,7 @@ def test_disk_full(serve: Serve, run_program: Program) -> None:
 
     result = run_program(endpoint.env(), preexec_fn=limit)
     assert (result.exit_code, result.csvs, result.summary) == (1, {ONE}, None)
-    assert "write" in result.stderr
+    assert "Cannot write" in result.stderr
     assert "large" in result.stderr.lower()  # File too large
 
 

@@ -190,3 +190,8 @@ def test_summary_says_what_was_done(serve: Serve, run_program: Program) -> None:
     assert (audited["users"], audited["gaps"]["access_keys"]) == (2, 2)
     assert (failed["step"], failed["error"]["code"]) == ("AssumeRole", "AccessDenied")
     assert "sts:AssumeRole" in failed["error"]["message"]
+
+
+def test_half_a_character_does_not_cost_the_file(tmp_path: Path) -> None:
+    iam_audit.write_csv(tmp_path / "events.csv", ["user_agent"], [["half \ud83d"], ["whole"]])
+    assert (tmp_path / "events.csv").read_text(encoding="utf-8") == "user_agent\nhalf \\ud83d\nwhole\n"

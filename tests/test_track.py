@@ -1203,6 +1203,21 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {},
         ["ana||user-deleted||", "ana|K|access-key-deleted|Active|"],
     ),
+    "user renamed, whose keys stay": (
+        {"ana": state(K="Active", L="Active")},
+        {"ana.b": state(K="Active", M="Active")},
+        [
+            "ana||user-deleted||",
+            "ana|L|access-key-deleted|Active|",
+            "ana.b||user-created||",
+            "ana.b|M|access-key-created||Active",
+        ],
+    ),
+    "root's key replaced by an active one": (
+        {ROOT: state(K="Inactive/01")},
+        {ROOT: state(K="Active/02")},
+        [f"{ROOT}|K|access-key-deleted|Inactive|", f"{ROOT}|K|access-key-created||Active"],
+    ),
     "key of another user": (
         {"ana": state(K="Active"), "bob": state()},
         {"ana": state(), "bob": state(K="Active")},
@@ -1622,3 +1637,29 @@ def test_comparing_a_thousand_accounts_is_cheap(program: Program, base: Path, tm
     assert (compared, changed) == (1000, 2000)
     assert seconds < 2
     assert megabytes < 100
+
+
+@pytest.mark.program
+def test_a_run_that_is_only_in_the_table_does_not_stop_the_audit(
+    serve: Serve, program: Program, base: Path, tmp_path: Path
+) -> None:
+    good = spoiled(base, tmp_path / "reports", lambda _: None)
+    other = good.with_name("20200101T000000Z")
+    other.mkdir()
+    (other / "summary.json").write_text("{", encoding="utf-8")
+    result = again(program, serve(*settled()).env(), good.parent)
+    assert Path(summary_of(result)["changes"]["folder"]).name == good.name
+    assert "20200101T000000Z" in result.stdout
+
+
+@pytest.mark.program
+def test_quiet_says_where_nothing_could_be_compared(
+    serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A key created while an account failed shows in no comparison; whoever reads the mail must know."""
+    reports = tmp_path_factory.mktemp("blind")
+    endpoint = serve(account(ONE, "one", role="denied"), account(TWO, "two"))
+    assert again(program, endpoint.env(), reports, "--quiet").exit_code == 3
+    endpoint.update({"accounts": [account(ONE, "one"), account(TWO, "two")]})
+    assert "earlier run had not audited them: 1 account\n" in again(program, endpoint.env(), reports, "--quiet").stdout
+    assert again(program, endpoint.env(), reports, "--quiet").stdout == ""
