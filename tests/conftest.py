@@ -258,6 +258,15 @@ def screen(shown: str) -> list[str]:
     return lines
 
 
+@pytest.fixture(autouse=True)
+def all_cpus() -> Iterator[None]:
+    """Back to all of them where a test has run the program in this process: it binds itself to one."""
+    cpus = os.sched_getaffinity(0) if sys.platform == "linux" else set[int]()
+    yield
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, cpus)
+
+
 @pytest.fixture(scope="session")
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
     """The program under test."""

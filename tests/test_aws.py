@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import Counter
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_time_outs_of_every_client(in_this_process: Endpoint) -> None:
     aws = asyncio.run(connected())
     configs: list[Any] = [client.meta.config for client in (aws.sts, aws.organizations, aws.iam)]
     assert {(config.connect_timeout, config.read_timeout) for config in configs} == {(10, 30)}
+
+
+def test_a_system_that_does_not_let_it_choose_a_cpu(
+    in_this_process: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is for speed only, and some sandboxes forbid it."""
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden, raising=False)
+    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path), "--quiet"]) == 0
+    assert in_this_process.stats()["by_account"][ONE]["ListUsers"] == 1
 
 
 # --- how many requests ------------------------------------------------------------------------------------------------

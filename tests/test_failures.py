@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import re
 import resource
 import signal
@@ -17,8 +16,6 @@ from typing import Any
 import pytest
 from conftest import TRACEBACK, Program, Result, Serve, check_what_always_holds, screen
 from endpoint import Endpoint, Json, access_key_id, account, generate, key, root, rule, secret_of, user
-
-import iam_audit
 
 pytestmark = pytest.mark.program
 
@@ -298,13 +295,19 @@ def test_trouble_with_each_action_of_the_caller(serve: Serve, run_program: Progr
     assert {action: requests[action] for action in CALLER_ACTIONS} == dict.fromkeys(CALLER_ACTIONS, 2)
 
 
-def test_trouble_that_does_not_end_fails_the_account(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In this process, where waiting can be made short."""
-    monkeypatch.setattr(iam_audit, "THROTTLING_PATIENCE", 0.5)
-    monkeypatch.setattr(iam_audit, "READ_TIMEOUT", 0.2)
-    monkeypatch.setattr(iam_audit, "TRANSIENT_ATTEMPTS", 2)
+LESS_PATIENT = """
+import os, sys
+sys.path.insert(0, os.path.dirname(os.environ["PROGRAM"]))
+import iam_audit
+iam_audit.THROTTLING_PATIENCE, iam_audit.READ_TIMEOUT, iam_audit.TRANSIENT_ATTEMPTS = 0.5, 0.2, 2
+raise SystemExit(iam_audit.main())
+"""
+
+
+def test_trouble_that_does_not_end_fails_the_account(serve: Serve, program: Program, tmp_path: Path) -> None:
+    """With less patience than the program has, which would take minutes."""
+    (tmp_path / "less_patient.py").write_text(LESS_PATIENT, encoding="utf-8")
+    less_patient = Program(str(tmp_path / "less_patient.py"), program.python, lambda: tmp_path)
     troubles: dict[str, tuple[str, Json]] = {
         numbered(1): ("Throttling", {"error": "Throttling"}),
         numbered(2): ("InternalFailure", {"error": "InternalFailure", "status": 500}),
@@ -312,20 +315,11 @@ def test_trouble_that_does_not_end_fails_the_account(
         numbered(4): ("ReadTimeoutError", {"hang": True}),
     }
     rules = [rule("ListUsers", one, **trouble) for one, (_, trouble) in troubles.items()]
-    hang_once = rule("ListAccessKeys", TWO, hang=True, times=1)
-    endpoint = serve(
-        full(ONE, "well"), full(TWO, "slow once"), *(account(one, one) for one in troubles), rules=[*rules, hang_once]
-    )
-    for name, value in endpoint.env().items():
-        monkeypatch.setenv(name, value)
-    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "reports")]) == 3
-    [summary] = tmp_path.glob("reports/*/summary.json")
-    entries = {entry["id"]: entry for entry in json.loads(summary.read_text(encoding="utf-8"))["accounts"]}
-    assert {one: (entries[one]["step"], entries[one]["error"]["code"]) for one in troubles} == {
-        one: ("ListUsers", code) for one, (code, _) in troubles.items()
-    }
-    assert {file.stem for file in tmp_path.glob("reports/*/accounts/*")} == {ONE, TWO}
-    assert "ReadTimeoutError" in capsys.readouterr().out
+    rules.append(rule("ListAccessKeys", TWO, hang=True, times=1))
+    accounts = [full(ONE, "well"), full(TWO, "slow once"), *(account(one, one) for one in troubles)]
+    result = less_patient({**serve(*accounts, rules=rules).env(), "PROGRAM": program.path})
+    assert (result.exit_code, result.csvs) == (3, {ONE, TWO})
+    assert result.failures == {one: ("ListUsers", code) for one, (code, _) in troubles.items()}
 
 
 def test_a_session_that_expires_is_renewed(serve: Serve, run_program: Program) -> None:

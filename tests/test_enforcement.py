@@ -1,0 +1,204 @@
+"""What the program makes of an organization's service control policies, read over the wire."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import Program, Result, Serve
+from endpoint import account, key, policy, rule, user
+from organization import (
+    DEFAULT_ROLE,
+    VIRTUAL,
+    AccountSpec,
+    KeySpec,
+    MadeOrganization,
+    MotoServer,
+    UserSpec,
+    attach_scp,
+    enable_scps,
+    fill,
+)
+
+import iam_audit
+
+pytestmark = pytest.mark.program
+
+ENFORCED, PARTIAL, ABSENT, NOT_CHECKED = "enforced", "partial", "absent", "not checked"
+REQUIRE_MFA = iam_audit.print_document("scp-require-mfa")
+DENY_KEYS = iam_audit.print_document("scp-deny-access-keys")
+ONLY_AT_NIGHT = {
+    "Version": "2012-10-17",
+    "Statement": {
+        "Effect": "Deny",
+        "Action": "iam:CreateAccessKey",
+        "Resource": "*",
+        "Condition": {"DateGreaterThan": {"aws:CurrentTime": "2026-01-01T20:00:00Z"}},
+    },
+}
+WITH_MFA = (UserSpec("ana", password=True, mfa=(VIRTUAL,)),)
+WITHOUT_MFA = (UserSpec("bob", password=True),)
+OLD_KEY = (UserSpec("svc", keys=(KeySpec(datetime(2020, 1, 1, tzinfo=timezone.utc)),)),)
+
+# Organizational units three deep. MFA is required below Workloads, new keys are denied to one account three levels
+# down, and partly from the root down.
+MEMBERS = [
+    AccountSpec("deep", "100000000001", ("Workloads", "Production", "Payments"), WITH_MFA),
+    AccountSpec("deep too", "100000000002", ("Workloads", "Production", "Payments"), WITHOUT_MFA),
+    AccountSpec("middle", "100000000003", ("Workloads", "Production"), ()),
+    AccountSpec("beside", "100000000004", ("Sandbox",), WITH_MFA),
+    AccountSpec("at the root", "100000000005", (), OLD_KEY),
+]
+
+
+class Enforced(NamedTuple):
+    result: Result
+    made: MadeOrganization
+    counts: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def enforced(program: Program) -> Iterator[Enforced]:
+    with MotoServer() as server:
+        made = fill(server, MEMBERS)
+        enable_scps(server)
+        attach_scp(server, "RequireMFA", json.loads(REQUIRE_MFA), made.ous["Workloads",])
+        attach_scp(server, "DenyKeys", json.loads(DENY_KEYS), "100000000001")
+        attach_scp(server, "KeysAtNight", ONLY_AT_NIGHT, made.root_id)
+        server.set_features("RootCredentialsManagement")
+        server.clear_counts()
+        result = program(server.env(), "--include-management", role=DEFAULT_ROLE)
+        counts: dict[str, int] = {}
+        for (_, action), number in server.counts().items():
+            counts[action] = counts.get(action, 0) + number
+        yield Enforced(result, made, counts)
+
+
+def controls(result: Result, account_id: str) -> tuple[str, str]:
+    found = result.accounts[account_id]["controls"]
+    return found["mfa-required"]["verdict"], found["new-keys-prevented"]["verdict"]
+
+
+def summary(result: Result) -> dict[str, Any]:
+    assert result.summary is not None, result.stderr
+    return result.summary
+
+
+def test_each_account_is_under_the_policies_above_it(enforced: Enforced) -> None:
+    assert enforced.result.exit_code == 0
+    assert {one: controls(enforced.result, one) for one in enforced.result.accounts} == {
+        "100000000001": (ENFORCED, ENFORCED),
+        "100000000002": (ENFORCED, PARTIAL),
+        "100000000003": (ENFORCED, PARTIAL),
+        "100000000004": (ABSENT, PARTIAL),
+        "100000000005": (ABSENT, PARTIAL),
+        enforced.made.management.id: (ABSENT, ABSENT),  # it is under no service control policy
+    }
+
+
+def test_phase_1_is_advanced_where_mfa_is_complete_and_enforced(enforced: Enforced) -> None:
+    levels = {one: entry["maturity"]["phase1"] for one, entry in enforced.result.accounts.items()}
+    assert levels == {
+        "100000000001": "Advanced",
+        "100000000002": "In Progress",  # enforced, and not complete
+        "100000000003": "Advanced",  # no console users
+        "100000000004": "Complete",  # complete, and not enforced
+        "100000000005": "Complete",
+        enforced.made.management.id: "Complete",
+    }
+    assert summary(enforced.result)["maturity"]["phase1"]["accounts"]["Advanced"] == 2
+
+
+def test_the_summary_counts_and_names(enforced: Enforced) -> None:
+    found = summary(enforced.result)["enforcement"]
+    assert found["accounts"]["mfa-required"] == {ENFORCED: 3, NOT_CHECKED: 0, PARTIAL: 0, ABSENT: 3}
+    assert found["accounts"]["new-keys-prevented"] == {ENFORCED: 1, NOT_CHECKED: 0, PARTIAL: 4, ABSENT: 1}
+    assert (found["why_not_checked"], found["root_credentials_managed_centrally"]) == (None, True)
+    control = enforced.result.accounts["100000000004"]["controls"]["new-keys-prevented"]
+    assert [each["name"] for each in control["policies"]] == ["KeysAtNight"]
+    assert control["conditions"] == ["DateGreaterThan aws:CurrentTime 2026-01-01T20:00:00Z"]
+    text = " ".join(enforced.result.stdout.split())
+    assert "3 enforced, 3 absent" in text
+    assert "1 enforced, 4 partial, 1 absent" in text
+    assert "only if DateGreaterThan aws:CurrentTime 2026-01-01T20:00:00Z" in text
+    assert "root credentials managed centrally yes" in text
+
+
+def test_the_extra_calls_are_two_a_policy_and_one_for_their_list(enforced: Enforced) -> None:
+    policies = 4  # FullAWSAccess and three of ours
+    extra = {name: number for name, number in enforced.counts.items() if "Polic" in name or "Parent" in name}
+    assert extra == {"ListPolicies": 1, "DescribePolicy": policies, "ListTargetsForPolicy": policies}
+    assert enforced.counts["ListOrganizationsFeatures"] == 1
+
+
+FULL = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}}
+ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
+
+
+def placed(account_id: str, *units: str, **options: Any) -> dict[str, Any]:
+    path = "/".join(("o-test123456", "r-test", *units, account_id, ""))
+    return account(account_id, f"a{account_id[0]}", paths=[path], **options)
+
+
+def test_without_paths_each_parent_is_asked_once(serve: Serve, run_program: Program) -> None:
+    units = ("ou-test-aaaaaaaa", "ou-test-bbbbbbbb")
+    policies = [
+        policy("p-fullawsaccess", "FullAWSAccess", FULL, ["r-test"]),
+        policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, [units[0]]),
+    ]
+    accounts = [placed(ONE, *units), placed(TWO, *units), placed(THREE)]
+    endpoint = serve(*accounts, policies=policies, omit=["Paths"])
+    result = run_program(endpoint.env())
+    assert [controls(result, one)[0] for one in (ONE, TWO, THREE)] == [ENFORCED, ENFORCED, ABSENT]
+    assert endpoint.stats()["requests"]["ListParents"] == 3 + 2  # each account, each unit
+
+
+@pytest.mark.parametrize("action", ["ListPolicies", "DescribePolicy", "ListTargetsForPolicy"])
+def test_what_is_denied_is_not_checked_and_claims_nothing(serve: Serve, run_program: Program, action: str) -> None:
+    policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
+    denied = rule(action, error="AccessDeniedException", message="You don't have permissions")
+    endpoint = serve(placed(ONE, users=[user("ana", password=True, mfa=["GAHT1"])]), policies=policies, rules=[denied])
+    result = run_program(endpoint.env())
+    assert (result.exit_code, controls(result, ONE)) == (0, (NOT_CHECKED, NOT_CHECKED))
+    assert result.accounts[ONE]["maturity"]["phase1"] == "Complete"
+    assert "AccessDeniedException" in summary(result)["enforcement"]["why_not_checked"]
+    assert "not checked: service control policies: AccessDeniedException" in result.stdout
+
+
+def test_policies_that_are_off_are_not_checked(serve: Serve, run_program: Program) -> None:
+    endpoint = serve(placed(ONE), policies=[policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, [])])
+    result = run_program(endpoint.env())
+    assert (result.exit_code, controls(result, ONE)) == (0, (NOT_CHECKED, NOT_CHECKED))
+    assert "are off" in summary(result)["enforcement"]["why_not_checked"]
+
+
+def test_a_policy_that_is_not_understood_is_named(serve: Serve, run_program: Program) -> None:
+    policies = [policy("p-strange0001", "Strange one", "{not JSON", ["r-test"])]
+    result = run_program(serve(placed(ONE), policies=policies).env())
+    control = result.accounts[ONE]["controls"]["mfa-required"]
+    assert (control["verdict"], control["policies"]) == (NOT_CHECKED, [{"id": "p-strange0001", "name": "Strange one"}])
+    assert "Strange one" in result.stdout
+
+
+def test_root_credentials_are_not_checked_where_that_is_denied(serve: Serve, run_program: Program) -> None:
+    denied = rule("ListOrganizationsFeatures", error="AccessDenied", message="not authorized", status=403)
+    policies = [policy("p-fullawsaccess", "FullAWSAccess", FULL, ["r-test"])]
+    result = run_program(serve(placed(ONE), policies=policies, rules=[denied]).env())
+    found = summary(result)["enforcement"]
+    assert (result.exit_code, found["root_credentials_managed_centrally"]) == (0, None)
+    assert "AccessDenied" in found["root_credentials_why_not_checked"]
+
+
+def test_the_accounts_with_neither_control_and_most_keys_come_first(serve: Serve, run_program: Program) -> None:
+    def with_keys(account_id: str, number: int, *units: str) -> dict[str, Any]:
+        users = [user(f"u{n}", keys=[key(f"AKIA{account_id[0]}{n:015d}")]) for n in range(number)]
+        return placed(account_id, *units, users=users)
+
+    policies = [policy("p-denykeys001", "DenyKeys", DENY_KEYS, ["ou-test-aaaaaaaa"])]
+    accounts = [with_keys(ONE, 1), with_keys(TWO, 3), with_keys(THREE, 5, "ou-test-aaaaaaaa")]
+    stdout = run_program(serve(*accounts, policies=policies).env()).stdout
+    table = stdout[stdout.index("With neither control") :].split("\n\n")[0]
+    assert [line.split()[0] for line in table.splitlines()[1:]] == [TWO, ONE]
