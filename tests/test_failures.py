@@ -185,11 +185,11 @@ def test_users_of_another_account(serve: Serve, run_program: Program) -> None:
 
 
 def test_a_report_that_is_never_ready(serve: Serve, run_program: Program) -> None:
-    """Asked for after 1 to 2 s at first, then less and less often, and at the deadline no more."""
+    """Asked for after 2 s at first, then less and less often, and at the deadline no more."""
     expired = rule("GetCredentialReport", THREE, error="ReportExpired", status=410)
     accounts = [account(ONE, "one"), account(TWO, "two", report_delay=None), account(THREE, "three")]
     endpoint = serve(*accounts, rules=[expired], record=True)
-    result = run_program(endpoint.env(), "--report-timeout", "4")
+    result = run_program(endpoint.env(), "--report-timeout", "10")
     assert (result.exit_code, result.csvs) == (3, {ONE})
     assert result.failures[TWO][0] == "GenerateCredentialReport"
     assert result.failures[THREE][0] == "GetCredentialReport"
@@ -198,9 +198,11 @@ def test_a_report_that_is_never_ready(serve: Serve, run_program: Program) -> Non
     recorded = endpoint.stats()["recorded"]
     asked = [at for at, one, action in recorded if (one, action) == (TWO, "GenerateCredentialReport")]
     pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
-    assert 0.9 < pauses[0] < 2.5
-    assert pauses[0] < pauses[1] < pauses[2]
-    assert asked[-1] - asked[0] < 5.5
+    # 2, 2.2, 2.42 and 2.66 s, then what is left of the 10; a loaded machine only makes them longer
+    assert len(pauses) <= 5
+    assert pauses[0] > 1.7
+    assert pauses[3] > 2.4
+    assert 9.5 < asked[-1] - asked[0] < 14
 
 
 def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
