@@ -122,7 +122,8 @@ SESSION_NAME = "iam-audit"
 PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
 CONNECT_TIMEOUT = 10  # seconds
 READ_TIMEOUT = 30  # seconds
-CALLS_PER_ACCOUNT = 8  # IAM throttles an account: more at a time gains nothing and disturbs its owner
+# IAM throttles an account: more at a time gains nothing and disturbs its owner. With the report's own, 8 calls.
+READERS_PER_ACCOUNT = 7
 ASSUME_ROLE_AT_ONCE = 4  # one call an account: few connections do, and each new TLS connection costs CPU
 ACCOUNTS_PER_WORKER = 8  # accounts in hand, most of them waiting for their report, which takes no thread
 REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
@@ -131,6 +132,7 @@ REPORT_PAUSE_GROWTH = 1.1
 TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
 THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
 
+FOR_THE_REPORT = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
 # botocore retries none of these for IAM's report, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
 THROTTLED = {
@@ -363,6 +365,13 @@ class User:
     password_last_used: datetime | None
     mfa: tuple[str, ...]
     keys: tuple[AccessKey, ...]
+
+
+class CredentialReport(NamedTuple):
+    """When it was generated, and its rows by user name."""
+
+    generated: datetime
+    rows: Mapping[str, Mapping[str, str]]
 
 
 class Event(NamedTuple):
@@ -1048,13 +1057,15 @@ class Pace:
 class AccountSession:
     """The calls for one account: its credentials, its pace, its repeated attempts.
 
-    `turn` is the account's place in the queue for threads. `step` is the operation begun last, for messages.
+    `turn` is the account's place in the queue for threads: what makes its report ready goes before all else, so that
+    reports are generated side by side, and the rest of older accounts first. `step` is the operation begun last, for
+    messages.
     """
 
     def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
         self.aws, self.account, self.role = aws, account, role
         self.step = ""
-        self._urgency = (0, turn)
+        self._turn = turn
         self.log = log
         self._logged = set[str]()
         self._pace = Pace()
@@ -1070,10 +1081,6 @@ class AccountSession:
         request = functools.partial(assume_role, self.aws, self.role, self.account.id)
         async with self.aws.assume_role_gate:
             self._credentials = await self._attempt("AssumeRole", request, self._pace)
-
-    def let_older_accounts_pass(self) -> None:
-        """From now on calls for older accounts go first: to start a report is urgent, what follows it is bulk."""
-        self._urgency = (1, self._urgency[1])
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
         """An operation of a shared client, in this account; an expired session is renewed once a call."""
@@ -1099,11 +1106,12 @@ class AccountSession:
     async def _attempt(self, step: str, call: Callable[[], T], pace: Pace) -> T:
         """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest."""
         self._begin(step)
+        urgency = (step not in FOR_THE_REPORT, self._turn)
         attempts = 0
         while True:
             await pace.turn()
             try:
-                answer = await self.aws.threads.run(self._urgency, call)
+                answer = await self.aws.threads.run(urgency, call)
             except (ClientError, BotoCoreError, ResponseParserError) as error:
                 failure = step_failed(step, error)
             else:
@@ -1154,7 +1162,7 @@ async def list_users(session: AccountSession) -> list[Mapping[str, Any]]:
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
-    """Whether the user has a password. A user who is gone has none; ListAccessKeys then says that he is gone."""
+    """Whether the user has a password. A user who is gone has none; ListMFADevices then says that he is gone."""
     try:
         await session.call(session.aws.iam.get_login_profile, UserName=user_name)
         return True
@@ -1304,11 +1312,9 @@ async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount |
     account = session.account
     try:
         await session.sign_in()
-        content, generated = await credential_report(session, plan.report_timeout)
-        report = parse_report(content, account.id)
-        users = await read_users(session, report)
+        report, users = await read_users(session, plan.report_timeout)
         trail = await read_trail(session, plan.events_since) if plan.events_since else None
-        return AuditedAccount(account, to_second(generated), users, trail)
+        return AuditedAccount(account, to_second(report.generated), users, trail)
     except StepFailed as failure:
         return FailedAccount(account, failure.step, failure.code, failure.message)
     except Exception as error:
@@ -1317,23 +1323,58 @@ async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount |
         return FailedAccount(account, session.step, type(error).__name__, without_secrets(str(error)))
 
 
-async def credential_report(session: AccountSession, timeout: float) -> tuple[bytes, datetime]:
-    """Have the report generated and get it; whatever means "not yet" is waited out until the deadline."""
+async def read_users(session: AccountSession, report_timeout: float) -> tuple[CredentialReport, tuple[User, ...]]:
+    """The credential report; root (from it alone) and all users there are now, read a few at a time, sorted by name.
+
+    While the report is waited for, users are begun with: only their passwords and MFA need it.
+    """
+    users: list[User] = []
+    report: asyncio.Future[CredentialReport] = asyncio.get_running_loop().create_future()
+    users_may_start = asyncio.Event()
+
+    async def read_report_and_root() -> None:
+        report.set_result(await credential_report(session, report_timeout, users_may_start))
+        users_may_start.set()
+        root = await read_root(session, report.result().rows.get(ROOT))
+        users.extend([root] if root else [])
+
+    async def read_others() -> None:
+        await users_may_start.wait()
+        entries = await list_users(session)
+        remaining = iter(entries)
+        await all_or_none(read_one_after_the_other(remaining) for _ in range(min(READERS_PER_ACCOUNT, len(entries))))
+
+    async def read_one_after_the_other(entries: Iterator[Mapping[str, Any]]) -> None:
+        for entry in entries:
+            user = await read_user(session, entry, report)
+            users.extend([user] if user else [])
+
+    await all_or_none([read_report_and_root(), read_others()])
+    return report.result(), tuple(sorted(users, key=lambda user: (user.name != ROOT, user.name)))
+
+
+async def credential_report(
+    session: AccountSession, timeout: float, users_may_start: asyncio.Event
+) -> CredentialReport:
+    """Have the report generated and get it; whatever means "not yet" is waited out until the deadline.
+
+    `users_may_start` is set at the first pause.
+    """
     deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
     while True:
-        not_yet = "it was not COMPLETE"
+        step, not_yet = "GenerateCredentialReport", "it was not COMPLETE"
         try:
             if await generate_credential_report(session):
-                report = await get_credential_report(session)
-                session.let_older_accounts_pass()
-                return report
+                content, generated = await get_credential_report(session)
+                return CredentialReport(generated, parse_report(content, session.account.id))
         except StepFailed as failure:
             if failure.code not in REPORT_NOT_YET:
                 raise
-            not_yet = f"{failure.step} last answered {failure.code}"
+            step, not_yet = failure.step, f"{failure.step} last answered {failure.code}"
         left = deadline - time.monotonic()
         if left <= 0:
-            raise StepFailed(session.step, "ReportTimeout", f"no credential report after {timeout:g} s: {not_yet}")
+            raise StepFailed(step, "ReportTimeout", f"no credential report after {timeout:g} s: {not_yet}")
+        users_may_start.set()
         await asyncio.sleep(min(pause, left))
         pause = min(pause * REPORT_PAUSE_GROWTH, REPORT_LONGEST_PAUSE)
 
@@ -1387,23 +1428,6 @@ def report_flag(row: Mapping[str, str], column: str) -> bool:
     return text == "true"
 
 
-async def read_users(session: AccountSession, report: Mapping[str, Mapping[str, str]]) -> tuple[User, ...]:
-    """Root (from the report alone) and all users there are now, read a few at a time, sorted by name."""
-    users: list[User] = []
-    entries = await list_users(session)
-    remaining = iter(entries)
-
-    async def read_one_after_the_other() -> None:
-        for entry in remaining:
-            user = await read_user(session, entry, report.get(entry["UserName"]))
-            if user is not None:
-                users.append(user)
-
-    root = await read_root(session, report.get(ROOT))
-    await all_or_none(read_one_after_the_other() for _ in range(min(CALLS_PER_ACCOUNT, len(entries))))
-    return (*([root] if root else []), *sorted(users, key=lambda user: user.name))
-
-
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run them side by side; when one fails, stop the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
@@ -1414,20 +1438,23 @@ async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
             task.cancel()
 
 
-async def read_user(session: AccountSession, entry: Mapping[str, Any], row: Mapping[str, str] | None) -> User | None:
-    """One user; `row` is his line of the report. None if he has been deleted meanwhile."""
+async def read_user(
+    session: AccountSession, entry: Mapping[str, Any], report: asyncio.Future[CredentialReport]
+) -> User | None:
+    """One user; None if he has been deleted meanwhile."""
     name = entry["UserName"]
     check_account(entry["Arn"], session.account.id, "ListUsers")
-    if row is not None and report_date(row, "user_creation_time") != to_second(entry["CreateDate"]):
-        row = None  # deleted and created again since the report
     try:
+        keys = await read_access_keys(session, name)
+        row = (await asyncio.shield(report)).rows.get(name)  # one reader that is cancelled must not cancel it for all
+        if row is not None and report_date(row, "user_creation_time") != to_second(entry["CreateDate"]):
+            row = None  # deleted and created again since the report
         if row is None:
             password, may_have_mfa = await get_login_profile(session, name), True
             password_last_used = entry.get("PasswordLastUsed")
         else:
             password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
             password_last_used = report_date(row, "password_last_used")
-        keys = await read_access_keys(session, name)
         serials = await list_mfa_devices(session, name) if password or may_have_mfa else []
     except StepFailed as failure:
         if failure.code == "NoSuchEntity":

@@ -117,7 +117,7 @@ def numbered(number: int) -> str:
     return f"1000000{number:05d}"
 
 
-def busy_account(number: int) -> Json:
+def busy_account(number: int, report_delay: float = 0) -> Json:
     """Account `number` has that many users of each kind."""
     one = numbered(number)
     users = [
@@ -133,7 +133,8 @@ def busy_account(number: int) -> Json:
             user(f"gone-{n}", in_list=False, password=True),
         )
     ]
-    return account(one, f"account-{number}", users=users, root=root(password=True, mfa=bool(number % 2)))
+    made_root = root(password=True, mfa=bool(number % 2))
+    return account(one, f"account-{number}", users=users, root=made_root, report_delay=report_delay)
 
 
 def requests_of(number: int) -> Counter[str]:
@@ -165,6 +166,38 @@ def test_requests_are_as_many_as_they_must_be(serve: Serve, run_program: Program
     assert counted == {number: +requests_of(number) for number in sizes}
     assert stats["errors"] == {"NoSuchEntity": sum(sizes)}  # of GetLoginProfile
     assert 1 < max(stats["in_flight"].values()) <= 8
+
+
+@pytest.mark.program
+def test_users_are_read_while_the_report_is_waited_for(serve: Serve, run_program: Program) -> None:
+    """As far as they do not need it, and with no more requests than without the wait."""
+    one = numbered(5)
+    endpoint = serve(busy_account(5, report_delay=1), latency=0.01, record=True)
+    result = run_program(endpoint.env())
+    assert result.exit_code == 0, result
+    stats = endpoint.stats()
+    assert stats["by_account"][one] == requests_of(5) + Counter({"GenerateCredentialReport": 1})
+    assert 1 < stats["in_flight"][one] <= 8
+    asked = [action for _, account_id, action in stats["recorded"] if account_id == one]
+    before, after = asked[: asked.index("GetCredentialReport")], asked[asked.index("GetCredentialReport") :]
+    assert before[:3] == ["AssumeRole", "GenerateCredentialReport", "ListUsers"]
+    assert before[-1] == "GenerateCredentialReport"
+    # A few at a time even now: what is read waits in memory
+    assert before.count("ListAccessKeys") == 7
+    assert {"ListMFADevices", "ListVirtualMFADevices", "GetLoginProfile"} <= set(after)
+    assert not {"ListMFADevices", "ListVirtualMFADevices", "GetLoginProfile"} & set(before)
+
+
+@pytest.mark.program
+def test_without_a_report_that_can_be_started_nothing_else_is_asked(serve: Serve, run_program: Program) -> None:
+    """A role that may read nothing fails with the same step each time."""
+    denied = [
+        rule(action, ONE, error="AccessDenied", status=403) for action in ("GenerateCredentialReport", "ListUsers")
+    ]
+    endpoint = serve(account(ONE, "one"), rules=denied)
+    result = run_program(endpoint.env())
+    assert result.failures == {ONE: ("GenerateCredentialReport", "AccessDenied")}
+    assert endpoint.stats()["by_account"][ONE] == {"AssumeRole": 1, "GenerateCredentialReport": 1}
 
 
 @pytest.mark.program

@@ -325,14 +325,14 @@ def test_trouble_that_does_not_end_fails_the_account(serve: Serve, program: Prog
 
 
 def test_a_session_that_expires_is_renewed(serve: Serve, run_program: Program) -> None:
-    """Once, although eight calls find out at the same time."""
+    """Once, although seven calls find out at the same time."""
     users = [user(f"user-{n}") for n in range(20)]
-    expired = rule("ListAccessKeys", ONE, error="ExpiredToken", status=403, times=8, delay=0.7)
+    expired = rule("ListAccessKeys", ONE, error="ExpiredToken", status=403, times=7, delay=0.7)
     endpoint = serve(account(ONE, "one", users=users), rules=[expired])
     result = run_program(endpoint.env())
     assert (result.exit_code, len(result.rows(ONE))) == (0, 21)
     counts = endpoint.stats()["by_account"][ONE]
-    assert (counts["AssumeRole"], counts["ListAccessKeys"]) == (2, 28)
+    assert (counts["AssumeRole"], counts["ListAccessKeys"]) == (2, 27)
 
 
 def test_sessions_that_are_always_expired(serve: Serve, run_program: Program) -> None:
