@@ -204,6 +204,7 @@ NOT_APPLICABLE = "N/A"
 NO_MFA = "None"
 KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
 ROOT = "<root_account>"  # the credential report's own name for it
+ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # it does not tell their IDs
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet would take for a formula
 
 TERMINAL_WIDTH = 100
@@ -240,6 +241,7 @@ DEFAULT_PRODUCTION = (
 # AWS Security Maturity Model v2; the order is the ranking
 LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
 NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+PHASES = ("phase1", "phase2")
 
 # --- tracking
 
@@ -674,23 +676,31 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """The run that this one is compared with: its folder, each account's ID with name and result, and its levels."""
+    """The run that this one is compared with: each account's ID with name and result; the organization's level in both
+    phases, and by ID those of each account that it audited."""
 
     folder: Path
     started: datetime
+    max_key_age_days: int
     accounts: Mapping[str, tuple[str, str]]
     levels: Mapping[str, str]
+    account_levels: Mapping[str, Mapping[str, str]]
 
 
 @dataclass
 class Tracking:
-    """What has changed since the earlier run, as far as the run has come; without one (None) there is no change."""
+    """What has changed since the earlier run, as far as the run has come; without one (None) there is no change.
+
+    `compared` are the IDs of the accounts that both runs audited. In all others a key is new if its creation date says
+    so: `new_keys_elsewhere`.
+    """
 
     earlier: EarlierRun | None = None
     runs: list[RunFigures] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-    compared: int = 0
+    compared: set[str] = field(default_factory=set)
+    new_keys_elsewhere: list[Change] = field(default_factory=list)
     mfa_fixed: int = 0
     mfa_new: list[Change] = field(default_factory=list)
 
@@ -1506,7 +1516,8 @@ def root_access_key(row: Mapping[str, str], slot: int) -> AccessKey | None:
         return None
     last_used = report_date(row, f"access_key_{slot}_last_used_date")
     service = row[f"access_key_{slot}_last_used_service"] if last_used else NOT_APPLICABLE
-    return AccessKey(f"<root_access_key_{slot}>", "Active" if active else "Inactive", created, last_used, service)
+    status = "Active" if active else "Inactive"
+    return AccessKey(ROOT_ACCESS_KEYS[slot - 1], status, created, last_used, service)
 
 
 def has_password(row: Mapping[str, str]) -> bool:
@@ -1924,15 +1935,7 @@ def recommendation(finding: Finding, run: Run) -> str:
     """The next step in a sentence, with the AWS CLI command for it, its arguments quoted for a shell."""
     account, user, key = finding.account.id, shlex.quote(printable(finding.user)), finding.key
     if finding.user == ROOT:
-        what = "root's password" if key is None else "root's access key"
-        if account == run.organization.management_account:
-            to_do = "register an MFA device" if key is None else "delete the access key"
-            return f"Sign in as root of the management account and {to_do}: no role can do that there."
-        task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
-        return (
-            f"Delete {what}{' (or sign in as root and register MFA)' if key is None else ''}, with the session that "
-            f"`aws sts assume-root --target-principal {account} --task-policy-arn arn={task}` gives."
-        )
+        return recommendation_for_root(finding, run)
     if key is None:
         return (
             f"Have the user register an MFA device or, if temporary credentials serve, remove the password: "
@@ -1942,11 +1945,38 @@ def recommendation(finding: Finding, run: Run) -> str:
     if key.status != "Active":
         return f"Delete it: `aws iam delete-access-key {arguments}` in account {account}."
     deactivate = f"`aws iam update-access-key {arguments} --status=Inactive` in account {account}"
+    if not {"never used", "not used for 90 days"}.isdisjoint(finding.reasons):
+        return f"Deactivate it: {deactivate}; delete it once nobody has missed it."
+    if key.last_used is None:
+        return f"Ask its owner what it is for, then deactivate it: {deactivate}."
     if "used within 30 days" in finding.reasons:
         return f"Move what uses it to temporary credentials (an IAM role), then deactivate it: {deactivate}."
-    if {"never used", "not used for 90 days"}.isdisjoint(finding.reasons):
-        return f"Find out what used it last, then deactivate it: {deactivate}."
-    return f"Deactivate it: {deactivate}; delete it once nobody has missed it."
+    return f"Find out what used it last, then deactivate it: {deactivate}."
+
+
+def recommendation_for_root(finding: Finding, run: Run) -> str:
+    """Without root's own sign-in only AssumeRoot can do it, and only in a member account.
+
+    https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
+    """
+    account, key = finding.account.id, finding.key
+    first = "move what uses it to temporary credentials (an IAM role), then " * (
+        "used within 30 days" in finding.reasons
+    )
+    if account == run.organization.management_account:
+        to_do = "register an MFA device" if key is None else "delete the access key"
+        sentence = f"{first}sign in as root of the management account and {to_do}: no role can do that there."
+        return sentence[0].upper() + sentence[1:]
+    if key is None:
+        what, commands = "root's password (or sign in as root and register MFA)", "`aws iam delete-login-profile`"
+    else:
+        what, commands = "root's access key", "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
+    task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
+    sentence = (
+        f"{first}delete {what}, with the session that `aws sts assume-root --target-principal {account} "
+        f"--task-policy-arn arn={task}` gives (it takes centralized root access): {commands}."
+    )
+    return sentence[0].upper() + sentence[1:]
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
@@ -2015,7 +2045,8 @@ def naming_the_file(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise AuditError(f"Cannot read the earlier run's {folder / 'summary.json'}: {error!r}") from None
+        what = f"it lacks {error}" if isinstance(error, KeyError) else repr(error)
+        raise AuditError(f"Cannot read the earlier run's {folder / 'summary.json'}: {what}") from None
 
 
 def run_figures(summary: Mapping[str, Any]) -> RunFigures:
@@ -2040,27 +2071,49 @@ def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
                 path = account_csv(folder, entry["id"])
                 raise AuditError(f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts")
     accounts.update({entry["id"]: (entry["name"], "out of scope") for entry in summary["out_of_scope"]})
-    levels = {phase: maturity["level"] for phase, maturity in summary["maturity"].items()}
-    return EarlierRun(folder, parse_time(summary["started"]), accounts, levels)
+    return EarlierRun(
+        folder=folder,
+        started=parse_time(summary["started"]),
+        max_key_age_days=summary["max_key_age_days"],
+        accounts=accounts,
+        levels={phase: summary["maturity"][phase]["level"] for phase in PHASES},
+        account_levels={
+            entry["id"]: {phase: entry["maturity"][phase] for phase in PHASES}
+            for entry in summary["accounts"]
+            if entry["result"] == "audited"
+        },
+    )
 
 
 def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
-    """Compare an account with what the earlier run saw of it, if that run could audit it."""
+    """Compare an account with what the earlier run saw of it; where that saw nothing, dates tell which keys are new."""
     account, earlier = audited.account, tracking.earlier
-    if earlier is None or earlier.accounts.get(account.id, ("", ""))[1] != "audited":
+    if earlier is None:
+        return
+    trail = audited.trail and trail_since(audited.trail, earlier.started)
+    if earlier.accounts.get(account.id, ("", ""))[1] != "audited":
+        created = keys_created_since(audited, earlier.started)
+        tracking.new_keys_elsewhere += [with_witness(change, trail) for change in created]
         return
     before = read_states(account_csv(earlier.folder, account.id), account.id)
     after = {user.name: state_of(user) for user in audited.users}
-    trail = audited.trail and trail_since(audited.trail, earlier.started)
     changes = [*changes_between(account, before, after), *came_and_went(account, before, after, trail)]
-    tracking.compared += 1
+    tracking.compared.add(account.id)
     tracking.changes += [with_witness(change, trail) for change in changes]
-    unknown = {ROOT} - (before.keys() & after.keys())
-    lacking_before = {name for name, state in before.items() if state.lacks_mfa} - unknown
+    unknown, renamed = {ROOT} - (before.keys() & after.keys()), renamed_users(before, after)
+    lacking_before = {renamed.get(name, name) for name, state in before.items() if state.lacks_mfa} - unknown
     lacking_now = {name for name, state in after.items() if state.lacks_mfa} - unknown
     tracking.mfa_fixed += len(lacking_before - lacking_now)
     new = sorted(lacking_now - lacking_before)
     tracking.mfa_new += [Change(account.id, account.name, name, "", "console-without-mfa") for name in new]
+
+
+def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
+    account = audited.account
+    for user in audited.users:
+        for key in user.keys:
+            if key.created >= moment:
+                yield Change(account.id, account.name, user.name, key.id, "access-key-created", "", key.status)
 
 
 def trail_since(trail: Trail, moment: datetime) -> Trail:
@@ -2076,8 +2129,8 @@ def state_of(user: User) -> UserState:
 def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
     """Root is compared only if both reports have it; it neither comes nor goes. A user who was renamed is another one,
     and his keys, which kept their IDs, are neither new nor gone."""
-    keys_gone = {key_id for name, state in before.items() if name not in after for key_id in state.keys}
-    moved = {key_id for name, state in after.items() if name not in before for key_id in state.keys} & keys_gone
+    renamed = renamed_users(before, after)
+    name_before = {new: old for old, new in renamed.items()}
     for name in sorted(before.keys() | after.keys()):
         then, now = before.get(name), after.get(name)
         if name == ROOT and (then is None or now is None):
@@ -2089,8 +2142,18 @@ def changes_between(account: Account, before: States, after: States) -> Iterator
             yield change("", "user-deleted")
         else:
             yield from sign_in_changes(change, then, now)
-        found = key_changes(change, then.keys if then else {}, now.keys if now else {})
-        yield from (each for each in found if each.key_id not in moved)
+        if name in renamed:
+            continue  # his keys are compared under the new name
+        had = then or before.get(name_before.get(name, ""))
+        keys_then, keys_now = had.keys if had else {}, now.keys if now else {}
+        yield from key_changes(change, in_their_slots(keys_then, keys_now) if name == ROOT else keys_then, keys_now)
+
+
+def renamed_users(before: States, after: States) -> dict[str, str]:
+    """The new name by the old one, as far as keys tell: they stay with their user."""
+    old_owner = {key_id: name for name, state in before.items() if name not in after for key_id in state.keys}
+    new_owner = {key_id: name for name, state in after.items() if name not in before for key_id in state.keys}
+    return {old_owner[key_id]: new_owner[key_id] for key_id in sorted(old_owner.keys() & new_owner.keys())}
 
 
 def sign_in_changes(change: Callable[..., Change], then: UserState, now: UserState) -> Iterator[Change]:
@@ -2117,6 +2180,18 @@ def key_changes(
         elif status_now and (status_then == "Active") != (status_now == "Active"):
             what = "access-key-activated" if status_now == "Active" else "access-key-deactivated"
             yield change(key_id, what, status_then, status_now)
+
+
+def in_their_slots(
+    then: Mapping[str, tuple[str, str]], now: Mapping[str, tuple[str, str]]
+) -> Mapping[str, tuple[str, str]]:
+    """Root's keys of then, exchanged if that puts more of them where they are now: no order of theirs is promised."""
+    first, second = ROOT_ACCESS_KEYS
+    other = {first: second, second: first}
+    exchanged = {other.get(key_id, key_id): key for key_id, key in then.items()}
+    return max(
+        then, exchanged, key=lambda keys: sum(keys[each][1] == now[each][1] for each in keys.keys() & now.keys())
+    )
 
 
 def came_and_went(account: Account, before: States, after: States, trail: Trail | None) -> Iterator[Change]:
@@ -2588,10 +2663,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
             "organization": gaps_document(total_gaps(audited), run.started),
             "production": gaps_document(total_gaps(one for one in audited if one.production), run.started),
         },
-        "maturity": {
-            "phase1": maturity_document(run, "phase1"),
-            "phase2": maturity_document(run, "phase2"),
-        },
+        "maturity": {phase: maturity_document(run, phase) for phase in PHASES},
         "changes": changes_document(run),
         "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
         "cloudtrail": cloudtrail_document(run),
@@ -2626,7 +2698,7 @@ def audited_entry(figures: AccountFigures, now: datetime) -> dict[str, Any]:
         "users": figures.users,
         "root": figures.has_root,
         "production": figures.production,
-        "maturity": {"phase1": figures.phase1, "phase2": figures.phase2},
+        "maturity": {phase: getattr(figures, phase) for phase in PHASES},
         "controls": {name: control_document(control) for name, control in figures.controls.items()},
         "gaps": gaps_document(figures.gaps, now),
     }
@@ -2638,7 +2710,7 @@ def failed_entry(failed: FailedAccount, plan: Plan) -> dict[str, Any]:
         "step": failed.step,
         "error": {"code": failed.code, "message": failed.message},
         "production": is_production(failed.account, plan.production),
-        "maturity": {"phase1": NOT_STARTED, "phase2": NOT_STARTED},
+        "maturity": dict.fromkeys(PHASES, NOT_STARTED),
     }
 
 
@@ -2678,24 +2750,46 @@ def changes_document(run: Run) -> dict[str, Any] | None:
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
+    compared = [one for one in run.audited if one.account.id in tracking.compared]
     counts = Counter(change.change for change in tracking.changes)
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
-        "accounts_compared": tracking.compared,
+        "accounts_compared": len(tracking.compared),
         "accounts_not_compared": not_compared(run),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
         "counts": {kind: counts[kind] for kind in kinds},
         "witnesses": dict(Counter(change.witness for change in tracking.changes if change.witness)),
         "maturity": {
-            phase: {"then": earlier.levels[phase], "now": maturity_document(run, phase)["level"]}
-            for phase in ("phase1", "phase2")
+            phase: {
+                "then": earlier.levels[phase],
+                "now": maturity_document(run, phase)["level"],
+                "compared_then": organization_level(
+                    (earlier.account_levels[one.account.id][phase] for one in compared), 0
+                ),
+                "compared_now": organization_level((getattr(one, phase) for one in compared), 0),
+            }
+            for phase in PHASES
         },
-        "new_access_keys": [
-            {"account_id": key.account_id, "username": key.user, "access_key_id": key.key_id, "witness": key.witness}
-            for key in new_keys(run)
-        ],
+        "max_key_age_days_then": earlier.max_key_age_days,
+        "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
+    }
+
+
+def new_key_document(key: Change, run: Run) -> dict[str, Any]:
+    event = key.event
+    return {
+        "account_id": key.account_id,
+        "account_name": key.account_name,
+        "username": key.user,
+        "access_key_id": key.key_id,
+        "change": key.change,
+        "account_compared": key.account_id in run.tracking.compared,
+        "witness": key.witness,
+        "event_name": event.name if event else None,
+        "event_time": iso(event.time) if event else None,
+        "actor": event.actor if event else None,
     }
 
 
@@ -2705,18 +2799,22 @@ def not_compared(run: Run) -> int:
     left_out_now = {one.account.id for one in run.out_of_scope}
     left_out_then = {account_id for account_id, (_, result) in then.items() if result == "out of scope"}
     both = then.keys() & accounts_now(run).keys()
-    return len(both - (left_out_now & left_out_then)) - run.tracking.compared
+    return len(both - (left_out_now & left_out_then)) - len(run.tracking.compared)
 
 
-def blind_spots(run: Run) -> int:
-    """Accounts audited now that the earlier run knew and did not audit: what is new in them shows in no comparison."""
-    then = run.tracking.earlier.accounts if run.tracking.earlier else {}
-    return sum(then.get(one.account.id, ("", "audited"))[1] != "audited" for one in run.audited)
+def blind_spots(run: Run) -> list[Account]:
+    """Accounts audited now that the earlier run did not audit or know: little of what is new in them can be told."""
+    if run.tracking.earlier is None:
+        return []
+    accounts = (one.account for one in run.audited if one.account.id not in run.tracking.compared)
+    return sorted(accounts, key=lambda account: account.id)
 
 
 def new_keys(run: Run) -> list[Change]:
     """The access keys created since the earlier run, with those that are gone again."""
-    return [change for change in run.tracking.changes if change.change in ("access-key-created", CAME_AND_WENT)]
+    kinds = ("access-key-created", CAME_AND_WENT)
+    found = [change for change in run.tracking.changes if change.change in kinds]
+    return sorted([*found, *run.tracking.new_keys_elsewhere], key=lambda change: change[:5])
 
 
 def cloudtrail_document(run: Run) -> dict[str, Any] | None:
@@ -2851,13 +2949,23 @@ def maturity_lines(run: Run) -> list[str]:
     lines = [""]
     for phase, (title, why) in phases.items():
         maturity = maturity_document(run, phase)
-        lines.append(f"{title:<38}{maturity['level']:<13}{why}")
+        only_for_failures = maturity["level"] != organization_level((getattr(one, phase) for one in run.audited), 0)
+        reason = f"{count(len(run.failed), 'account')} not audited" if only_for_failures else why
+        lines.append(f"{title:<38}{maturity['level']:<13}{reason}")
         levels = (f"{number:,} {level}" for level, number in maturity["accounts"].items() if number)
         lines.append(f"  accounts: {', '.join(levels) or 'none'}")
-    if holding := sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id)):
-        lines.append("Held back most by")
-        lines += [f"  {account_line(one, run.plan.max_key_age)}" for one in holding[:ACCOUNTS_SHOWN]]
+    if holding := accounts_holding_back(run):
+        lines += ["Held back most by", *(f"  {line}" for line in holding[:ACCOUNTS_SHOWN])]
     return lines
+
+
+def accounts_holding_back(run: Run) -> list[str]:
+    """The accounts with gaps, largest first, and those that nobody could look into."""
+    with_gaps = sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id))
+    unseen = sorted(run.failed, key=lambda one: one.account.id)
+    return [account_line(one, run.plan.max_key_age) for one in with_gaps] + [
+        f"{one.account.id} {cut(one.account.name, 28):<28} not audited" for one in unseen
+    ]
 
 
 def gap_size(figures: AccountFigures) -> int:
@@ -2882,6 +2990,8 @@ def mfa_in_words(gaps: Gaps) -> str:
 
 def keys_in_words(gaps: Gaps, max_key_age: timedelta) -> str:
     old = gaps.active_keys_older_than_max_age
+    if not gaps.active_keys:
+        return "no active keys"
     return f"{old:,} of {count(gaps.active_keys, 'active key')} older than {max_key_age.days} days"
 
 
@@ -2919,13 +3029,19 @@ def gap_lines(run: Run) -> list[str]:
 def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     """These findings, most urgent first, and how many more there are."""
     if not findings:
-        return ["", "Nothing to fix."]
+        return ["", nothing_to_fix(run)]
     lines = ["", f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)"]
     for one in findings:
         where = f"{one.account.id} {cut(one.account.name, 20):<20}"
         lines.append(f"  {one.priority}  {one.finding:<23}{where} {one.user}")
         lines += wrapped(f"     {f'{one.key.id}: ' if one.key else ''}{'; '.join(one.reasons)}")
     return lines
+
+
+def nothing_to_fix(run: Run) -> str:
+    if not run.audited:
+        return "Nothing was audited."
+    return "Nothing to fix in the accounts that were audited." if run.failed else "Nothing to fix."
 
 
 def enforcement_lines(run: Run) -> list[str]:
@@ -2979,30 +3095,44 @@ def change_lines(run: Run) -> list[str]:
         f"{counts['access-key-created']:,} created"
     )
     for phase, levels in changes["maturity"].items():
-        lines.append(f"  phase {phase[-1]}: {levels['then']}, now {levels['now']}")
+        lines.append(f"  phase {phase[-1]}: {levels_in_words(levels)}")
+    if run.tracking.earlier.max_key_age_days != run.plan.max_key_age.days:
+        days = f"{run.tracking.earlier.max_key_age_days:,}, now {run.plan.max_key_age.days:,}"
+        lines.append(f"  --max-key-age was {days}: phase 2 and the number of old keys do not compare")
     if counts["account-joined"] or counts["account-left"]:
         lines.append(f"  accounts: {counts['account-joined']:,} joined, {counts['account-left']:,} left")
     if changes["accounts_not_compared"]:
         number = count(changes["accounts_not_compared"], "account")
-        lines.append(f"  not compared: {number}, not audited in one of the two runs")
+        lines.append(f"  not compared: {number}, not audited in this run or the earlier one")
     return lines + new_key_lines(run)
+
+
+def levels_in_words(levels: Mapping[str, str]) -> str:
+    """The organization's level then and now; if the accounts that both runs audited tell another story, theirs too."""
+    then, now = levels["compared_then"], levels["compared_now"]
+    theirs = f" (the accounts compared: {then}, now {now})"
+    return f"{levels['then']}, now {levels['now']}" + theirs * ((then, now) != (levels["then"], levels["now"]))
 
 
 def new_key_lines(run: Run) -> list[str]:
     keys = new_keys(run)
     lines = ["New access keys since the earlier run"] if keys else []
-    lines += [f"  {change_line(key)}" for key in keys[:NEW_KEYS_SHOWN]]
+    for key in keys[:NEW_KEYS_SHOWN]:
+        lines.append(
+            f"  {change_line(key)}{'' if key.account_id in run.tracking.compared else ' (account not compared)'}"
+        )
     if len(keys) > NEW_KEYS_SHOWN:
         lines.append(f"  and {len(keys) - NEW_KEYS_SHOWN:,} more, in changes.csv")
     return lines
 
 
 def change_line(change: Change) -> str:
+    """The change and, where CloudTrail knows, who made it."""
     parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
-    if change.change == CAME_AND_WENT:
-        parts.append("(deleted again)")
+    parts.append("deleted again" if change.change == CAME_AND_WENT else "")
     if change.event:
-        parts.append(f"by {change.event.actor.rpartition(':')[2]}")
+        parts.append(f"by {change.event.actor.rpartition(':')[2]}" if change.witness == "confirmed" else "")
+        parts.append("(contradicted by CloudTrail)" if change.witness == "contradicted" else "")
     return " ".join(filter(None, parts))
 
 
@@ -3014,7 +3144,8 @@ def alert_lines(run: Run) -> list[str]:
         if changes:
             lines += [f"{title} since the earlier run", *(f"  {change_line(change)}" for change in changes)]
     if blind := blind_spots(run):
-        lines.append(f"Not compared, because the earlier run had not audited them: {count(blind, 'account')}")
+        lines.append(f"Not compared, because the earlier run had not audited them: {count(len(blind), 'account')}")
+        lines += [f"  {account.id} {account.name}" for account in blind[:ACCOUNTS_SHOWN]]
     return lines
 
 
@@ -3033,8 +3164,14 @@ def witness_lines(run: Run) -> list[str]:
         lines.append(
             "  changes: " + ", ".join(f"{number:,} {witness}" for witness, number in sorted(witnesses.items()))
         )
+    silent: dict[str, list[str]] = {}
     for account_id, error in sorted(trail["unavailable"].items()):
-        lines += wrapped(f"  {account_id}: its changes have no witness: {error}")
+        silent.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
+    for what, accounts in silent.items():
+        which = ", ".join([*accounts[:ACCOUNTS_SHOWN], *["..."] * (len(accounts) > ACCOUNTS_SHOWN)])
+        lines += wrapped(f"  no witness in {count(len(accounts), 'account')} ({which}): {what}")
+    if any(what.endswith(tuple(DENIED)) for what in silent):
+        lines.append("    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it.")
     return lines
 
 
@@ -3476,6 +3613,7 @@ def write_tables(found: Run, folder: Path) -> None:
     """What is written of the organization as a whole, once all accounts are done."""
     found.findings.sort(key=most_urgent_first)
     write_csv(folder / "findings.csv", FINDINGS_COLUMNS, (finding_row(one, found) for one in found.findings))
+    found.tracking.mfa_new.sort(key=lambda change: change[:5])
     if found.tracking.earlier is not None:
         changes = [*found.tracking.changes, *accounts_that_came_or_left(found)]
         found.tracking.changes = sorted(changes, key=lambda change: change[:8])

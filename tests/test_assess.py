@@ -727,22 +727,40 @@ def test_the_next_step_for_a_key(one: AccessKey, first: str) -> None:
 
 @pytest.mark.parametrize("partition", ["aws", "aws-us-gov", "aws-cn"])
 @pytest.mark.parametrize(
-    ("one", "what"),
-    [(user(ROOT, key(DAY)), "access key"), (user(ROOT, password=True), "password")],
+    ("one", "what", "commands"),
+    [
+        (user(ROOT, key(DAY)), "access key", {("iam", "list-access-keys"), ("iam", "delete-access-key")}),
+        (user(ROOT, password=True), "password", {("iam", "delete-login-profile")}),
+    ],
     ids=["key", "password"],
 )
 def test_root_of_a_member_account_is_reached_with_assume_root(
-    shell: Shell, partition: str, one: User, what: str
+    shell: Shell, partition: str, one: User, what: str, commands: set[tuple[str, ...]]
 ) -> None:
     caller = dataclasses.replace(CALLER, partition=partition)
     (row,) = rows(audited(one), caller=caller)
-    words = shell(command_of(row["recommendation"]))
+    session, *then = re.findall(r"`(aws [^`]*)`", row["recommendation"])
+    words = shell(session)
     assert what in row["recommendation"]
+    assert {tuple(shell(command)) for command in then} == commands
     assert words[:2] == ["sts", "assume-root"]
     assert arguments_of(words[2:]) == {
         "--target-principal": SANDBOX.id,
         "--task-policy-arn": f"arn=arn:{partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials",
     }
+
+
+def test_what_uses_a_key_of_root_is_moved_first() -> None:
+    for account in (SANDBOX, Account(MANAGEMENT, "management", "ACTIVE")):
+        used = only_row(audited(user(ROOT, key(400 * DAY, DAY)), account=account))["recommendation"]
+        assert used.startswith("Move what uses it to temporary credentials (an IAM role), then ")
+        unused = only_row(audited(user(ROOT, key(400 * DAY, 31 * DAY)), account=account))["recommendation"]
+        assert re.match("Delete|Sign in", unused)
+
+
+def test_nobody_is_sent_after_what_used_a_key_that_was_never_used() -> None:
+    found = run_of([audited(user("alice", key(60 * DAY)))], "--max-key-age", "30")
+    assert recommendation(found.findings[0], found).startswith("Ask its owner")
 
 
 def test_root_of_the_management_account_must_sign_in() -> None:

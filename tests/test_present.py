@@ -187,6 +187,38 @@ def test_the_organizations_level_of_phase_1(outcomes: list[Outcome], level: str)
     assert document(found)["maturity"]["phase1"]["level"] == level
 
 
+def test_what_was_not_audited_is_the_number_behind_the_level() -> None:
+    """Where only that holds the organization back; and there is nothing to be said of keys that there are not."""
+    good = audited(user("a", password=True, mfa=["SMS"]), user("b", key(DAY)))
+    lines = shown(run_of([good, failed()]))
+    assert re.search(r"  In Progress +1 account not audited$", only(lines, "Phase 1"))
+    assert re.search(r"  In Progress +1 account not audited$", only(lines, "Phase 2"))
+    start = lines.index("Held back most by")
+    assert re.fullmatch(rf"  {failed().account.id} .* not audited", lines[start + 1])
+    assert re.search(r"  Advanced +no active keys$", only(shown(run_of([audited()])), "Phase 2"))
+
+
+def test_accounts_that_were_not_audited_hold_back_after_those_with_gaps() -> None:
+    lines = shown(run_of([*many(3), *[failed(f"{n}" * 12) for n in range(1, 5)]]))
+    start = lines.index("Held back most by")
+    assert [line.endswith("not audited") for line in lines[start + 1 : start + 6]] == [False] * 3 + [True] * 2
+    assert lines[start + 6] == ""
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        ([audited()], "Nothing to fix."),
+        ([audited(), failed()], "Nothing to fix in the accounts that were audited."),
+        ([failed()], "Nothing was audited."),
+        ([SkippedAccount(SANDBOX)], "Nothing was audited."),
+        ([], "Nothing was audited."),
+    ],
+)
+def test_nothing_to_fix_is_said_only_of_what_was_audited(outcomes: list[Outcome], said: str) -> None:
+    assert [line for line in shown(run_of(outcomes)) if line.startswith("Nothing")] == [said]
+
+
 def test_the_five_accounts_with_the_largest_gaps_hold_the_organization_back() -> None:
     """Users without MFA and old keys weigh alike; accounts without a gap are not named, however few the others are."""
     sizes = {"1": 2, "2": 7, "3": 0, "4": 1, "5": 4, "6": 3, "7": 7}

@@ -488,7 +488,8 @@ def test_no_witness_where_the_lookup_fails(story: Story, account_id: str, code: 
     ]
     assert story.second.accounts[account_id]["result"] == "audited"
     assert code in summary_of(story.second)["cloudtrail"]["unavailable"][account_id]
-    assert re.search(rf"{account_id}: its changes have no witness: .*{code}", story.text)
+    assert re.search(rf"no witness in 1 account \({account_id}\): LookupEvents: {code}\n", story.text)
+    assert "the role must allow cloudtrail:LookupEvents" in story.text
 
 
 @pytest.mark.program
@@ -894,12 +895,17 @@ def test_the_newest_run_is_compared_with(nights: Nights) -> None:
     assert [each.split("|")[7] for each in changes(nights.runs[2])] == [""] * (12 + 5)  # CloudTrail was not asked
 
 
+def then_and_now(then: str, now: str) -> dict[str, str]:
+    """All accounts are in both runs."""
+    return {"then": then, "now": now, "compared_then": then, "compared_now": now}
+
+
 @pytest.mark.program
 def test_levels_then_and_now(nights: Nights) -> None:
     levels = summary_of(nights.runs[2])["changes"]["maturity"]
     assert levels == {
-        "phase1": {"then": "In Progress", "now": "In Progress"},
-        "phase2": {"then": "In Progress", "now": "Complete"},
+        "phase1": then_and_now("In Progress", "In Progress"),
+        "phase2": then_and_now("In Progress", "Complete"),
     }
     assert "phase 2: In Progress, now Complete" in nights.named.stdout
 
@@ -1143,6 +1149,13 @@ def state(password_status: str = OFF, mfa_status: str = "None", **keys: str) -> 
 
 
 ROOT = "<root_account>"
+ROOT_KEYS = ("<root_access_key_1>", "<root_access_key_2>")
+
+
+def root_state(*keys: str) -> UserState:
+    return state(**dict(zip(ROOT_KEYS, keys)))
+
+
 TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[str]]] = {
     "nothing": ({}, {}, []),
     "the same": ({"ana": state(ON, "Virtual", K="Active")}, {"ana": state(ON, "Virtual", K="Active")}, []),
@@ -1208,10 +1221,25 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana.b": state(K="Active", M="Active")},
         [
             "ana||user-deleted||",
-            "ana|L|access-key-deleted|Active|",
             "ana.b||user-created||",
+            "ana.b|L|access-key-deleted|Active|",
             "ana.b|M|access-key-created||Active",
         ],
+    ),
+    "user renamed, his key activated": (
+        {"ana": state(K="Inactive")},
+        {"ana.b": state(K="Active")},
+        ["ana||user-deleted||", "ana.b||user-created||", "ana.b|K|access-key-activated|Inactive|Active"],
+    ),
+    "root's keys in other slots": (
+        {ROOT: root_state("Active/01", "Inactive/02")},
+        {ROOT: root_state("Inactive/02", "Inactive/01")},
+        [f"{ROOT}|{ROOT_KEYS[1]}|access-key-deactivated|Active|Inactive"],
+    ),
+    "root's second key moves up when the first is deleted": (
+        {ROOT: root_state("Active/01", "Active/02")},
+        {ROOT: root_state("Active/02")},
+        [f"{ROOT}|{ROOT_KEYS[1]}|access-key-deleted|Active|"],
     ),
     "root's key replaced by an active one": (
         {ROOT: state(K="Inactive/01")},
@@ -1468,8 +1496,38 @@ def test_a_missing_root_row_is_neither_fixed_nor_new(base: Path, account_id: str
     iam_audit.track_account(
         tracking, iam_audit.AuditedAccount(iam_audit.Account(account_id, "one", "ACTIVE"), NOW, tuple(users))
     )
-    assert tracking.compared == 1
+    assert tracking.compared == {account_id}
     assert (tracking.mfa_fixed, tracking.mfa_new) == (0, [])
+
+
+@pytest.mark.parametrize(("name", "figures"), [("robert", (0, 0)), ("someone", (1, 1))])
+def test_a_renamed_user_without_mfa_is_neither_fixed_nor_new(base: Path, name: str, figures: tuple[int, int]) -> None:
+    """His key tells that he is the same; whoever has another key is somebody else."""
+    made = iam_audit.AccessKey(key_id("BOB" if name == "robert" else "NEW"), "Active", ago(1), None, "N/A")
+    users = (iam_audit.User(name, True, None, (), (made,)),)
+    tracking = iam_audit.open_tracking(base.parent, None, "o-test123456")
+    iam_audit.track_account(tracking, iam_audit.AuditedAccount(iam_audit.Account(THREE, "one", "ACTIVE"), NOW, users))
+    assert (tracking.mfa_fixed, len(tracking.mfa_new)) == figures
+
+
+EVENT = iam_audit.Event(NOW, "DeleteAccessKey", "ana", "K", "", "arn:aws:iam::111111111111:user/eve", "", "", "")
+
+
+@pytest.mark.parametrize(
+    ("what", "witness", "event", "line"),
+    [
+        ("access-key-created", "", None, "ana K"),
+        ("access-key-created", "not found", None, "ana K"),
+        ("access-key-created", "confirmed", EVENT, "ana K by user/eve"),
+        ("access-key-created", "contradicted", EVENT, "ana K (contradicted by CloudTrail)"),
+        (iam_audit.CAME_AND_WENT, "confirmed", EVENT, "ana K deleted again by user/eve"),
+    ],
+)
+def test_nobody_is_named_who_did_something_else(
+    what: str, witness: str, event: iam_audit.Event | None, line: str
+) -> None:
+    change = iam_audit.Change(ONE, "one", "ana", "K", what, witness=witness, event=event)
+    assert iam_audit.change_line(change) == f"{ONE} one {line}"
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -1611,7 +1669,7 @@ before = spent()
 tracking = iam_audit.open_tracking(folder.parent, None, "o-test123456")
 for number in range(1000):
     iam_audit.track_account(tracking, account(number, now))
-print(spent() - before, peak_memory(), tracking.compared, len(tracking.changes))
+print(spent() - before, peak_memory(), len(tracking.compared), len(tracking.changes))
 """
 
 
@@ -1656,10 +1714,75 @@ def test_a_run_that_is_only_in_the_table_does_not_stop_the_audit(
 def test_quiet_says_where_nothing_could_be_compared(
     serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A key created while an account failed shows in no comparison; whoever reads the mail must know."""
+    """What has changed in an account that failed shows in no comparison; whoever reads the mail must know."""
     reports = tmp_path_factory.mktemp("blind")
     endpoint = serve(account(ONE, "one", role="denied"), account(TWO, "two"))
     assert again(program, endpoint.env(), reports, "--quiet").exit_code == 3
-    endpoint.update({"accounts": [account(ONE, "one"), account(TWO, "two")]})
-    assert "earlier run had not audited them: 1 account\n" in again(program, endpoint.env(), reports, "--quiet").stdout
+    endpoint.update({"accounts": [account(ONE, "one"), account(TWO, "two"), account(THREE, "joined")]})
+    said = again(program, endpoint.env(), reports, "--quiet").stdout
+    assert (
+        said
+        == f"""\
+Not compared, because the earlier run had not audited them: 2 accounts
+  {ONE} one
+  {THREE} joined
+"""
+    )
     assert again(program, endpoint.env(), reports, "--quiet").stdout == ""
+
+
+@pytest.mark.program
+def test_new_keys_where_nothing_could_be_compared(
+    serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Their own dates tell: a key created while an account failed, or in one that joined, must not slip through."""
+    reports = tmp_path_factory.mktemp("elsewhere")
+    endpoint = serve(account(ONE, "one", role="denied"), account(TWO, "two"))
+    again(program, endpoint.env(), reports)
+    soon = datetime.now(timezone.utc) + timedelta(minutes=1)
+    users = {
+        one: [
+            user("svc", keys=[key(key_id(f"{one[0]}OLD"), created=ago(20)), key(key_id(f"{one[0]}NEW"), created=soon)])
+        ]
+        for one in (ONE, THREE)
+    }
+    accounts = [
+        account(ONE, "one", users=users[ONE]),
+        account(TWO, "two"),
+        account(THREE, "joined", users=users[THREE]),
+    ]
+    endpoint.update({"accounts": accounts})
+    result = again(program, endpoint.env(), reports, "--quiet", "--fail-on", "new-keys")
+    assert result.exit_code == 4
+    assert result.stdout.startswith(f"""\
+New access keys since the earlier run
+  {ONE} one svc {key_id("1NEW")} (account not compared)
+  {THREE} joined svc {key_id("3NEW")} (account not compared)
+Not compared""")
+    assert changes(result) == [f"{THREE}|joined|||account-joined|||||||"]
+    found = summary_of(result)["changes"]["new_access_keys"]
+    assert [(one["access_key_id"], one["change"], one["account_compared"]) for one in found] == [
+        (key_id("1NEW"), "access-key-created", False),
+        (key_id("3NEW"), "access-key-created", False),
+    ]
+    assert again(program, endpoint.env(), reports, "--quiet", "--fail-on", "new-keys").exit_code == 0
+
+
+@pytest.mark.program
+def test_levels_that_only_other_accounts_or_another_age_explain(
+    serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reports = tmp_path_factory.mktemp("levels")
+    old = user("ana", password=True, keys=[key(key_id("OLD"), created=ago(60))])
+    endpoint = serve(account(ONE, "one", users=[old]), account(TWO, "two", users=[old]))
+    again(program, endpoint.env(), reports, "--max-key-age", "30")
+    result = again(program, endpoint.env(), reports)
+    assert "phase 1: In Progress, now In Progress\n" in result.stdout
+    assert "phase 2: In Progress, now Complete\n  --max-key-age was 30, now 90: " in result.stdout
+    assert summary_of(result)["changes"]["max_key_age_days_then"] == 30
+    endpoint.update({"accounts": [account(ONE, "one", users=[old], state="SUSPENDED"), account(TWO, "two")]})
+    result = again(program, endpoint.env(), reports)
+    endpoint.update({"accounts": [account(ONE, "one", users=[old]), account(TWO, "two")]})
+    result = again(program, endpoint.env(), reports)
+    assert "phase 1: Complete, now In Progress (the accounts compared: Complete, now Complete)\n" in result.stdout
+    assert "--max-key-age was" not in result.stdout
