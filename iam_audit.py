@@ -210,6 +210,7 @@ FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet w
 TERMINAL_WIDTH = 100
 FINDINGS_SHOWN = 10  # on the terminal
 ACCOUNTS_SHOWN = 5
+REMARKS_SHOWN = 10
 NEW_KEYS_SHOWN = 10
 RUNS_SHOWN = 12
 
@@ -297,6 +298,7 @@ MFA_BASICS = (
 )
 ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
 DEFAULT_ROLE = "IAMAuditRole"
+SCP_LONGEST = 5120  # characters, white space among them
 EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
 DOCUMENTS = (
     "caller-policy",
@@ -322,12 +324,15 @@ WITH_MFA = {("bool", "aws:multifactorauthpresent"): "true", ("null", "aws:multif
 # those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
 BY_THE_CALLER = {("bool", "aws:viaawsservice"): "false"}
 # A principal that an exemption names. Roles are no console users, so any role may be exempt from MFA; of new keys only
-# roles with a name, whose end may be open after a hyphen or underscore (AWSReservedSSO_Admin_*), never all of a path.
-# A policy variable ($) can stand for anybody.
+# roles with a name, whose end may be open after a hyphen or underscore (stacksets-exec-*, AWSReservedSSO_Admin_*), not
+# all of a path or of Identity Center. A policy variable ($) can stand for anybody.
 NAMED = {
     MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
-    NEW_KEYS_PREVENTED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?[^*?$/]+([-_]\*)?)"),
+    NEW_KEYS_PREVENTED: re.compile(
+        r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?(?!AWSReservedSSO_\*)[^*?$/]+([-_]\*)?)"
+    ),
 }
+ALL_BUT_USERS = "all principals but IAM users"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data, in AWS's words
@@ -631,7 +636,6 @@ class AccountFigures:
     gaps: Gaps
     phase1: str
     phase2: str
-    controls: Mapping[str, Control]
 
 
 class UserState(NamedTuple):
@@ -707,7 +711,7 @@ class Tracking:
 
 @dataclass
 class Run:
-    """What a run has found so far, as its summary needs it."""
+    """What a run has found so far, as its summary needs it. `controls` has each account in scope by its ID."""
 
     started: datetime
     folder: Path
@@ -722,6 +726,7 @@ class Run:
     tracking: Tracking = field(default_factory=Tracking)
     trails: list[tuple[Account, Trail]] = field(default_factory=list)
     enforcement: Enforcement = field(default_factory=Enforcement)
+    controls: dict[str, Mapping[str, Control]] = field(default_factory=dict)
 
 
 @dataclass
@@ -1833,7 +1838,6 @@ def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures
         gaps=gaps,
         phase1=phase1_level(gaps),
         phase2=phase2_level(gaps),
-        controls={},
     )
 
 
@@ -2334,8 +2338,8 @@ def covers_arn(pattern: str, arns: str) -> bool:
 
 
 def touches_users(pattern: str, users: str) -> bool:
-    """Whether a resource pattern may match the ARN of some IAM user; in doubt it may."""
-    segments = pattern.split(":", 5)
+    """Whether a resource pattern may match the ARN of some IAM user; in doubt, as with a policy variable, it may."""
+    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)
     of_iam = all(map(covers, segments[:4], users.split(":")))
     start = re.split(r"[*$]", segments[-1])[0][: len("user/")]
     return len(segments) < 6 or (of_iam and covers(start, "user/"[: len(start)]))
@@ -2391,7 +2395,7 @@ def judge_conditions(control: str, conditions: Iterable[Condition], users: str, 
     exemptions: list[str] = []
     for condition in conditions:
         if picks_users(condition, users):
-            exemptions += ["all principals but IAM users"] if control == NEW_KEYS_PREVENTED else []
+            exemptions += [ALL_BUT_USERS] if control == NEW_KEYS_PREVENTED else []
         elif exempts_named(condition, control):
             exemptions += condition.values
         else:
@@ -2409,8 +2413,10 @@ def picks_users(condition: Condition, users: str) -> bool:
     """Whether the condition holds for every IAM user."""
     if condition.key == "aws:principaltype":
         return condition.operator in ("stringequals", "stringlike") and "User" in condition.values
-    like = condition.key == "aws:principalarn" and condition.operator in ("arnlike", "arnequals", "stringlike")
-    return like and any(covers_arn(value, users) for value in condition.values)
+    if condition.key != "aws:principalarn" or condition.operator not in ("arnlike", "arnequals", "stringlike"):
+        return False
+    values = [value for value in condition.values if value != "*" or condition.operator == "stringlike"]
+    return any(covers_arn(value, users) for value in values)  # no ARN operator is known to take a bare *
 
 
 def exempts_named(condition: Condition, control: str) -> bool:
@@ -2433,7 +2439,7 @@ def strongest(judgements: Sequence[Judgement]) -> Judgement:
     verdict = min((judgement.verdict for judgement in judgements), key=VERDICTS.index, default=ABSENT)
     same = [judgement for judgement in judgements if judgement.verdict == verdict]
     if verdict == ENFORCED:
-        return min(same, key=lambda judgement: len(judgement.exemptions))
+        return min(same, key=lambda judgement: (ALL_BUT_USERS in judgement.exemptions, len(judgement.exemptions)))
     exemptions = dict.fromkeys(exemption for judgement in same for exemption in judgement.exemptions)
     conditions = dict.fromkeys(condition for judgement in same for condition in judgement.conditions)
     return Judgement(verdict, tuple(exemptions), tuple(conditions))
@@ -2468,8 +2474,9 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
     why_not, root_managed, root_why_not = "", None, ""
     try:
         for policy_id, name in await ask(list_policies):
-            content, targets = await ask(describe_policy, policy_id), await ask(list_targets_for_policy, policy_id)
-            policies.append(Policy(policy_id, name, content, targets))
+            with unless_deleted_meanwhile():
+                content, targets = await ask(describe_policy, policy_id), await ask(list_targets_for_policy, policy_id)
+                policies.append(Policy(policy_id, name, content, targets))
     except Exception as error:  # whatever it is, it must not cost the audit
         why_not = reason_of("service control policies", error)
     try:
@@ -2484,20 +2491,32 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
     return Enforcement(judged, why_not, root_managed, root_why_not)
 
 
+@contextlib.contextmanager
+def unless_deleted_meanwhile() -> Iterator[None]:
+    """A policy that is gone since it was listed applies to nobody."""
+    try:
+        yield
+    except ClientError as error:
+        if error_code(error) != "PolicyNotFoundException":
+            raise
+
+
 async def apply_enforcement(aws: Aws, run: Run) -> None:
-    """Decide the controls of each audited account, and with them its level of phase 1."""
-    parents: dict[str, str] = {}
+    """Decide the controls of each account, audited or failed, and with them the level of phase 1."""
+    management, parents, paths = run.organization.management_account, dict[str, str](), dict[str, Sequence[str]]()
+    accounts = [*(one.account for one in run.audited), *(one.account for one in run.failed)]
+    try:
+        for account in accounts if not run.enforcement.why_not else ():
+            paths[account.id] = [] if account.id == management else await path_of(aws, account, parents)
+    except Exception as error:  # whatever it is, it must not cost the audit
+        run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
+    for account in accounts:
+        controls = controls_of_account(paths.get(account.id, []), run.enforcement.judged, account.id == management)
+        unknown = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
+        run.controls[account.id] = unknown if run.enforcement.why_not else controls
     for number, figures in enumerate(run.audited):
-        controls = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
-        is_management = figures.account.id == run.organization.management_account
-        try:
-            if not run.enforcement.why_not:
-                path_ids = [] if is_management else await path_of(aws, figures.account, parents)
-                controls = controls_of_account(path_ids, run.enforcement.judged, is_management)
-        except Exception as error:
-            run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
-        level = phase1_level(figures.gaps, controls[MFA_REQUIRED].verdict == ENFORCED)
-        run.audited[number] = replace(figures, controls=controls, phase1=level)
+        enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
+        run.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
 
 
 async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> list[str]:
@@ -2670,8 +2689,8 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "enforcement": enforcement_document(run),
         "findings": {str(priority): number for priority, number in findings_by_priority(run).items()},
         "accounts": sorted(
-            [audited_entry(one, run.started) for one in audited]
-            + [failed_entry(one, run.plan) for one in failed]
+            [audited_entry(one, run) for one in audited]
+            + [failed_entry(one, run) for one in failed]
             + [account_entry(one.account, "skipped") for one in skipped],
             key=lambda entry: str(entry["id"]),
         ),
@@ -2691,7 +2710,7 @@ def account_entry(account: Account, result: str) -> dict[str, Any]:
     }
 
 
-def audited_entry(figures: AccountFigures, now: datetime) -> dict[str, Any]:
+def audited_entry(figures: AccountFigures, run: Run) -> dict[str, Any]:
     return {
         **account_entry(figures.account, "audited"),
         "report_generated": iso(figures.report_generated),
@@ -2699,18 +2718,19 @@ def audited_entry(figures: AccountFigures, now: datetime) -> dict[str, Any]:
         "root": figures.has_root,
         "production": figures.production,
         "maturity": {phase: getattr(figures, phase) for phase in PHASES},
-        "controls": {name: control_document(control) for name, control in figures.controls.items()},
-        "gaps": gaps_document(figures.gaps, now),
+        "controls": controls_document(run.controls[figures.account.id]),
+        "gaps": gaps_document(figures.gaps, run.started),
     }
 
 
-def failed_entry(failed: FailedAccount, plan: Plan) -> dict[str, Any]:
+def failed_entry(failed: FailedAccount, run: Run) -> dict[str, Any]:
     return {
         **account_entry(failed.account, "failed"),
         "step": failed.step,
         "error": {"code": failed.code, "message": failed.message},
-        "production": is_production(failed.account, plan.production),
+        "production": is_production(failed.account, run.plan.production),
         "maturity": dict.fromkeys(PHASES, NOT_STARTED),
+        "controls": controls_document(run.controls[failed.account.id]),
     }
 
 
@@ -2829,18 +2849,21 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
     }
 
 
-def control_document(control: Control) -> dict[str, Any]:
+def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
     return {
-        "verdict": control.verdict,
-        "policies": [{"id": policy_id, "name": name} for policy_id, name in control.policies.items()],
-        "exemptions": list(control.exemptions),
-        "conditions": list(control.conditions),
+        name: {
+            "verdict": control.verdict,
+            "policies": [{"id": policy_id, "name": policy} for policy_id, policy in control.policies.items()],
+            "exemptions": list(control.exemptions),
+            "conditions": list(control.conditions),
+        }
+        for name, control in controls.items()
     }
 
 
 def enforcement_document(run: Run) -> dict[str, Any]:
-    """How many audited accounts each control covers, and how."""
-    verdicts = {control: Counter(one.controls[control].verdict for one in run.audited) for control in CONTROLS}
+    """How many of the accounts in scope each control covers, and how."""
+    verdicts = {name: Counter(controls[name].verdict for controls in run.controls.values()) for name in CONTROLS}
     return {
         "why_not_checked": run.enforcement.why_not or None,
         "accounts": {control: {each: found[each] for each in VERDICTS} for control, found in verdicts.items()},
@@ -3058,27 +3081,31 @@ def enforcement_lines(run: Run) -> list[str]:
     lines.append(f"  {'root credentials managed centrally':<36}{managed}")
     if run.enforcement.root_why_not:
         lines += wrapped(f"    {run.enforcement.root_why_not}")
-    bare = [one for one in run.audited if all(control.verdict == ABSENT for control in one.controls.values())]
-    bare = sorted(
-        (one for one in bare if one.gaps.active_keys), key=lambda one: (-one.gaps.active_keys, one.account.id)
-    )
-    if bare:
+    if bare := without_controls(run):
         lines.append("With neither control, and most active keys")
     for one in bare[:ACCOUNTS_SHOWN]:
         lines.append(f"  {one.account.id} {cut(one.account.name, 28):<28} {count(one.gaps.active_keys, 'active key')}")
     return lines
 
 
+def without_controls(run: Run) -> list[AccountFigures]:
+    """The accounts with active keys where neither control is even partial, most keys first."""
+    verdicts = {each: {control.verdict for control in controls.values()} for each, controls in run.controls.items()}
+    bare = [one for one in run.audited if one.gaps.active_keys and verdicts[one.account.id] == {ABSENT}]
+    return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
+
+
 def control_remarks(run: Run, control: str) -> list[str]:
     """The policies behind a control's verdicts, once each, with what they exempt and what narrows them."""
     remarks = dict[str, None]()
-    for found in (one.controls[control] for one in run.audited):
+    for found in (run.controls[account_id][control] for account_id in sorted(run.controls)):
         if found.policies:
             parts = [f"{found.verdict} by {', '.join(f'{name} ({each})' for each, name in found.policies.items())}"]
             parts += [f"except {', '.join(found.exemptions)}"] * bool(found.exemptions)
             parts += [f"only if {'; or if '.join(found.conditions)}"] * bool(found.conditions)
             remarks[", ".join(parts)] = None
-    return list(remarks)
+    more = len(remarks) - REMARKS_SHOWN
+    return [*list(remarks)[:REMARKS_SHOWN], *[f"and {more:,} more, in summary.json"] * (more > 0)]
 
 
 def change_lines(run: Run) -> list[str]:
@@ -3507,6 +3534,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the following arguments are required: --role")
     if options.exempt_role and options.document != "scp-deny-access-keys":
         parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
+    if options.document and any(set(name) & set("*?$") for name in (*options.exempt_role, options.role or "")):
+        parser.error("argument --print: in a policy, * ? and $ in the path of a role would stand for other roles")
+    if options.exempt_role and (length := len(print_document(options.document, "", options.exempt_role))) > SCP_LONGEST:
+        parser.error(
+            f"argument --exempt-role: a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
+        )
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
     if options.since and not options.cloudtrail:

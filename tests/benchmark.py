@@ -330,7 +330,7 @@ def show(title: str, made: Run, floor_call: float | None = None) -> None:
         ("exit code", str(made.exit_code)),
         ("endpoint's CPU", f"{1000 * stats['cpu'] / max(1, made.requests):.3f} ms a request"),
     ]
-    if floor_call is not None:
+    if floor_call is not None and made.requests:
         rows.append(("floor", f"{1000 * floor_call:.3f} ms a call, {floor_call * made.requests:.1f} s for all"))
         rows.append(("CPU / floor", f"{made.cpu / (floor_call * made.requests):.2f}"))
     print(f"\n  {title}")

@@ -105,7 +105,8 @@ def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER
     for outcome in outcomes:
         keep(found, outcome)
     prevented = controls_of_account([], [], is_management=False)
-    found.audited = [dataclasses.replace(one, controls=prevented) for one in found.audited]
+    ids = [*(one.account.id for one in found.audited), *(one.account.id for one in found.failed)]
+    found.controls = dict.fromkeys(ids, prevented)
     found.findings.sort(key=most_urgent_first)
     return found
 

@@ -55,6 +55,10 @@ WRONG: list[tuple[list[str], str]] = [  # options, what stderr quotes
     (["--report-timeout", "nan"], "nan"),
     (["--report-timeout", "inf"], "inf"),
     (["--report-timeout", "soon"], "soon"),
+    (["--print", "scp-deny-access-keys", "--exempt-role", ",".join(f"{'x' * 60}{n}" for n in range(80))], "5,120"),
+    (["--print", "scp-deny-access-keys", "--exempt-role", "*/Admin"], "--print"),
+    (["--print", "scp-deny-access-keys", "--exempt-role", "${aws:PrincipalTag/x}/y"], "--print"),
+    (["--print", "caller-policy", "--role", "?/Audit"], "--print"),
     (["--unknown-option"], "--unknown-option"),
     (["--work", "3"], "--work"),  # no abbreviations: a later option may make one ambiguous
     (["surplus"], "surplus"),

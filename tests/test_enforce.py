@@ -247,6 +247,15 @@ KEY_CASES = [
     ("a bucket", deny("*", Resource="arn:*:s3:::bucket/*"), ABSENT, ()),
     ("a bucket that looks like it", deny("*", Resource="arn:aws:s3:::user/*"), ABSENT, ()),
     ("a variable", deny(KEY, Resource="arn:aws:iam::*:${aws:x}"), PARTIAL, ("Resource arn:aws:iam::*:${aws:x}",)),
+    *(
+        (f"a variable, {element} {resource}", deny(KEY, **{element: resource}), PARTIAL, (f"{element} {resource}",))
+        for element in ("Resource", "NotResource")
+        for resource in (
+            "arn:aws:iam::${aws:PrincipalAccount}:user/*",
+            "arn:aws:iam::${aws:PrincipalTag/acct}:*",
+            "arn:${aws:x}:iam::*:user/*",
+        )
+    ),
     ("roles", deny("*", Resource=["arn:aws:iam::*:role/*", "arn:aws:iam::*:u2f/*"]), ABSENT, ()),
     ("users of another partition", deny("*", Resource="arn:aws-cn:iam::*:user/*"), ABSENT, ()),
     ("all but roles", deny(KEY, NotResource="arn:aws:iam::*:role/*"), ENFORCED, ()),
@@ -302,6 +311,13 @@ EXEMPTIONS = [
     # every role, or who can say which: no console user, but free to create keys
     ("ArnNotLike", "aws:PrincipalArn", [ROLE + "*"], ENFORCED, PARTIAL),
     ("ArnNotLike", "aws:PrincipalArn", [ROLE + "Admin", ROLE + "aws-reserved/sso.amazonaws.com/*"], ENFORCED, PARTIAL),
+    (
+        "ArnNotLike",
+        "aws:PrincipalArn",
+        [ROLE + "aws-reserved/sso.amazonaws.com/*/AWSReservedSSO_*"],
+        ENFORCED,
+        PARTIAL,
+    ),
     ("ArnNotLike", "aws:PrincipalArn", [ROLE + "a*"], ENFORCED, PARTIAL),
     ("ArnNotLike", "aws:PrincipalArn", [ROLE + "${aws:PrincipalTag/path/role}"], ENFORCED, PARTIAL),
     # all users, or who can say which
@@ -485,6 +501,20 @@ def test_partial_statements_add_up_to_partial() -> None:
 def test_the_enforcing_statement_with_the_fewest_exemptions_counts() -> None:
     exempt = deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": ROLE + "Admin"}})
     assert judged(policy(exempt, deny(KEY), deny(KEY, NO_MFA)), "new-keys-prevented") == audit.Judgement(ENFORCED)
+
+
+def test_of_two_enforcing_statements_the_one_that_spares_named_principals_counts() -> None:
+    only_users = deny(KEY, ONLY_USERS)
+    two_roles = deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": [ROLE + "Admin", ROLE + "Other"]}})
+    for both in ((only_users, two_roles), (two_roles, only_users)):
+        found = judged(policy(*both), "new-keys-prevented")
+        assert found == audit.Judgement(ENFORCED, (ROLE + "Admin", ROLE + "Other"))
+
+
+@pytest.mark.parametrize(("operator", "verdict"), [("StringLike", ENFORCED), ("ArnLike", PARTIAL)])
+def test_a_bare_asterisk_is_no_arn(operator: str, verdict: str) -> None:
+    condition = {**NO_MFA, operator: {"aws:PrincipalArn": "*"}}
+    assert judged(policy(deny("*", condition)), "mfa-required").verdict == verdict
 
 
 MALFORMED = [

@@ -156,6 +156,50 @@ def test_without_paths_each_parent_is_asked_once(serve: Serve, run_program: Prog
     assert endpoint.stats()["requests"]["ListParents"] == 3 + 2  # each account, each unit
 
 
+def test_a_parent_that_is_denied_leaves_every_account_unchecked(serve: Serve, run_program: Program) -> None:
+    """Whichever came first: a verdict must not depend on the order in which accounts are done."""
+    policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
+    denied = rule("ListParents", error="AccessDeniedException", skip=1)
+    endpoint = serve(placed(ONE), placed(TWO), policies=policies, omit=["Paths"], rules=[denied])
+    result = run_program(endpoint.env())
+    assert {controls(result, one) for one in (ONE, TWO)} == {(NOT_CHECKED, NOT_CHECKED)}
+    assert "not checked: ListParents: AccessDeniedException" in result.stdout
+    assert endpoint.stats()["requests"]["ListParents"] == 2
+
+
+def test_accounts_that_could_not_be_audited_are_under_policies_too(serve: Serve, run_program: Program) -> None:
+    policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
+    result = run_program(serve(placed(ONE), placed(TWO, role="denied"), policies=policies).env())
+    assert result.failures.keys() == {TWO}
+    assert {controls(result, one) for one in (ONE, TWO)} == {(ENFORCED, PARTIAL)}
+    assert summary(result)["enforcement"]["accounts"]["mfa-required"][ENFORCED] == 2
+    assert result.accounts[TWO]["maturity"]["phase1"] == "Not Started"
+
+
+@pytest.mark.parametrize("action", ["DescribePolicy", "ListTargetsForPolicy"])
+def test_a_policy_that_is_deleted_meanwhile_is_left_out(serve: Serve, run_program: Program, action: str) -> None:
+    policies = [
+        policy("p-gone000001", "Gone", REQUIRE_MFA, ["r-test"]),
+        policy("p-denykeys01", "DenyKeys", DENY_KEYS, ["r-test"]),
+    ]
+    gone = rule(action, error="PolicyNotFoundException", fields={"PolicyId": "p-gone000001"})
+    result = run_program(serve(placed(ONE), policies=policies, rules=[gone]).env())
+    assert controls(result, ONE) == (ABSENT, ENFORCED)
+
+
+def test_few_of_many_policies_are_shown(serve: Serve, run_program: Program) -> None:
+    hour = {"DateGreaterThan": {"aws:CurrentTime": "2026-01-01T20:00:00Z"}}
+    narrow = {"Effect": "Deny", "Action": "iam:CreateAccessKey", "Resource": "*", "Condition": hour}
+    accounts = [placed(f"1000000000{n:02}") for n in range(13)]
+    policies = [
+        policy(f"p-narrow{n:05}", f"Narrow{n}", {"Version": "2012-10-17", "Statement": narrow}, [f"1000000000{n:02}"])
+        for n in range(13)
+    ]
+    shown = run_program(serve(*accounts, policies=policies).env()).stdout
+    assert shown.count("partial by Narrow") == 10
+    assert "and 3 more, in summary.json" in shown
+
+
 @pytest.mark.parametrize("action", ["ListPolicies", "DescribePolicy", "ListTargetsForPolicy"])
 def test_what_is_denied_is_not_checked_and_claims_nothing(serve: Serve, run_program: Program, action: str) -> None:
     policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
