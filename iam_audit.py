@@ -3308,7 +3308,18 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH),
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
+    access_options(parser.add_argument_group("access").add_argument)
+    scope_options(parser.add_argument_group("which accounts").add_argument)
+    pace_options(parser.add_argument_group("pace").add_argument)
+    judging_options(parser.add_argument_group("what counts as a gap").add_argument)
+    tracking_options(parser.add_argument_group("what has changed").add_argument)
+    output_options(parser.add_argument_group("output").add_argument)
+    document_options(parser.add_argument_group("documents to deploy").add_argument)
+    return parser
+
+
+def access_options(add: Callable[..., Any]) -> None:
     add(
         "--profile",
         metavar="NAME",
@@ -3322,13 +3333,10 @@ def argument_parser() -> argparse.ArgumentParser:
         type=role_name,
         help="role to assume in each account, required for an audit: a name, or a path and a name (audit/IAMAuditRole)",
     )
-    add(
-        "--output-dir",
-        metavar="DIR",
-        type=not_empty,
-        default="reports",
-        help="where the run's own folder is made (default: %(default)s)",
-    )
+    add("--external-id", metavar="ID", type=external_id, help="external ID that the role's trust policy asks for")
+
+
+def scope_options(add: Callable[..., Any]) -> None:
     add("--accounts", metavar="ID[,ID...]", type=account_ids, help="audit only these accounts", default=frozenset())
     add("--exclude", metavar="ID[,ID...]", type=account_ids, help="leave these accounts out", default=frozenset())
     add(
@@ -3344,7 +3352,9 @@ def argument_parser() -> argparse.ArgumentParser:
         help="audit the management account too: with the profile's own credentials if it is the profile's account, "
         "else through the role",
     )
-    add("--external-id", metavar="ID", type=external_id, help="external ID that the role's trust policy asks for")
+
+
+def pace_options(add: Callable[..., Any]) -> None:
     add(
         "--workers",
         metavar="N",
@@ -3359,6 +3369,9 @@ def argument_parser() -> argparse.ArgumentParser:
         default=300.0,
         help="how long one account's credential report may take (default: 300)",
     )
+
+
+def judging_options(add: Callable[..., Any]) -> None:
     add(
         "--production",
         metavar="REGEX",
@@ -3374,6 +3387,9 @@ def argument_parser() -> argparse.ArgumentParser:
         default=str(DEFAULT_MAX_KEY_AGE),
         help="older active access keys are a gap (default: %(default)s)",
     )
+
+
+def tracking_options(add: Callable[..., Any]) -> None:
     add(
         "--previous",
         metavar="DIR",
@@ -3393,6 +3409,16 @@ def argument_parser() -> argparse.ArgumentParser:
         help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run "
         "began, or 30 days)",
     )
+
+
+def output_options(add: Callable[..., Any]) -> None:
+    add(
+        "--output-dir",
+        metavar="DIR",
+        type=not_empty,
+        default="reports",
+        help="where the run's own folder is made (default: %(default)s)",
+    )
     add(
         "--fail-on",
         metavar="WHAT[,WHAT]",
@@ -3407,6 +3433,10 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print nothing unless something needs attention (an account failed, say)",
     )
+    add("-v", "--verbose", action="store_true", help="a line an account and step on stderr; tracebacks")
+
+
+def document_options(add: Callable[..., Any]) -> None:
     add(
         "--print",
         metavar="NAME",
@@ -3421,9 +3451,6 @@ def argument_parser() -> argparse.ArgumentParser:
         default=(),
         help="roles that --print scp-deny-access-keys lets create access keys",
     )
-    add("-v", "--verbose", action="store_true", help="a line an account and step on stderr; tracebacks")
-    add("--version", action="version", version=f"iam-audit {VERSION}")
-    return parser
 
 
 def matching(pattern: str, what: str, text: str) -> str:
