@@ -57,7 +57,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
@@ -132,7 +132,9 @@ REPORT_PAUSE_GROWTH = 1.1
 TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
 THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
 
-FOR_THE_REPORT = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
+CLOCK_SKEW = timedelta(minutes=5)  # more between our clock and AWS's, and no signature would be valid
+# Before all else, so that the accounts' reports are generated side by side
+URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
 # botocore retries none of these for IAM's report, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
 THROTTLED = {
@@ -788,6 +790,8 @@ def iso(moment: datetime) -> str:
 # themselves. Each request is signed with the credentials of the account it is for: `call_as` sets them for the thread
 # that makes the call, `sign_with_current_credentials` hands them to botocore's signer.
 SIGNING_CREDENTIALS: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING_CREDENTIALS")
+# The operation that the current task has begun last, for the message about an answer that is not what AWS documents.
+STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
 
 
 def call_as(credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
@@ -1072,14 +1076,11 @@ class Pace:
 class AccountSession:
     """The calls for one account: its credentials, its pace, its repeated attempts.
 
-    `turn` is the account's place in the queue for threads: what makes its report ready goes before all else, so that
-    reports are generated side by side, and the rest of older accounts first. `step` is the operation begun last, for
-    messages.
+    `turn` is the account's place in the queue for threads: urgent steps first, and the rest of older accounts first.
     """
 
     def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
         self.aws, self.account, self.role = aws, account, role
-        self.step = ""
         self._turn = turn
         self.log = log
         self._logged = set[str]()
@@ -1094,8 +1095,7 @@ class AccountSession:
             self._credentials = await self._attempt("AssumeRole", self.aws.profile_credentials, self._pace)
             return
         request = functools.partial(assume_role, self.aws, self.role, self.account.id)
-        async with self.aws.assume_role_gate:
-            self._credentials = await self._attempt("AssumeRole", request, self._pace)
+        self._credentials = await self._attempt("AssumeRole", request, self._pace, self.aws.assume_role_gate)
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
         """An operation of a shared client, in this account; an expired session is renewed once a call."""
@@ -1118,15 +1118,19 @@ class AccountSession:
         pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
         return await self._attempt(step, functools.partial(call_as, self._credentials, operation, parameters), pace)
 
-    async def _attempt(self, step: str, call: Callable[[], T], pace: Pace) -> T:
-        """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest."""
+    async def _attempt(self, step: str, call: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None) -> T:
+        """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest.
+
+        The gate is passed for each attempt alone: who pauses holds up no other account.
+        """
         self._begin(step)
-        urgency = (step not in FOR_THE_REPORT, self._turn)
+        urgency = (step not in URGENT_STEPS, self._turn)
         attempts = 0
         while True:
             await pace.turn()
             try:
-                answer = await self.aws.threads.run(urgency, call)
+                async with gate or contextlib.AsyncExitStack():
+                    answer = await self.aws.threads.run(urgency, call)
             except (ClientError, BotoCoreError, ResponseParserError) as error:
                 failure = step_failed(step, error)
             else:
@@ -1140,7 +1144,7 @@ class AccountSession:
             await asyncio.sleep(random.uniform(0.25, 0.5) * 2**attempts)
 
     def _begin(self, step: str) -> None:
-        self.step = step
+        STEP.set(step)
         if step not in self._logged:
             self._logged.add(step)
             self.log(f"{self.account.id} {self.account.name}: {step}")
@@ -1324,48 +1328,63 @@ def without_secrets(message: str) -> str:
 
 async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
     """Read one account in full, or say what could not be read: nothing that happens here stops the other accounts."""
-    account = session.account
     try:
-        await session.sign_in()
-        report, users = await read_users(session, plan.report_timeout)
-        trail = await read_trail(session, plan.events_since) if plan.events_since else None
-        return AuditedAccount(account, to_second(report.generated), users, trail)
+        return await naming_the_step(session, functools.partial(read_account, session, plan))
     except StepFailed as failure:
-        return FailedAccount(account, failure.step, failure.code, failure.message)
+        return FailedAccount(session.account, failure.step, failure.code, failure.message)
+
+
+async def naming_the_step(session: AccountSession, work: Callable[[], Awaitable[T]]) -> T:
+    """The work's result; any error of it becomes a StepFailed with the step that the current task was at."""
+    try:
+        return await work()
+    except StepFailed:
+        raise
     except Exception as error:
         for line in frames_of(error):
             session.log(line)
-        return FailedAccount(account, session.step, type(error).__name__, without_secrets(str(error)))
+        raise StepFailed(STEP.get(), type(error).__name__, without_secrets(str(error))) from None
 
 
-async def read_users(session: AccountSession, report_timeout: float) -> tuple[CredentialReport, tuple[User, ...]]:
-    """The credential report; root (from it alone) and all users there are now, read a few at a time, sorted by name.
+async def all_or_none(session: AccountSession, works: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Do them side by side; when one fails, stop the others."""
+    tasks = [asyncio.create_task(naming_the_step(session, work)) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
+    """Root, from the credential report alone, and all users there are now, sorted by name.
 
     While the report is waited for, users are begun with: only their passwords and MFA need it.
     """
-    users: list[User] = []
+    await session.sign_in()
     report: asyncio.Future[CredentialReport] = asyncio.get_running_loop().create_future()
     users_may_start = asyncio.Event()
+    users: dict[str, User] = {}
 
     async def read_report_and_root() -> None:
-        report.set_result(await credential_report(session, report_timeout, users_may_start))
+        report.set_result(await credential_report(session, plan.report_timeout, users_may_start))
         users_may_start.set()
-        root = await read_root(session, report.result().rows.get(ROOT))
-        users.extend([root] if root else [])
+        if (row := report.result().rows.get(ROOT)) is not None:
+            users[ROOT] = await read_root(session, row)
 
     async def read_others() -> None:
         await users_may_start.wait()
-        entries = await list_users(session)
-        remaining = iter(entries)
-        await all_or_none(read_one_after_the_other(remaining) for _ in range(min(READERS_PER_ACCOUNT, len(entries))))
+        asked = utc_now()
+        listed = await list_users(session)
+        users.update(await read_users(session, listed, report))
+        if unlisted := created_since_listed((await asyncio.shield(report)).rows, listed, asked):
+            entries = [entry for entry in await list_users(session) if entry["UserName"] in unlisted]
+            users.update(await read_users(session, entries, report))
 
-    async def read_one_after_the_other(entries: Iterator[Mapping[str, Any]]) -> None:
-        for entry in entries:
-            user = await read_user(session, entry, report)
-            users.extend([user] if user else [])
-
-    await all_or_none([read_report_and_root(), read_others()])
-    return report.result(), tuple(sorted(users, key=lambda user: (user.name != ROOT, user.name)))
+    await all_or_none(session, [read_report_and_root, read_others])
+    trail = await read_trail(session, plan.events_since) if plan.events_since else None
+    in_order = sorted(users.values(), key=lambda user: (user.name != ROOT, user.name))
+    return AuditedAccount(session.account, to_second(report.result().generated), tuple(in_order), trail)
 
 
 async def credential_report(
@@ -1443,26 +1462,44 @@ def report_flag(row: Mapping[str, str], column: str) -> bool:
     return text == "true"
 
 
-async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run them side by side; when one fails, stop the others."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+def created_since_listed(
+    rows: Mapping[str, Mapping[str, str]], listed: Iterable[Mapping[str, Any]], asked: datetime
+) -> set[str]:
+    """Users of the report who may have been created after ListUsers was asked: not listed, and young enough."""
+    known = {(entry["UserName"], to_second(entry["CreateDate"])) for entry in listed}
+    created = {name: report_date(row, "user_creation_time") for name, row in rows.items() if name != ROOT}
+    return {name for name, at in created.items() if at and at >= asked - CLOCK_SKEW and (name, at) not in known}
+
+
+async def read_users(
+    session: AccountSession, entries: Sequence[Mapping[str, Any]], report: asyncio.Future[CredentialReport]
+) -> dict[str, User]:
+    """The users of these entries of ListUsers by name, a few read at a time."""
+    users: dict[str, User] = {}
+    remaining = iter(entries)
+
+    async def one_after_the_other() -> None:
+        for entry in remaining:
+            user = await read_user(session, entry, report)
+            if user is not None:
+                users[user.name] = user
+
+    await all_or_none(session, [one_after_the_other] * min(READERS_PER_ACCOUNT, len(entries)))
+    return users
 
 
 async def read_user(
     session: AccountSession, entry: Mapping[str, Any], report: asyncio.Future[CredentialReport]
 ) -> User | None:
     """One user; None if he has been deleted meanwhile."""
-    name = entry["UserName"]
+    name, created = entry["UserName"], to_second(entry["CreateDate"])
     check_account(entry["Arn"], session.account.id, "ListUsers")
     try:
         keys = await read_access_keys(session, name)
         row = (await asyncio.shield(report)).rows.get(name)  # one reader that is cancelled must not cancel it for all
-        if row is not None and report_date(row, "user_creation_time") != to_second(entry["CreateDate"]):
+        if row is not None and (in_report := report_date(row, "user_creation_time")) != created:
+            if in_report and in_report > created:
+                return None  # deleted and created again since he was listed; then he is listed once more
             row = None  # deleted and created again since the report
         if row is None:
             password, may_have_mfa = await get_login_profile(session, name), True
@@ -1496,10 +1533,8 @@ async def read_access_keys(session: AccountSession, user_name: str) -> tuple[Acc
     return tuple(sorted(keys, key=lambda key: (key.created, key.id)))
 
 
-async def read_root(session: AccountSession, row: Mapping[str, str] | None) -> User | None:
+async def read_root(session: AccountSession, row: Mapping[str, str]) -> User:
     """Root as the report shows it; whether its MFA device is a virtual one is asked only if it has one."""
-    if row is None:
-        return None
     password = has_password(row)
     mfa: tuple[str, ...] = ()
     if report_flag(row, "mfa_active"):
@@ -1748,7 +1783,8 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
 
 def make_run_folder(output_dir: Path, started: datetime) -> Path:
     """A new folder for this run, named by its UTC start; a second run in the same second gets `-2`, and so on."""
-    os.makedirs(output_dir, mode=0o700, exist_ok=True)
+    for missing in reversed([one for one in (output_dir, *output_dir.parents) if not one.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)  # makedirs would give this mode to the last one alone
     name = f"{started:%Y%m%dT%H%M%SZ}"
     for folder in itertools.chain([output_dir / name], (output_dir / f"{name}-{n}" for n in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
@@ -1769,7 +1805,8 @@ def read_states(path: Path, account_id: str) -> dict[str, UserState]:
             raise ValueError("its header is not that of an account's CSV")
         return states_of_rows(rows, account_id)
     except (OSError, ValueError, csv.Error) as error:
-        raise AuditError(f"Cannot read the earlier run's {path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
 
 
 def states_of_rows(rows: Iterable[Sequence[str]], account_id: str) -> dict[str, UserState]:
@@ -3575,27 +3612,38 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Status:
-    """stderr: the progress line, where there is a terminal to draw it on, and the lines of --verbose."""
+    """stderr: the progress line, where there is a terminal to draw it on, and the lines of --verbose.
 
-    def __init__(self, stream: TextIO, progress: Progress, quiet: bool, verbose: bool) -> None:
-        self._stream, self._progress, self._verbose = stream, progress, verbose
-        self._draws = stream.isatty() and not quiet and os.environ.get("TERM", "dumb") != "dumb"
+    A stream that is closed, or whose reader has gone, costs these lines and not the run.
+    """
+
+    def __init__(self, stream: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
+        self._stream, self._progress = stream, progress
+        self._verbose = verbose and stream is not None
+        terminal = stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._draws = terminal and not quiet
         self._started = time.monotonic()
 
     def log(self, line: str) -> None:
         if self._verbose:
             self.clear()
-            print(f"{time.monotonic() - self._started:8.2f}s {printable(line)}", file=self._stream, flush=True)
+            self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
 
     def clear(self) -> None:
         if self._draws:
-            print("\r\x1b[K", end="", file=self._stream, flush=True)
+            self._write("\r\x1b[K")
 
     def draw(self) -> None:
         if self._draws:
-            line = progress_line(self._progress, time.monotonic() - self._started)
-            width = os.get_terminal_size(self._stream.fileno()).columns - 1
-            print(f"\r\x1b[K{line[:width]}", end="", file=self._stream, flush=True)
+            self._write("\r\x1b[K" + progress_line(self._progress, time.monotonic() - self._started), one_line=True)
+
+    def _write(self, text: str, one_line: bool = False) -> None:
+        try:
+            if self._stream is not None:
+                width = os.get_terminal_size(self._stream.fileno()).columns - 1 + len("\r\x1b[K") if one_line else None
+                print(text[:width], end="", file=self._stream, flush=True)
+        except OSError:
+            self._draws = self._verbose = False
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
+import os
 import re
 import resource
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +240,69 @@ def test_users_and_keys_deleted_meanwhile(serve: Serve, run_program: Program) ->
         rule("ListAccessKeys", user="before-keys", **gone),
         rule("ListMFADevices", user="before-mfa", **gone),
         rule("GetLoginProfile", user="young", **gone),
-        rule("ListAccessKeys", user="young", **gone),
+        rule("ListMFADevices", user="young", **gone),
         rule("GetAccessKeyLastUsed", fields={"AccessKeyId": "AKIA000000000000LOST"}, **gone),
     ]
     result = run_program(serve(account(ONE, "one", users=users), rules=rules).env())
     assert result.exit_code == 0, result
     keys = [(one["username"], one["access_key_id"]) for one in result.rows(ONE)]
     assert keys == [("<root_account>", "N/A"), ("lost-a-key", "AKIA000000000000KEPT")]
+
+
+def list_of_users(*users: tuple[str, str]) -> str:
+    """ListUsers' answer with these names and creation dates."""
+    members = "".join(
+        f"<member><Path>/</Path><UserName>{name}</UserName><UserId>1</UserId><Arn>arn:aws:iam::{ONE}:user/{name}</Arn>"
+        f"<CreateDate>{created}</CreateDate></member>"
+        for name, created in users
+    )
+    return answer_of("ListUsers", f"<Users>{members}</Users><IsTruncated>false</IsTruncated>")
+
+
+def test_a_user_created_while_the_report_is_generated(serve: Serve, run_program: Program) -> None:
+    """Users are listed before the report is there; it can know one who was not listed yet."""
+    now = datetime.now(timezone.utc)
+    young = user("young", password=True, created=now, keys=[key("AKIA0000000000YOUNG1", created=now)])
+    gone = user("gone", in_list=False, password=True, created=now - timedelta(minutes=10))
+    users = [user("old"), young, gone]
+    first = rule("ListUsers", ONE, raw=list_of_users(("old", "2024-01-31T12:00:00Z")), times=1)
+    endpoint = serve(account(ONE, "one", users=users, report_delay=1), rules=[first])
+    rows = run_program(endpoint.env()).rows(ONE)
+    assert [(one["username"], one["password_status"], one["access_key_id"]) for one in rows] == [
+        ("<root_account>", "No configurada", "N/A"),
+        ("old", "No configurada", "N/A"),
+        ("young", "Configurada", "AKIA0000000000YOUNG1"),
+    ]
+    counts = endpoint.stats()["by_account"][ONE]
+    assert (counts["ListUsers"], counts["ListAccessKeys"]) == (2, 2)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_user_deleted_and_created_again_while_the_report_is_generated(
+    serve: Serve, run_program: Program, comes_back: bool
+) -> None:
+    """The keys of the one and the password of the other must not stand side by side, be he still there or not."""
+    now = datetime.now(timezone.utc)
+    ana = user("ana", password=True, created=now, keys=[key("AKIA000000000000NEW1", created=now)], in_list=comes_back)
+    listed = rule("ListUsers", ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")), times=1)
+    none = "<AccessKeyMetadata></AccessKeyMetadata><IsTruncated>false</IsTruncated>"
+    no_keys = rule("ListAccessKeys", ONE, raw=answer_of("ListAccessKeys", none), times=1)
+    endpoint = serve(account(ONE, "one", users=[ana], report_delay=1), rules=[listed, no_keys])
+    rows = run_program(endpoint.env()).rows(ONE)
+    assert [(one["username"], one["password_status"], one["access_key_id"]) for one in rows] == [
+        ("<root_account>", "No configurada", "N/A"),
+        *[("ana", "Configurada", "AKIA000000000000NEW1")] * comes_back,
+    ]
+
+
+def test_the_step_is_the_one_that_failed(serve: Serve, run_program: Program) -> None:
+    """Even while others are under way: here keys are read as a report without content comes."""
+    users = [user(f"user-{n}", keys=[key(f"AKIA000000000000{n:04}")]) for n in range(20)]
+    time_alone = "<GeneratedTime>2026-01-02T03:04:05Z</GeneratedTime><ReportFormat>text/csv</ReportFormat>"
+    damaged = rule("GetCredentialReport", ONE, raw=answer_of("GetCredentialReport", time_alone), delay=0.6)
+    slow = [rule("ListAccessKeys", ONE, delay=2.3), rule("GetAccessKeyLastUsed", ONE, delay=0.5)]
+    endpoint = serve(account(ONE, "one", users=users, report_delay=1), rules=[damaged, *slow])
+    assert run_program(endpoint.env()).failures == {ONE: ("GetCredentialReport", "KeyError")}
 
 
 def test_a_key_whose_last_use_is_another_accounts_secret(serve: Serve, run_program: Program) -> None:
@@ -350,6 +409,20 @@ def test_the_callers_own_session_ends_in_the_middle(serve: Serve, run_program: P
     assert (result.exit_code, len(result.csvs)) == (3, 1)
     assert set(result.failures.values()) == {("AssumeRole", "ExpiredToken")}
     assert "sign in" in result.stdout
+
+
+def test_accounts_whose_role_is_throttled_hold_up_no_other(serve: Serve, run_program: Program) -> None:
+    """Though there are as many of them as may ask for a role at once."""
+    slow = [numbered(n) for n in range(4)]
+    rules = [
+        rule("AssumeRole", fields={"RoleArn": f"arn:aws:iam::{one}:role/Audit"}, error="Throttling", times=9)
+        for one in slow
+    ]
+    endpoint = serve(*(account(one, "slow") for one in slow), account(ONE, "one"), rules=rules, record=True)
+    result = run_program(endpoint.env())
+    assert (result.exit_code, len(result.csvs)) == (0, 5)
+    last_asked = {one: at for at, one, action in endpoint.stats()["recorded"] if action == "AssumeRole"}
+    assert min(last_asked, key=last_asked.__getitem__) == ONE
 
 
 # --- the audit cannot start or finish ---------------------------------------------------------------------------------
@@ -601,6 +674,23 @@ def test_interrupted_while_waiting_for_a_report_and_again_while_ending(serve: Se
         result, seconds = program.end(process, output_dir, signal.SIGINT, endpoint.env())
     assert (result.exit_code, result.csvs, result.summary) == (130, {ONE}, None)
     assert seconds < 2
+
+
+@pytest.mark.parametrize("trouble", ["closed", "full", "without a reader"])
+def test_losing_stderr_costs_no_audit(serve: Serve, program: Program, trouble: str) -> None:
+    endpoint = serve(account(ONE, "one"), account(TWO, "two"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full:
+        stderr = {"closed": None, "full": full, "without a reader": writer}[trouble]
+        close = functools.partial(os.close, 2) if trouble == "closed" else None
+        with program.start(endpoint.env(), "--verbose", stderr=stderr, preexec_fn=close) as (process, output_dir):
+            os.close(writer)
+            stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Audited: 2 accounts" in stdout
+    assert Result(0, stdout, "", output_dir).csvs == {ONE, TWO}
+    assert list(output_dir.glob("*/summary.json"))
 
 
 AT_THAT_MOMENT = """

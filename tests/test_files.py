@@ -123,10 +123,11 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.program
 def test_modes_whatever_the_umask(serve: Serve, run_program: Program, tmp_path: Path) -> None:
     """What is in the folders is checked after every run, by conftest.py."""
-    output_dir = tmp_path / "reports"
+    output_dir = tmp_path / "a" / "b" / "reports"
     result = run_program(serve(account(ONE, "one")).env(), output_dir=output_dir, preexec_fn=lambda: os.umask(0))
     assert result.csvs == {ONE}
-    assert stat.S_IMODE(output_dir.stat().st_mode) == 0o700
+    made = (output_dir, output_dir.parent, output_dir.parent.parent)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in made] == [0o700] * 3
 
 
 @pytest.mark.program
