@@ -132,7 +132,7 @@ REPORT_PAUSE_GROWTH = 1.1
 TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
 THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
 
-CLOCK_SKEW = timedelta(minutes=5)  # more between our clock and AWS's, and no signature would be valid
+CLOCK_SKEW = timedelta(minutes=15)  # more between our clock and AWS's, and no signature would be valid
 # Before all else, so that the accounts' reports are generated side by side
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
 # botocore retries none of these for IAM's report, and rightly: they mean "not yet".
@@ -326,12 +326,14 @@ WITH_MFA = {("bool", "aws:multifactorauthpresent"): "true", ("null", "aws:multif
 # those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
 BY_THE_CALLER = {("bool", "aws:viaawsservice"): "false"}
 # A principal that an exemption names. Roles are no console users, so any role may be exempt from MFA; of new keys only
-# roles with a name, whose end may be open after a hyphen or underscore (stacksets-exec-*, AWSReservedSSO_Admin_*), not
-# all of a path or of Identity Center. A policy variable ($) can stand for anybody.
+# roles with a name, whose end may be open after a hyphen or underscore (stacksets-exec-*), though not if that takes in
+# AWS's own paths, and those of an Identity Center permission set (AWSReservedSSO_Admin_*). A policy variable ($) can
+# stand for anybody.
 NAMED = {
     MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
     NEW_KEYS_PREVENTED: re.compile(
-        r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?(?!AWSReservedSSO_\*)[^*?$/]+([-_]\*)?)"
+        r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
+        r"|role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*)"
     ),
 }
 ALL_BUT_USERS = "all principals but IAM users"
@@ -1379,6 +1381,8 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
         users.update(await read_users(session, listed, report))
         if unlisted := created_since_listed((await asyncio.shield(report)).rows, listed, asked):
             entries = [entry for entry in await list_users(session) if entry["UserName"] in unlisted]
+            for name in unlisted:
+                users.pop(name, None)  # somebody else, who had that name before
             users.update(await read_users(session, entries, report))
 
     await all_or_none(session, [read_report_and_root, read_others])
@@ -1492,14 +1496,12 @@ async def read_user(
     session: AccountSession, entry: Mapping[str, Any], report: asyncio.Future[CredentialReport]
 ) -> User | None:
     """One user; None if he has been deleted meanwhile."""
-    name, created = entry["UserName"], to_second(entry["CreateDate"])
+    name = entry["UserName"]
     check_account(entry["Arn"], session.account.id, "ListUsers")
     try:
         keys = await read_access_keys(session, name)
         row = (await asyncio.shield(report)).rows.get(name)  # one reader that is cancelled must not cancel it for all
-        if row is not None and (in_report := report_date(row, "user_creation_time")) != created:
-            if in_report and in_report > created:
-                return None  # deleted and created again since he was listed; then he is listed once more
+        if row is not None and report_date(row, "user_creation_time") != to_second(entry["CreateDate"]):
             row = None  # deleted and created again since the report
         if row is None:
             password, may_have_mfa = await get_login_profile(session, name), True
@@ -2115,15 +2117,19 @@ def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
     return EarlierRun(
         folder=folder,
         started=parse_time(summary["started"]),
-        max_key_age_days=summary["max_key_age_days"],
+        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,
         accounts=accounts,
-        levels={phase: summary["maturity"][phase]["level"] for phase in PHASES},
+        levels={phase: level_of(summary["maturity"][phase]["level"]) for phase in PHASES},
         account_levels={
-            entry["id"]: {phase: entry["maturity"][phase] for phase in PHASES}
+            entry["id"]: {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
             for entry in summary["accounts"]
             if entry["result"] == "audited"
         },
     )
+
+
+def level_of(text: str) -> str:
+    return LEVELS[LEVELS.index(text)]
 
 
 def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
@@ -2511,7 +2517,7 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
     why_not, root_managed, root_why_not = "", None, ""
     try:
         for policy_id, name in await ask(list_policies):
-            with unless_deleted_meanwhile():
+            with unless_gone("PolicyNotFoundException"):
                 content, targets = await ask(describe_policy, policy_id), await ask(list_targets_for_policy, policy_id)
                 policies.append(Policy(policy_id, name, content, targets))
     except Exception as error:  # whatever it is, it must not cost the audit
@@ -2529,12 +2535,12 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
 
 
 @contextlib.contextmanager
-def unless_deleted_meanwhile() -> Iterator[None]:
-    """A policy that is gone since it was listed applies to nobody."""
+def unless_gone(code: str) -> Iterator[None]:
+    """Pass over a policy, or an account, that is gone since it was listed."""
     try:
         yield
     except ClientError as error:
-        if error_code(error) != "PolicyNotFoundException":
+        if error_code(error) != code:
             raise
 
 
@@ -2544,13 +2550,15 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
     accounts = [*(one.account for one in run.audited), *(one.account for one in run.failed)]
     try:
         for account in accounts if not run.enforcement.why_not else ():
-            paths[account.id] = [] if account.id == management else await path_of(aws, account, parents)
+            with unless_gone("ChildNotFoundException"):
+                paths[account.id] = [] if account.id == management else await path_of(aws, account, parents)
     except Exception as error:  # whatever it is, it must not cost the audit
         run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
     for account in accounts:
-        controls = controls_of_account(paths.get(account.id, []), run.enforcement.judged, account.id == management)
-        unknown = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
-        run.controls[account.id] = unknown if run.enforcement.why_not else controls
+        run.controls[account.id] = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
+        if account.id in paths and not run.enforcement.why_not:
+            is_management = account.id == management
+            run.controls[account.id] = controls_of_account(paths[account.id], run.enforcement.judged, is_management)
     for number, figures in enumerate(run.audited):
         enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
         run.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
@@ -2822,16 +2830,19 @@ def changes_document(run: Run) -> dict[str, Any] | None:
             phase: {
                 "then": earlier.levels[phase],
                 "now": maturity_document(run, phase)["level"],
-                "compared_then": organization_level(
-                    (earlier.account_levels[one.account.id][phase] for one in compared), 0
-                ),
-                "compared_now": organization_level((getattr(one, phase) for one in compared), 0),
+                "compared_then": lowest(earlier.account_levels[one.account.id][phase] for one in compared),
+                "compared_now": lowest(getattr(one, phase) for one in compared),
             }
             for phase in PHASES
         },
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
+
+
+def lowest(levels: Iterable[str]) -> str | None:
+    """The lowest of the levels; None if there is none."""
+    return min(levels, key=LEVELS.index, default=None)
 
 
 def new_key_document(key: Change, run: Run) -> dict[str, Any]:
@@ -3171,11 +3182,12 @@ def change_lines(run: Run) -> list[str]:
     return lines + new_key_lines(run)
 
 
-def levels_in_words(levels: Mapping[str, str]) -> str:
+def levels_in_words(levels: Mapping[str, str | None]) -> str:
     """The organization's level then and now; if the accounts that both runs audited tell another story, theirs too."""
     then, now = levels["compared_then"], levels["compared_now"]
     theirs = f" (the accounts compared: {then}, now {now})"
-    return f"{levels['then']}, now {levels['now']}" + theirs * ((then, now) != (levels["then"], levels["now"]))
+    differ = then is not None and (then, now) != (levels["then"], levels["now"])
+    return f"{levels['then']}, now {levels['now']}{theirs if differ else ''}"
 
 
 def new_key_lines(run: Run) -> list[str]:
@@ -3186,7 +3198,7 @@ def new_key_lines(run: Run) -> list[str]:
             f"  {change_line(key)}{'' if key.account_id in run.tracking.compared else ' (account not compared)'}"
         )
     if len(keys) > NEW_KEYS_SHOWN:
-        lines.append(f"  and {len(keys) - NEW_KEYS_SHOWN:,} more, in changes.csv")
+        lines.append(f"  and {len(keys) - NEW_KEYS_SHOWN:,} more, in summary.json")
     return lines
 
 
@@ -3820,13 +3832,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(print_document(options.document, options.role or DEFAULT_ROLE, options.exempt_role))
             return EXIT_OK
     except Interrupted as stop:
-        print(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.", file=sys.stderr)
+        complain(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.")
         return EXIT_SIGNAL + stop.signum
     except Exception as error:
         if options.verbose:
-            print(*frames_of(error), sep="\n", file=sys.stderr)
-        print(f"iam_audit.py: {printable(what_stopped_it(error))}", file=sys.stderr)
+            complain(*frames_of(error))
+        complain(f"iam_audit.py: {printable(what_stopped_it(error))}")
         return EXIT_NOT_DONE
+
+
+def complain(*lines: str) -> None:
+    """Print to stderr; the exit code stays what it is where nobody reads that."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

@@ -318,7 +318,11 @@ EXEMPTIONS = [
         ENFORCED,
         PARTIAL,
     ),
-    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "a*"], ENFORCED, PARTIAL),
+    *(
+        ("ArnNotLike", "aws:PrincipalArn", [ROLE + end], ENFORCED, PARTIAL)
+        for end in ("a*", "aws-*", "aws-reserved/sso.amazonaws.com/eu-*", "*/eu-*", "*-*", "AWSReservedSSO_*")
+    ),
+    ("ArnNotLike", "aws:PrincipalArn", [ROLE + "*/AWSReservedSSO_Admin_*", ROLE + "team/x-*"], ENFORCED, ENFORCED),
     ("ArnNotLike", "aws:PrincipalArn", [ROLE + "${aws:PrincipalTag/path/role}"], ENFORCED, PARTIAL),
     # all users, or who can say which
     ("ArnNotLike", "aws:PrincipalArn", ["*"], PARTIAL, PARTIAL),

@@ -167,6 +167,14 @@ def test_a_parent_that_is_denied_leaves_every_account_unchecked(serve: Serve, ru
     assert endpoint.stats()["requests"]["ListParents"] == 2
 
 
+def test_an_account_that_has_left_meanwhile_is_unchecked_alone(serve: Serve, run_program: Program) -> None:
+    policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
+    left = rule("ListParents", error="ChildNotFoundException", fields={"ChildId": TWO})
+    accounts = [placed(ONE), placed(TWO, role="denied"), placed(THREE)]
+    result = run_program(serve(*accounts, policies=policies, omit=["Paths"], rules=[left]).env())
+    assert [controls(result, one)[0] for one in (ONE, TWO, THREE)] == [ENFORCED, NOT_CHECKED, ENFORCED]
+
+
 def test_accounts_that_could_not_be_audited_are_under_policies_too(serve: Serve, run_program: Program) -> None:
     policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
     result = run_program(serve(placed(ONE), placed(TWO, role="denied"), policies=policies).env())

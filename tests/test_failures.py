@@ -295,6 +295,16 @@ def test_a_user_deleted_and_created_again_while_the_report_is_generated(
     ]
 
 
+def test_a_creation_date_that_differs_costs_nobody_his_row(serve: Serve, run_program: Program) -> None:
+    """Years ago, by a second: neither was he created meanwhile, nor may he vanish."""
+    ana = user("ana", created="2024-01-31T12:00:01Z", keys=[key("AKIA00000000000ANA01")])
+    listed = rule("ListUsers", ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")))
+    endpoint = serve(account(ONE, "one", users=[ana], report_delay=1), rules=[listed])
+    result = run_program(endpoint.env())
+    assert [one["access_key_id"] for one in result.rows(ONE)] == ["N/A", "AKIA00000000000ANA01"]
+    assert endpoint.stats()["by_account"][ONE]["ListUsers"] == 1
+
+
 def test_the_step_is_the_one_that_failed(serve: Serve, run_program: Program) -> None:
     """Even while others are under way: here keys are read as a report without content comes."""
     users = [user(f"user-{n}", keys=[key(f"AKIA000000000000{n:04}")]) for n in range(20)]
@@ -691,6 +701,15 @@ def test_losing_stderr_costs_no_audit(serve: Serve, program: Program, trouble: s
     assert "Audited: 2 accounts" in stdout
     assert Result(0, stdout, "", output_dir).csvs == {ONE, TWO}
     assert list(output_dir.glob("*/summary.json"))
+
+
+def test_the_exit_code_is_right_though_nobody_reads_stderr(serve: Serve, program: Program) -> None:
+    endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=None))
+    with open("/dev/full", "wb") as full, program.start(endpoint.env(), stderr=full) as (process, output_dir):
+        until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 143
 
 
 AT_THAT_MOMENT = """

@@ -1050,6 +1050,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "another format": (SUMMARY, lambda folder: edit_summary(folder, format=999)),
     "of another tool": (SUMMARY, lambda folder: edit_summary(folder, tool="other")),
     "no date": (SUMMARY, lambda folder: edit_summary(folder, started="yesterday")),
+    "an unknown level": (SUMMARY, rewritten(SUMMARY, replaced(b'"level": "In Progress"', b'"level": "Foo"'))),
+    "an account's unknown level": (SUMMARY, rewritten(SUMMARY, replaced(b'"phase2": "Advanced"', b'"phase2": "Foo"'))),
+    "a number that is none": (SUMMARY, lambda folder: edit_summary(folder, max_key_age_days="90")),
     "a date before the first": (SUMMARY, lambda folder: edit_summary(folder, started="0001-01-01T00:00:00+14:00")),
 }
 # Whether --previous names it, and what is damaged how.
