@@ -3646,14 +3646,14 @@ class Status:
             self._write("\r\x1b[K")
 
     def draw(self) -> None:
-        if self._draws:
-            self._write("\r\x1b[K" + progress_line(self._progress, time.monotonic() - self._started), one_line=True)
+        if self._draws and self._stream is not None:
+            line = progress_line(self._progress, time.monotonic() - self._started)
+            self._write("\r\x1b[K" + line[: columns_of(self._stream) - 1])
 
-    def _write(self, text: str, one_line: bool = False) -> None:
+    def _write(self, text: str) -> None:
         try:
             if self._stream is not None:
-                width = os.get_terminal_size(self._stream.fileno()).columns - 1 + len("\r\x1b[K") if one_line else None
-                print(text[:width], end="", file=self._stream, flush=True)
+                print(text, end="", file=self._stream, flush=True)
         except OSError:
             self._draws = self._verbose = False
 
@@ -3671,6 +3671,13 @@ class Status:
         while self._draws:
             self.draw()
             await asyncio.sleep(0.2)
+
+
+def columns_of(terminal: TextIO) -> int:
+    """Its width; one that knows none, as in some containers and on serial lines, says 0."""
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    return 80
 
 
 class Interrupted(KeyboardInterrupt):

@@ -240,6 +240,14 @@ def test_progress_fits_a_narrow_terminal(serve: Serve, program: Program) -> None
     assert max(map(len, drawn)) <= 30
 
 
+def test_progress_on_a_terminal_that_knows_no_width(serve: Serve, program: Program) -> None:
+    """A new pseudo-terminal, as a container may give, has 0 columns."""
+    endpoint = serve(generate=generate(8, 1, missing_roles=0.25), latency=0.1)
+    result = program.in_terminal(endpoint.env(), "--workers", "2", columns=0)
+    assert re.search(r"\d+ of \d+", result.terminal)
+    assert not any(screen(result.terminal)), screen(result.terminal)
+
+
 def test_the_total_may_still_grow(serve: Serve, program: Program) -> None:
     """While accounts are listed, the line does not claim to know how many there are."""
     slow = rule("ListAccounts", fields={"NextToken": "4"}, delay=1.5)
