@@ -326,7 +326,7 @@ def show(title: str, made: Run, floor_call: float | None = None) -> None:
         ("requests", f"{made.requests}: {actions}"),
         ("connections", connections),
         ("throttled, dropped, errored", f"{stats['throttled']}, {stats['dropped']}, {stats['errored']}"),
-        ("in flight at most", f"{stats['in_flight_total']}"),
+        ("in flight", f"{stats['in_flight_seconds'] / made.wall:.1f} on average, {stats['in_flight_total']} at most"),
         ("exit code", str(made.exit_code)),
         ("endpoint's CPU", f"{1000 * stats['cpu'] / max(1, made.requests):.3f} ms a request"),
     ]

@@ -584,6 +584,7 @@ class Statistics:
         self.in_flight: collections.Counter[str] = collections.Counter()
         self.in_flight_peak: dict[str, int] = {}
         self.in_flight_total = self.in_flight_total_peak = 0
+        self.in_flight_seconds = 0.0  # of the requests done; of each other one, less the time it came
         self.assumed: dict[str, Json] = {}
         self.scopes: collections.Counter[str] = collections.Counter()
         self.user_agents: dict[str, str] = {}
@@ -599,6 +600,7 @@ class Statistics:
         if record:
             self.recorded.append((round(time.monotonic() - self.started, 4), request.account, request.action))
         self.in_flight_total += 1
+        self.in_flight_seconds -= time.monotonic()
         self.in_flight_total_peak = max(self.in_flight_total_peak, self.in_flight_total)
         if request.service == "iam":
             now = self.in_flight[request.account] = self.in_flight[request.account] + 1
@@ -608,6 +610,7 @@ class Statistics:
     def finished(self, request: Request) -> None:
         """Count a request as no longer in flight."""
         self.in_flight_total -= 1
+        self.in_flight_seconds += time.monotonic()
         if request.service == "iam":
             self.in_flight[request.account] -= 1
 
@@ -639,6 +642,7 @@ class Statistics:
             "errors": self.errors,
             "in_flight": self.in_flight_peak,
             "in_flight_total": self.in_flight_total_peak,
+            "in_flight_seconds": self.in_flight_seconds + self.in_flight_total * time.monotonic(),
             "assumed": self.assumed,
             "scopes": self.scopes,
             "user_agents": self.user_agents,
@@ -1679,9 +1683,9 @@ class Endpoint:
 
         requests {action: n}, by_account {account: {action: n}}, connections {service: opened}, connections_peak
         {service: most at once}, throttled, dropped, errored, hung, errors {code: n}, in_flight {account: most IAM calls
-        at once}, in_flight_total, assumed {account: fields of the last AssumeRole}, scopes {service/region: n},
-        user_agents {service: last}, recorded [[seconds, account, action]] if the world says `record`, seconds, cpu (of
-        the endpoint, in seconds).
+        at once}, in_flight_total, in_flight_seconds (of all requests together), assumed {account: fields of the last
+        AssumeRole}, scopes {service/region: n}, user_agents {service: last}, recorded [[seconds, account, action]] if
+        the world says `record`, seconds, cpu (of the endpoint, in seconds).
         """
         return self._control("GET", "/_stats")
 

@@ -389,6 +389,7 @@ def test_statistics(endpoint: Endpoint) -> None:
         (ONE, "AssumeRole"), (ONE, "ListUsers"), (ONE, "ListAccessKeys"),
     ]  # fmt: skip
     assert stats["in_flight"] == {ONE: 1}
+    assert 0 < stats["in_flight_seconds"] < stats["seconds"]  # one at a time
     assert stats["scopes"] == {"sts/us-east-1": 1, "iam/us-east-1": 2}
     endpoint.reset()
     assert endpoint.stats()["requests"] == {}
