@@ -2002,24 +2002,25 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
     """
-    account, key = finding.account.id, finding.key
-    first = "move what uses it to temporary credentials (an IAM role), then " * (
-        "used within 30 days" in finding.reasons
-    )
+    account, is_key = finding.account.id, finding.key is not None
     if account == run.organization.management_account:
-        to_do = "register an MFA device" if key is None else "delete the access key"
-        sentence = f"{first}sign in as root of the management account and {to_do}: no role can do that there."
-        return sentence[0].upper() + sentence[1:]
-    if key is None:
-        what, commands = "root's password (or sign in as root and register MFA)", "`aws iam delete-login-profile`"
+        to_do = "delete the access key" if is_key else "register an MFA device"
+        step = f"sign in as root of the management account and {to_do}: no role can do that there."
     else:
-        what, commands = "root's access key", "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
-    task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
-    sentence = (
-        f"{first}delete {what}, with the session that `aws sts assume-root --target-principal {account} "
-        f"--task-policy-arn arn={task}` gives (it takes centralized root access): {commands}."
-    )
-    return sentence[0].upper() + sentence[1:]
+        if is_key:
+            what = "root's access key"
+            commands = "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
+        else:
+            what = "root's password (or sign in as root and register MFA)"
+            commands = "`aws iam delete-login-profile`"
+        task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
+        step = (
+            f"delete {what}, with the session that `aws sts assume-root --target-principal {account} "
+            f"--task-policy-arn arn={task}` gives (it takes centralized root access): {commands}."
+        )
+    if "used within 30 days" in finding.reasons:
+        return f"Move what uses it to temporary credentials (an IAM role), then {step}"
+    return step[0].upper() + step[1:]
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
@@ -2117,7 +2118,7 @@ def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
     return EarlierRun(
         folder=folder,
         started=parse_time(summary["started"]),
-        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,
+        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,  # refuses what is no number of days
         accounts=accounts,
         levels={phase: level_of(summary["maturity"][phase]["level"]) for phase in PHASES},
         account_levels={
@@ -2129,6 +2130,7 @@ def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
 
 
 def level_of(text: str) -> str:
+    """The level of that name; ValueError if there is none."""
     return LEVELS[LEVELS.index(text)]
 
 

@@ -189,6 +189,17 @@ def test_users_are_read_while_the_report_is_waited_for(serve: Serve, run_program
 
 
 @pytest.mark.program
+def test_every_report_is_started_before_many_users_are_read(serve: Serve, run_program: Program) -> None:
+    """So that the accounts' reports are generated side by side, however few requests may be in flight."""
+    users = [user(f"user-{n}") for n in range(40)]
+    endpoint = serve(account(ONE, "one", users=users), account(TWO, "two"), latency=0.01, record=True)
+    assert run_program(endpoint.env(), "--workers", "1").exit_code == 0
+    asked = [(account_id, action) for _, account_id, action in endpoint.stats()["recorded"]]
+    started = asked.index((TWO, "GenerateCredentialReport"))
+    assert asked[:started].count((ONE, "ListAccessKeys")) < 10 < asked.count((ONE, "ListAccessKeys"))
+
+
+@pytest.mark.program
 def test_without_a_report_that_can_be_started_nothing_else_is_asked(serve: Serve, run_program: Program) -> None:
     """A role that may read nothing fails with the same step each time."""
     denied = [

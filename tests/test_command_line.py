@@ -244,7 +244,7 @@ def test_progress_on_a_terminal_that_knows_no_width(serve: Serve, program: Progr
     """A new pseudo-terminal, as a container may give, has 0 columns."""
     endpoint = serve(generate=generate(8, 1, missing_roles=0.25), latency=0.1)
     result = program.in_terminal(endpoint.env(), "--workers", "2", columns=0)
-    assert re.search(r"\d+ of \d+", result.terminal)
+    assert re.search(r"\d+ of \d+ accounts, .*about \d:\d\d left\r", result.terminal)
     assert not any(screen(result.terminal)), screen(result.terminal)
 
 

@@ -1789,3 +1789,17 @@ def test_levels_that_only_other_accounts_or_another_age_explain(
     result = again(program, endpoint.env(), reports)
     assert "phase 1: Complete, now In Progress (the accounts compared: Complete, now Complete)\n" in result.stdout
     assert "--max-key-age was" not in result.stdout
+
+
+@pytest.mark.program
+def test_levels_where_no_account_is_compared(
+    serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reports = tmp_path_factory.mktemp("none-compared")
+    endpoint = serve(account(ONE, "one"))
+    again(program, endpoint.env(), reports)
+    endpoint.update({"accounts": [account(ONE, "one", role="denied")]})
+    result = again(program, endpoint.env(), reports)
+    assert "phase 1: Complete, now Not Started\n  phase 2: Advanced, now Not Started\n" in result.stdout
+    phase1 = summary_of(result)["changes"]["maturity"]["phase1"]
+    assert phase1 == {"then": "Complete", "now": "Not Started", "compared_then": None, "compared_now": None}
