@@ -57,7 +57,16 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
@@ -71,14 +80,20 @@ import botocore.session
 import botocore.utils
 from botocore.config import Config
 from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, ProfileNotFound
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    ProfileNotFound,
+)
 from botocore.parsers import ResponseParserError
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Constants
-# ----------------------------------------------------------------------------------------------------------------------
 
-VERSION = "1.0.0"
+# --------------------------------------------------------------------------------------------------
+# Run: from the options to the files and the summary
+# --------------------------------------------------------------------------------------------------
+
 
 EXIT_OK = 0
 EXIT_NOT_DONE = 1
@@ -86,70 +101,7 @@ EXIT_USAGE = 2  # argparse's own
 EXIT_ACCOUNTS_FAILED = 3
 EXIT_FAIL_ON = 4
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
-
-# --- permissions: each action with its reason, as README.md has them
-
-ROLE_READS = {
-    "iam:GenerateCredentialReport": "has IAM prepare the credential report; the one call that is no pure read",
-    "iam:GetCredentialReport": "passwords, their last use, and the root user",
-    "iam:ListUsers": "the users there are now; the report may be four hours old",
-    "iam:ListAccessKeys": "each user's access keys, their status and creation date",
-    "iam:GetAccessKeyLastUsed": "when and for which service each access key was last used",
-    "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
-    "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
-    "iam:GetLoginProfile": "whether a user created after the report has a password",
-}
-CLOUDTRAIL_READS = {
-    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices; only with --cloudtrail",
-}
-CALLER_READS = {
-    "sts:GetCallerIdentity": "the caller's account and partition (AWS allows it without any permission)",
-    "organizations:DescribeOrganization": "which account is the management account",
-    "organizations:ListAccounts": "the accounts, their names, states and organizational units",
-    "organizations:ListPolicies": "the service control policies (SCPs)",
-    "organizations:DescribePolicy": "what an SCP says",
-    "organizations:ListTargetsForPolicy": "where an SCP is attached",
-    "organizations:ListParents": "an account's organizational units, where ListAccounts does not tell",
-    "iam:ListOrganizationsFeatures": "whether root credentials of member accounts are managed centrally",
-}
-POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # the two that name a policy
-
-# --- calling AWS
-
-SESSION_NAME = "iam-audit"
-
-# A profile without a Region still belongs to one partition; these are asked in turn until one knows the caller.
-PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
-CONNECT_TIMEOUT = 10  # seconds
-READ_TIMEOUT = 30  # seconds
-# IAM throttles an account: more at a time gains nothing and disturbs its owner. With the report's own, 8 calls.
-READERS_PER_ACCOUNT = 7
-ASSUME_ROLE_AT_ONCE = 4  # one call an account: few connections do, and each new TLS connection costs CPU
-ACCOUNTS_PER_WORKER = 8  # accounts in hand, most of them waiting for their report, which takes no thread
-REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
-REPORT_LONGEST_PAUSE = 10.0  # seconds
-REPORT_PAUSE_GROWTH = 1.1
-TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
-THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
-
-CLOCK_SKEW = timedelta(minutes=15)  # more between our clock and AWS's, and no signature would be valid
-# Before all else, so that the accounts' reports are generated side by side
-URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
-# botocore retries none of these for IAM's report, and rightly: they mean "not yet".
-REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
-THROTTLED = {
-    "Throttling",
-    "ThrottlingException",
-    "ThrottledException",
-    "RequestThrottled",
-    "RequestThrottledException",
-    "RequestLimitExceeded",
-    "TooManyRequestsException",
-    "SlowDown",
-}
-TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}  # and every 5xx
-UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
-SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # how far back without an earlier run
 CANNOT_START = {
     "AWSOrganizationsNotInUseException": " The profile must belong to an account of an organization.",
     "AccessDenied": " The profile needs the permissions that README.md lists.",
@@ -158,192 +110,229 @@ CANNOT_START = {
     "ExpiredToken": " Sign in again (aws sso login, for one).",
     "ExpiredTokenException": " Sign in again (aws sso login, for one).",
 }
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 
-REPORT_COLUMNS = {
-    "user",
-    "arn",
-    "user_creation_time",
-    "password_enabled",
-    "password_last_used",
-    "mfa_active",
-    *(
-        f"access_key_{slot}_{what}"
-        for slot in (1, 2)
-        for what in ("active", "last_rotated", "last_used_date", "last_used_service")
-    ),
-}
-REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
 
-# --- what is written
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # cron's locale may know ASCII alone
+    try:
+        with interruptible():
+            if options.document is None:
+                return run(options, utc_now())
+            show(
+                print_document(options.document, options.role or DEFAULT_ROLE, options.exempt_role)
+            )
+            return EXIT_OK
+    except Interrupted as stop:
+        complain(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.")
+        return EXIT_SIGNAL + stop.signum
+    except Exception as error:
+        if options.verbose:
+            complain(*frames_of(error))
+        complain(f"iam_audit.py: {printable(what_stopped_it(error))}")
+        return EXIT_NOT_DONE
 
-SUMMARY_FORMAT = 1  # of summary.json; a number more for each change that a reader must know about
 
-# fmt: off
-CSV_COLUMNS = (
-    "account_id", "account_name", "username", "password_status", "password_last_used",
-    "access_key_id", "status", "created_date", "last_used_date", "service_name", "mfa_status",
-)
-FINDINGS_COLUMNS = (
-    "priority", "finding", "account_id", "account_name", "production", "username",
-    "access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation",
-)
-CHANGES_COLUMNS = (
-    "account_id", "account_name", "username", "access_key_id", "change", "before", "after",
-    "witness", "event_name", "event_time", "actor", "source_ip",
-)
-EVENTS_COLUMNS = (
-    "account_id", "account_name", "event_time", "event_name", "username", "access_key_id",
-    "actor", "source_ip", "user_agent", "event_id",
-)
-# fmt: on
+def run(options: argparse.Namespace, started: datetime) -> int:
+    """From the command line's options to files and summary."""
+    folder = make_run_folder(Path(options.output_dir), started)
+    try:
+        aws = connect(open_session(options.profile), options.workers)
+        organization = describe_organization(aws)
+        tracking = open_tracking(folder.parent, options.previous, organization.id)
+        plan = plan_of(options, aws.caller, organization, tracking, started)
+        found = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
+        asyncio.run(audit_into(found, aws, options))
+    except BaseException:
+        remove_if_empty(folder)
+        raise
+    write_tables(found, folder)
+    finished = utc_now()
+    write_json(folder / "summary.json", summary_document(found, finished))
+    show(terminal_summary(found, finished, options.quiet))
+    return exit_code(found, options.fail_on)
 
-PASSWORD_SET = "Configurada"
-PASSWORD_NOT_SET = "No configurada"
-PASSWORD_NEVER_USED = "Nunca"
-KEY_NEVER_USED = "Nunca utilizada"
-NOT_APPLICABLE = "N/A"
-NO_MFA = "None"
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
-ROOT = "<root_account>"  # the credential report's own name for it
-ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # it does not tell their IDs
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet would take for a formula
 
+def plan_of(
+    options: argparse.Namespace,
+    caller: Caller,
+    organization: Organization,
+    tracking: Tracking,
+    started: datetime,
+) -> Plan:
+    since = options.since or (
+        tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK
+    )
+    reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
+    own = caller.account if caller.account == organization.management_account else None
+    return Plan(
+        role=Role(options.role, caller.partition, session_policy(reads), options.external_id, own),
+        scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
+        workers=options.workers,
+        report_timeout=options.report_timeout,
+        production=options.production,
+        max_key_age=options.max_key_age,
+        events_since=max(since, started - CLOUDTRAIL_KEEPS) if options.cloudtrail else None,
+        event_names=EVENT_NAMES,
+        events_out_of_reach=since < started - CLOUDTRAIL_KEEPS,
+    )
+
+
+async def audit_into(found: Run, aws: Aws, options: argparse.Namespace) -> None:
+    """Audit the organization. Each account's CSV is written as soon as the account is done, and its users forgotten."""
+    progress = Progress()
+    status = Status(sys.stderr, progress, options.quiet, options.verbose)
+    enforcement = asyncio.create_task(read_enforcement(aws, found.organization))
+    with status.drawing():
+        async for outcome in audit_organization(
+            aws, found.organization, found.plan, progress, status.log
+        ):
+            if isinstance(outcome, AuditedAccount):
+                write_csv(
+                    account_csv(found.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome)
+                )
+            keep(found, outcome)
+            progress.done = len(found.audited) + len(found.failed)
+            progress.failed = len(found.failed)
+            status.log(outcome_line(outcome))
+        found.enforcement = await enforcement
+        await apply_enforcement(aws, found)
+
+
+def keep(found: Run, outcome: Outcome) -> None:
+    """Add an outcome to what the run has found."""
+    if isinstance(outcome, AuditedAccount):
+        found.audited.append(assess(outcome, found.plan, found.started))
+        found.findings.extend(findings_of(outcome, found.plan, found.started))
+        track_account(found.tracking, outcome)
+        if outcome.trail is not None:
+            found.trails.append((outcome.account, outcome.trail))
+    elif isinstance(outcome, FailedAccount):
+        found.failed.append(outcome)
+    elif isinstance(outcome, SkippedAccount):
+        found.skipped.append(outcome)
+    else:
+        found.out_of_scope.append(outcome)
+
+
+def write_tables(found: Run, folder: Path) -> None:
+    """What is written of the organization as a whole, once all accounts are done."""
+    found.findings.sort(key=most_urgent_first)
+    write_csv(
+        folder / "findings.csv",
+        FINDINGS_COLUMNS,
+        (finding_row(one, found) for one in found.findings),
+    )
+    found.tracking.mfa_new.sort(key=lambda change: change[:5])
+    if found.tracking.earlier is not None:
+        changes = [*found.tracking.changes, *accounts_that_came_or_left(found)]
+        found.tracking.changes = sorted(changes, key=lambda change: change[:8])
+        write_csv(folder / "changes.csv", CHANGES_COLUMNS, map(change_row, found.tracking.changes))
+    if found.plan.events_since is not None:
+        write_csv(folder / "events.csv", EVENTS_COLUMNS, event_rows(found))
+
+
+def exit_code(found: Run, fail_on: FailOn) -> int:
+    if found.failed:
+        return EXIT_ACCOUNTS_FAILED
+    if any(finding.priority <= fail_on.priority for finding in found.findings):
+        return EXIT_FAIL_ON
+    return EXIT_FAIL_ON if fail_on.new_keys and new_keys(found) else EXIT_OK
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted; what runs in the event loop is cancelled first, so that nothing is cut."""
+    received: list[int] = []
+
+    def interrupt(signum: int, _: Any) -> None:
+        for each in before:
+            signal.signal(
+                each, signal.SIG_IGN
+            )  # one is enough: a second must not cut the cleaning up
+        received.append(signum)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise Interrupted(signum) from None
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in before:
+        signal.signal(each, interrupt)
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise Interrupted(received[0]) from None
+    finally:
+        if (
+            not received
+        ):  # else both stay ignored: a second one would only make the interpreter's own end noisy
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def what_stopped_it(error: Exception) -> str:
+    """A sentence or two for the person who has to do something about it."""
+    if isinstance(error, AuditError):
+        return str(error)
+    if isinstance(error, ClientError):
+        code = error_code(error)
+        message = without_secrets(str(error.response.get("Error", {}).get("Message", "")))
+        return f"{error.operation_name}: {code}: {message}{CANNOT_START.get(code, '')}"
+    if isinstance(error, ProfileNotFound):
+        return f"{error}: `aws configure list-profiles` shows the ones there are."
+    if isinstance(
+        error, ResponseParserError
+    ):  # its text quotes the answer, which may hold credentials
+        return "AWS's answer could not be understood: is a proxy in between?"
+    if isinstance(error, BotoCoreError):
+        return f"{type(error).__name__}: {without_secrets(str(error))}"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or 'no file named'}"
+    return (
+        f"Unexpected {type(error).__name__}: {without_secrets(str(error))} (--verbose shows where)"
+    )
+
+
+def complain(*lines: str) -> None:
+    """Print to stderr; the exit code stays what it is where nobody reads that."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print the product. Whoever closes the pipe early has read enough; all of it is in the files."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: what several sections share, in AWS's words
+# --------------------------------------------------------------------------------------------------
+
+
+VERSION = "1.0.0"
 TERMINAL_WIDTH = 100
-FINDINGS_SHOWN = 10  # on the terminal
-ACCOUNTS_SHOWN = 5
-REMARKS_SHOWN = 10
-NEW_KEYS_SHOWN = 10
-RUNS_SHOWN = 12
-
-# --- assessing
-
-# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
-# in production accounts and fourth elsewhere.
-PRIORITIES = {
-    "root-access-key": 1,
-    "console-without-mfa": 4,
-    "key-older-than-1-year": 2,
-    "key-in-use": 3,
-    "unused-key": 5,
-    "key-older-than-90-days": 6,
-    "inactive-key": 7,
-}
-MOST_URGENT, LEAST_URGENT = 1, 7
-ONE_YEAR = timedelta(days=365)
-UNUSED_AFTER = timedelta(days=90)
-IN_USE_WITHIN = timedelta(days=30)
-DEFAULT_MAX_KEY_AGE = 90  # days
-
-# prod, prd, production or live as a word of its own (prod2 too), and not after no, non, not or pre as a word
-DEFAULT_PRODUCTION = (
-    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])(?<!(?<![a-z0-9])pre[-_. ])"
-    r"(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
-)
-
-# AWS Security Maturity Model v2; the order is the ranking
-LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
-NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
-PHASES = ("phase1", "phase2")
-
-# --- tracking
-
-# Each change with the CloudTrail events that explain it, and those that contradict it where none explains it.
-EXPLAINED_BY = {
-    "access-key-created": (("CreateAccessKey",), ("DeleteAccessKey",)),
-    "access-key-deleted": (("DeleteAccessKey",), ("CreateAccessKey",)),
-    "access-key-activated": (("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
-    "access-key-deactivated": (("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
-    "mfa-added": (("EnableMFADevice",), ("DeactivateMFADevice",)),
-    "mfa-removed": (("DeactivateMFADevice",), ("EnableMFADevice",)),
-    "mfa-changed": (("EnableMFADevice", "DeactivateMFADevice"), ()),
-    "console-enabled": (("CreateLoginProfile",), ("DeleteLoginProfile",)),
-    "console-disabled": (("DeleteLoginProfile",), ("CreateLoginProfile",)),
-    "user-created": (("CreateUser",), ("DeleteUser",)),
-    "user-deleted": (("DeleteUser",), ("CreateUser",)),
-}
-CAME_AND_WENT = "access-key-came-and-went"
-EVENT_NAMES = tuple(sorted({name.split("=")[0] for explained, _ in EXPLAINED_BY.values() for name in explained}))
-# Where each partition's CloudTrail records what IAM does
-CLOUDTRAIL_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
-CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls in one account: AWS allows two a second
-CLOUDTRAIL_KEEPS = timedelta(days=90)
-CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # how far back without an earlier run
-
-# --- enforcing
-
-# What a user signed in without MFA needs to set it up: what AWS's own example of a self-managed MFA device leaves out
-# of its Deny, and the change of password that a first sign-in may demand.
-MFA_SETUP = {
-    "iam:ChangePassword": "a first sign-in may demand it",
-    "iam:GetAccountPasswordPolicy": "the console shows the rules for the new password",
-    "iam:GetUser": "the page of one's own security credentials",
-    "iam:ListMFADevices": "the same page",
-    "iam:GetMFADevice": "the same page",
-    "iam:ListVirtualMFADevices": "the console looks for a free name",
-    "iam:CreateVirtualMFADevice": "an authenticator app",
-    "iam:EnableMFADevice": "assign the app, security key or token",
-    "iam:ResyncMFADevice": "a token whose clock is off",
-    "sts:GetSessionToken": "an MFA session for access keys, where Bool becomes BoolIfExists",
-}
-# What an MFA requirement may leave out and still be one: setting up MFA, reading IAM, signing in. Not iam:* or sts:*,
-# with which a stolen password makes itself an access key or assumes a role, and nothing that deactivates an MFA device
-# (DeleteVirtualMFADevice, in an example of AWS's, can only delete one that nobody has).
-MFA_BASICS = (
-    *MFA_SETUP,
-    "iam:Get*",
-    "iam:List*",
-    "iam:DeleteVirtualMFADevice",
-    "sts:GetCallerIdentity",
-    "signin:AuthorizeOAuth2Access",
-    "signin:CreateOAuth2Token",
-)
-ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
-DEFAULT_ROLE = "IAMAuditRole"
-SCP_LONGEST = 5120  # characters, white space among them
-EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
-DOCUMENTS = (
-    "caller-policy",
-    "role-policy",
-    "role-trust",
-    "role-template",
-    "scp-require-mfa",
-    "scp-deny-access-keys",
-    "alert-rule",
-)
-
-MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
-CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
-ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
-VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first of them holds
-
-# Operator, key and value of a condition that holds without MFA, and of one that holds only with it. Access keys send
-# no aws:MultiFactorAuthPresent at all, console sessions without MFA send false: Null true of that key, alone, stops the
-# first and not the second, and so does not count.
-WITHOUT_MFA = {("bool", "aws:multifactorauthpresent"): "false", ("null", "aws:multifactorauthage"): "true"}
-WITH_MFA = {("bool", "aws:multifactorauthpresent"): "true", ("null", "aws:multifactorauthage"): "false"}
-# Holds for what the caller asks itself, not for what a service then asks for it (Athena of S3, CloudFormation of EC2):
-# those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
-BY_THE_CALLER = {("bool", "aws:viaawsservice"): "false"}
-# A principal that an exemption names. Roles are no console users, so any role may be exempt from MFA; of new keys only
-# roles with a name, whose end may be open after a hyphen or underscore (stacksets-exec-*), though not if that takes in
-# AWS's own paths, and those of an Identity Center permission set (AWSReservedSSO_Admin_*). A policy variable ($) can
-# stand for anybody.
-NAMED = {
-    MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
-    NEW_KEYS_PREVENTED: re.compile(
-        r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
-        r"|role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*)"
-    ),
-}
-ALL_BUT_USERS = "all principals but IAM users"
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data, in AWS's words
-# ----------------------------------------------------------------------------------------------------------------------
-
+MOST_URGENT, LEAST_URGENT = 1, 7  # priorities of findings
 T = TypeVar("T")
 Log = Callable[[str], None]
+ROOT = "<root_account>"  # the credential report's own name for it
+ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # it does not tell their IDs
+NOT_APPLICABLE = "N/A"
 
 
 @dataclass(frozen=True)
@@ -376,13 +365,6 @@ class User:
     password_last_used: datetime | None
     mfa: tuple[str, ...]
     keys: tuple[AccessKey, ...]
-
-
-class CredentialReport(NamedTuple):
-    """When it was generated, and its rows by user name."""
-
-    generated: datetime
-    rows: Mapping[str, Mapping[str, str]]
 
 
 class Event(NamedTuple):
@@ -504,213 +486,8 @@ class Plan:
     production: re.Pattern[str]
     max_key_age: timedelta
     events_since: datetime | None  # None: CloudTrail is not asked
+    event_names: tuple[str, ...] = ()
     events_out_of_reach: bool = False  # what was wanted began before CloudTrail's memory does
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A service control policy and the IDs of the root, OUs and accounts it is attached to."""
-
-    id: str
-    name: str
-    content: str
-    targets: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What one statement or policy does for one control; a condition for each statement that is narrowed."""
-
-    verdict: str
-    exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Control:
-    """What holds in one account, and the names of the policies it rests on, by ID."""
-
-    verdict: str
-    policies: Mapping[str, str]
-    exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One key of a Condition element: operator and key in lower case, and the whole as a person reads it."""
-
-    operator: str
-    key: str
-    values: tuple[str, ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A policy statement; of actions and not_actions one is empty, and so of resources and not_resources."""
-
-    effect: str
-    actions: tuple[str, ...]
-    not_actions: tuple[str, ...]
-    resources: tuple[str, ...]
-    not_resources: tuple[str, ...]
-    conditions: tuple[Condition, ...]
-
-
-JudgedPolicy = tuple[Policy, Mapping[str, Judgement]]
-
-
-@dataclass(frozen=True)
-class Enforcement:
-    """What was found out about service control policies and root credentials; `why_not` where it could not be."""
-
-    judged: tuple[JudgedPolicy, ...] = ()
-    why_not: str = ""
-    root_credentials_managed: bool | None = None
-    root_why_not: str = ""
-
-
-class OldestKey(NamedTuple):
-    """The oldest active access key somewhere, and whose it is."""
-
-    created: datetime
-    account_id: str
-    account_name: str
-    username: str
-    access_key_id: str
-
-
-@dataclass(frozen=True)
-class Gaps:
-    """Long-term credentials, counted; of one account, or added up over several. Root counts as a user."""
-
-    console_users: int = 0
-    console_users_without_mfa: int = 0
-    access_keys: int = 0
-    active_keys: int = 0
-    inactive_keys: int = 0
-    expired_keys: int = 0
-    active_keys_older_than_max_age: int = 0
-    active_keys_older_than_1_year: int = 0
-    active_keys_never_used: int = 0
-    active_keys_not_used_for_90_days: int = 0
-    active_keys_used_within_30_days: int = 0
-    root_access_keys: int = 0
-    users_with_two_active_keys: int = 0
-    oldest_active_key: OldestKey | None = None
-
-    def __add__(self, other: Gaps) -> Gaps:
-        numbers = {name: getattr(self, name) + getattr(other, name) for name in GAP_COUNTS}
-        oldest = min(filter(None, (self.oldest_active_key, other.oldest_active_key)), default=None)
-        return Gaps(**numbers, oldest_active_key=oldest)
-
-    @property
-    def mfa_coverage_percent(self) -> float:
-        """Console users with MFA, in percent of all, rounded down: 100 means all, and there may be none."""
-        covered = self.console_users - self.console_users_without_mfa
-        return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
-
-
-GAP_COUNTS = tuple(each.name for each in fields(Gaps) if each.name != "oldest_active_key")
-
-
-class Finding(NamedTuple):
-    """One thing to fix: a user who needs MFA (`key` is None), or an access key that must go."""
-
-    priority: int
-    finding: str
-    account: Account
-    production: bool
-    user: str
-    key: AccessKey | None
-    password_last_used: datetime | None
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AccountFigures:
-    """What is kept of an audited account once its CSV is written."""
-
-    account: Account
-    report_generated: datetime
-    has_root: bool
-    users: int
-    production: bool
-    gaps: Gaps
-    phase1: str
-    phase2: str
-
-
-class UserState(NamedTuple):
-    """What is compared of a user between two runs. `keys` maps access key IDs to status and creation date."""
-
-    password_status: str
-    mfa_status: str
-    keys: Mapping[str, tuple[str, str]]
-
-    @property
-    def lacks_mfa(self) -> bool:
-        return self.password_status == PASSWORD_SET and self.mfa_status == NO_MFA
-
-
-States = Mapping[str, UserState]  # by user name
-
-
-class Change(NamedTuple):
-    """One line of changes.csv. `witness` is confirmed, contradicted, not found, unavailable, or empty: not asked."""
-
-    account_id: str
-    account_name: str
-    user: str
-    key_id: str
-    change: str
-    before: str = ""
-    after: str = ""
-    witness: str = ""
-    event: Event | None = None
-
-
-@dataclass(frozen=True)
-class RunFigures:
-    """A finished run in the table of runs."""
-
-    started: datetime
-    audited: int
-    console_users_without_mfa: int
-    active_keys: int
-    active_keys_older_than_max_age: int
-
-
-@dataclass(frozen=True)
-class EarlierRun:
-    """The run that this one is compared with: each account's ID with name and result; the organization's level in both
-    phases, and by ID those of each account that it audited."""
-
-    folder: Path
-    started: datetime
-    max_key_age_days: int
-    accounts: Mapping[str, tuple[str, str]]
-    levels: Mapping[str, str]
-    account_levels: Mapping[str, Mapping[str, str]]
-
-
-@dataclass
-class Tracking:
-    """What has changed since the earlier run, as far as the run has come; without one (None) there is no change.
-
-    `compared` are the IDs of the accounts that both runs audited. In all others a key is new if its creation date says
-    so: `new_keys_elsewhere`.
-    """
-
-    earlier: EarlierRun | None = None
-    runs: list[RunFigures] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    compared: set[str] = field(default_factory=set)
-    new_keys_elsewhere: list[Change] = field(default_factory=list)
-    mfa_fixed: int = 0
-    mfa_new: list[Change] = field(default_factory=list)
 
 
 @dataclass
@@ -722,14 +499,14 @@ class Run:
     plan: Plan
     caller: Caller
     organization: Organization
+    tracking: Tracking
+    enforcement: Enforcement
     audited: list[AccountFigures] = field(default_factory=list)
     failed: list[FailedAccount] = field(default_factory=list)
     skipped: list[SkippedAccount] = field(default_factory=list)
     out_of_scope: list[OutOfScopeAccount] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    tracking: Tracking = field(default_factory=Tracking)
     trails: list[tuple[Account, Trail]] = field(default_factory=list)
-    enforcement: Enforcement = field(default_factory=Enforcement)
     controls: dict[str, Mapping[str, Control]] = field(default_factory=dict)
 
 
@@ -762,7 +539,9 @@ def parse_time(text: str) -> datetime:
     """An ISO 8601 time of AWS (`...Z` or `...+00:00`; fromisoformat takes `Z` only from Python 3.11), in UTC."""
     moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
     try:
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(
+            timezone.utc
+        )
     except OverflowError as error:  # the first or last day there is, in another time zone
         raise ValueError(str(error)) from None
 
@@ -775,159 +554,113 @@ def utc_now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+def iso(moment: datetime) -> str:
+    return to_second(moment).isoformat()
+
+
 def days_between(earlier: datetime, later: datetime) -> int:
     """Whole days; a key made after the run's start is no day old."""
     return max(0, (later - earlier).days)
 
 
-def iso(moment: datetime) -> str:
-    return to_second(moment).isoformat()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# AWS: the only section that touches the network, one small function an operation
-# ----------------------------------------------------------------------------------------------------------------------
-
-# All accounts share one IAM client, because a client and its TLS connections for each account cost more than the calls
-# themselves. Each request is signed with the credentials of the account it is for: `call_as` sets them for the thread
-# that makes the call, `sign_with_current_credentials` hands them to botocore's signer.
-SIGNING_CREDENTIALS: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING_CREDENTIALS")
-# The operation that the current task has begun last, for the message about an answer that is not what AWS documents.
-STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
-
-
-def call_as(credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
-    """Call an operation of the shared IAM client with one account's credentials."""
-    before = SIGNING_CREDENTIALS.set(credentials)
-    try:
-        return operation(**parameters)
-    finally:
-        SIGNING_CREDENTIALS.reset(before)
-
-
-def sign_with_current_credentials(request: Any, **_: Any) -> None:
-    """Handler of botocore's `before-sign.iam` event. Outside `call_as` it raises LookupError: nothing is sent then."""
-    signing = request.context.get("signing", {})
-    request.context["signing"] = {**signing, "request_credentials": SIGNING_CREDENTIALS.get()}
-
-
-class Threads:
-    """Threads that make the calls, the most urgent first.
-
-    The standard library's executor has no priorities, and at exit it waits for its threads: one that hangs in a read
-    would keep an interrupted program alive. These are daemons.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], asyncio.Future[Any]]]
-        self._calls = queue.PriorityQueue()
-        self._order = itertools.count()
-        stay_on_one_cpu()
-        for _ in range(size):
-            threading.Thread(target=self._work, daemon=True).start()
-
-    async def run(self, urgency: tuple[int, int], call: Callable[[], T]) -> T:
-        """Make the call in a thread once its turn has come; the lowest `urgency` goes first."""
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._calls.put((urgency, next(self._order), call, answer))
-        return await answer
-
-    def _work(self) -> None:
-        while True:
-            _, _, call, answer = self._calls.get()
-            if answer.cancelled():
-                continue
-            try:
-                settle = functools.partial(_settle, answer, call(), None)
-            except BaseException as error:  # whatever it is belongs to the caller, not to this thread
-                settle = functools.partial(_settle, answer, None, error)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                answer.get_loop().call_soon_threadsafe(settle)
-
-
-def stay_on_one_cpu() -> None:
-    """Keep this thread, and those it starts, on one of the CPUs it may use, where the system can do that.
-
-    Python runs one of them at a time in any case. On several CPUs they wake each other across caches at every turn,
-    which makes a run cost a fifth more CPU and take longer.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # some containers do not allow it
-            os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
-
-
-def _settle(answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if answer.cancelled():
-        return
-    if error is None:
-        answer.set_result(result)
-    else:
-        answer.set_exception(error)
-
-
-class Aws:
-    """The SDK's clients, made once for all accounts, and the threads their calls run in."""
-
-    def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
-        self.caller, self.workers = caller, workers
-        self.threads = Threads(workers)
-        self._session = session
-        self.sts = sts
-        self.organizations = session.client("organizations", region_name=caller.region, config=client_config(2, 10))
-        # What all accounts share. Its calls are repeated by AccountSession, which waits without holding a thread and
-        # lets no account eat the retries of another: botocore's retry quota belongs to the client. It has placeholders
-        # for credentials, so that no request can leave with the profile's by mistake.
-        shared = client_config(workers, 1)
-        self.iam = session.client(
-            "iam", caller.region, config=shared, aws_access_key_id="none", aws_secret_access_key="none"
-        )
-        self.iam.meta.events.register("before-sign.iam", sign_with_current_credentials)
-
-    @functools.cached_property
-    def cloudtrail(self) -> Any:
-        """The like, made only for --cloudtrail, in the partition's Region that records what IAM does."""
-        region, shared = CLOUDTRAIL_REGIONS.get(self.caller.partition), client_config(self.workers, 1)
-        client = self._session.client(
-            "cloudtrail", region, config=shared, aws_access_key_id="none", aws_secret_access_key="none"
-        )
-        client.meta.events.register("before-sign.cloudtrail", sign_with_current_credentials)
-        return client
-
-    @functools.cached_property
-    def assume_role_gate(self) -> asyncio.Semaphore:
-        """Made when first used, in the event loop: Python 3.9 binds it to the loop there is."""
-        return asyncio.Semaphore(min(self.workers, ASSUME_ROLE_AT_ONCE))
-
-    def profile_credentials(self) -> Credentials:
-        """The profile's own credentials, as fresh as the SDK has them."""
-        found = self._session.get_credentials()
-        frozen: Any = found.get_frozen_credentials() if found else None
-        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
-
-
-def connect(session: boto3.Session, workers: int) -> Aws:
-    """Find out who the caller is, and make the clients for his partition.
-
-    A profile without a Region is looked for in each partition in turn; the caller's ARN tells which one it is.
-    """
-    regions = [session.region_name] if session.region_name else list(PARTITION_REGIONS)
-    while True:
-        region = regions.pop(0)
-        sts = session.client("sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE), 3))
-        try:
-            return Aws(session, sts, get_caller_identity(sts, region), workers)
-        except ClientError as error:
-            if not regions or error_code(error) not in UNKNOWN_KEY:
-                raise
-
-
-def client_config(connections: int, total_max_attempts: int) -> Config:
-    return Config(
-        connect_timeout=CONNECT_TIMEOUT,
-        read_timeout=READ_TIMEOUT,
-        max_pool_connections=connections,
-        retries={"mode": "standard", "total_max_attempts": total_max_attempts},
+def printable(text: str) -> str:
+    """The text without anything that could steer a terminal: control characters, escapes, reordering marks."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
     )
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def clock(span: timedelta) -> str:
+    """A duration as `m:ss` or `h:mm:ss`."""
+    minutes, seconds = divmod(max(0, int(span.total_seconds())), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# --------------------------------------------------------------------------------------------------
+# AWS: permissions and every network call, one small function per operation
+# --------------------------------------------------------------------------------------------------
+
+
+ROLE_READS = {
+    "iam:GenerateCredentialReport": "has IAM prepare the credential report; the one call that is no pure read",
+    "iam:GetCredentialReport": "passwords, their last use, and the root user",
+    "iam:ListUsers": "the users there are now; the report may be four hours old",
+    "iam:ListAccessKeys": "each user's access keys, their status and creation date",
+    "iam:GetAccessKeyLastUsed": "when and for which service each access key was last used",
+    "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
+    "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
+    "iam:GetLoginProfile": "whether a user created after the report has a password",
+}
+CLOUDTRAIL_READS = {
+    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices; only with --cloudtrail",
+}
+CALLER_READS = {
+    "sts:GetCallerIdentity": "the caller's account and partition (AWS allows it without any permission)",
+    "organizations:DescribeOrganization": "which account is the management account",
+    "organizations:ListAccounts": "the accounts, their names, states and organizational units",
+    "organizations:ListPolicies": "the service control policies (SCPs)",
+    "organizations:DescribePolicy": "what an SCP says",
+    "organizations:ListTargetsForPolicy": "where an SCP is attached",
+    "organizations:ListParents": "an account's organizational units, where ListAccounts does not tell",
+    "iam:ListOrganizationsFeatures": "whether root credentials of member accounts are managed centrally",
+}
+POLICY_READS = (
+    "organizations:DescribePolicy",
+    "organizations:ListTargetsForPolicy",
+)  # the two that name a policy
+# What a user signed in without MFA needs to set it up: what AWS's own example of a self-managed MFA device leaves out
+# of its Deny, and the change of password that a first sign-in may demand.
+MFA_SETUP = {
+    "iam:ChangePassword": "a first sign-in may demand it",
+    "iam:GetAccountPasswordPolicy": "the console shows the rules for the new password",
+    "iam:GetUser": "the page of one's own security credentials",
+    "iam:ListMFADevices": "the same page",
+    "iam:GetMFADevice": "the same page",
+    "iam:ListVirtualMFADevices": "the console looks for a free name",
+    "iam:CreateVirtualMFADevice": "an authenticator app",
+    "iam:EnableMFADevice": "assign the app, security key or token",
+    "iam:ResyncMFADevice": "a token whose clock is off",
+    "sts:GetSessionToken": "an MFA session for access keys, where Bool becomes BoolIfExists",
+}
+SESSION_NAME = "iam-audit"
+# A profile without a Region still belongs to one partition; these are asked in turn until one knows the caller.
+PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
+# Where each partition's CloudTrail records what IAM does
+CLOUDTRAIL_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
+CONNECT_TIMEOUT = 10  # seconds
+READ_TIMEOUT = 30  # seconds
+ASSUME_ROLE_AT_ONCE = (
+    4  # one call an account: few connections do, and each new TLS connection costs CPU
+)
+TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
+THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
+CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls in one account: AWS allows two a second
+CLOUDTRAIL_KEEPS = timedelta(days=90)
+# Before all else, so that the accounts' reports are generated side by side
+URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
+THROTTLED = {
+    "Throttling",
+    "ThrottlingException",
+    "ThrottledException",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestLimitExceeded",
+    "TooManyRequestsException",
+    "SlowDown",
+}
+TRANSIENT = {
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "PriorRequestNotComplete",
+}  # and every 5xx
+UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
+SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 
 
 def open_session(profile: str | None) -> boto3.Session:
@@ -939,7 +672,9 @@ def open_session(profile: str | None) -> boto3.Session:
     core = botocore.session.Session(profile=profile)
     credentials = core.get_credentials()
     if credentials is None:
-        raise AuditError("No AWS credentials found: name a profile with --profile, or set AWS_PROFILE.")
+        raise AuditError(
+            "No AWS credentials found: name a profile with --profile, or set AWS_PROFILE."
+        )
     if credentials.method == "assume-role" and asks_for_mfa_code(core) and not has_terminal():
         raise AuditError(
             f"Profile {core.profile or 'default'} asks for an MFA code (mfa_serial), and there is no terminal to type "
@@ -950,7 +685,9 @@ def open_session(profile: str | None) -> boto3.Session:
     # The SDK's own user agent, with ours at its end; made once, because left to itself the SDK makes it anew for each
     # request, which costs a fifth of the whole call.
     core.set_default_client_config(Config(user_agent=f"{core.user_agent()} iam-audit/{VERSION}"))
-    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_timestamp)
+    core.get_component("response_parser_factory").set_parser_defaults(
+        timestamp_parser=parse_timestamp
+    )
     return session
 
 
@@ -984,64 +721,205 @@ def has_terminal() -> bool:
         return sys.stdin is not None and sys.stdin.isatty()
 
 
+def connect(session: boto3.Session, workers: int) -> Aws:
+    """Find out who the caller is, and make the clients for his partition.
+
+    A profile without a Region is looked for in each partition in turn; the caller's ARN tells which one it is.
+    """
+    regions = [session.region_name] if session.region_name else list(PARTITION_REGIONS)
+    while True:
+        region = regions.pop(0)
+        sts = session.client(
+            "sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE), 3)
+        )
+        try:
+            return Aws(session, sts, get_caller_identity(sts, region), workers)
+        except ClientError as error:
+            if not regions or error_code(error) not in UNKNOWN_KEY:
+                raise
+
+
 def get_caller_identity(sts: Any, region: str) -> Caller:
     identity = sts.get_caller_identity()
     return Caller(identity["Account"], identity["Arn"], identity["Arn"].split(":")[1], region)
 
 
-def describe_organization(aws: Aws) -> Organization:
-    organization = aws.organizations.describe_organization()["Organization"]
-    return Organization(organization["Id"], organization["MasterAccountId"], organization.get("FeatureSet", "ALL"))
+def client_config(connections: int, total_max_attempts: int) -> Config:
+    return Config(
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        max_pool_connections=connections,
+        retries={"mode": "standard", "total_max_attempts": total_max_attempts},
+    )
 
 
-async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
-    """All accounts, page by page as they come; a page may be empty."""
-    pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
-    seen = set[str]()
-    while (page := await aws.threads.run((0, 0), lambda: next(pages, None))) is not None:
-        for entry in page["Accounts"]:
-            if entry["Id"] not in seen:  # accounts that join while pages are read can shift one to the next page
-                seen.add(entry["Id"])
-                yield account_of(entry)
+class Aws:
+    """The SDK's clients, made once for all accounts, and the threads their calls run in."""
 
-
-def account_of(entry: Mapping[str, Any]) -> Account:
-    """An entry of ListAccounts. State replaced Status, which AWS retired on 2026-09-09."""
-    state = entry.get("State") or entry.get("Status")
-    if not state:
-        raise AuditError(
-            f"ListAccounts told no State for account {entry['Id']}: botocore {botocore.__version__} may be too old to "
-            "know it (1.40.27 is the first that does). Upgrade boto3 and botocore."
+    def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
+        self.caller, self.workers = caller, workers
+        self.threads = Threads(workers)
+        self._session = session
+        self.sts = sts
+        self.organizations = session.client(
+            "organizations", region_name=caller.region, config=client_config(2, 10)
         )
-    return Account(entry["Id"], entry.get("Name", ""), state, next(iter(entry.get("Paths") or ()), None))
+        # What all accounts share. Its calls are repeated by AccountSession, which waits without holding a thread and
+        # lets no account eat the retries of another: botocore's retry quota belongs to the client. It has placeholders
+        # for credentials, so that no request can leave with the profile's by mistake.
+        shared = client_config(workers, 1)
+        self.iam = session.client(
+            "iam",
+            caller.region,
+            config=shared,
+            aws_access_key_id="none",
+            aws_secret_access_key="none",
+        )
+        self.iam.meta.events.register("before-sign.iam", sign_with_current_credentials)
+
+    @functools.cached_property
+    def cloudtrail(self) -> Any:
+        """The like, made only for --cloudtrail, in the partition's Region that records what IAM does."""
+        region, shared = (
+            CLOUDTRAIL_REGIONS.get(self.caller.partition),
+            client_config(self.workers, 1),
+        )
+        client = self._session.client(
+            "cloudtrail",
+            region,
+            config=shared,
+            aws_access_key_id="none",
+            aws_secret_access_key="none",
+        )
+        client.meta.events.register("before-sign.cloudtrail", sign_with_current_credentials)
+        return client
+
+    @functools.cached_property
+    def assume_role_gate(self) -> asyncio.Semaphore:
+        """Made when first used, in the event loop: Python 3.9 binds it to the loop there is."""
+        return asyncio.Semaphore(min(self.workers, ASSUME_ROLE_AT_ONCE))
+
+    def profile_credentials(self) -> Credentials:
+        """The profile's own credentials, as fresh as the SDK has them."""
+        found = self._session.get_credentials()
+        frozen: Any = found.get_frozen_credentials() if found else None
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
 
-def list_policies(aws: Aws) -> list[tuple[str, str]]:
-    """The ID and name of each service control policy."""
-    pages = aws.organizations.get_paginator("list_policies").paginate(Filter="SERVICE_CONTROL_POLICY")
-    return [(policy["Id"], policy["Name"]) for page in pages for policy in page["Policies"]]
+# All accounts share one IAM client, because a client and its TLS connections for each account cost more than the calls
+# themselves. Each request is signed with the credentials of the account it is for: `call_as` sets them for the thread
+# that makes the call, `sign_with_current_credentials` hands them to botocore's signer.
+SIGNING_CREDENTIALS: contextvars.ContextVar[Credentials] = contextvars.ContextVar(
+    "SIGNING_CREDENTIALS"
+)
 
 
-def describe_policy(aws: Aws, policy_id: str) -> str:
-    """The policy's JSON text."""
-    return aws.organizations.describe_policy(PolicyId=policy_id)["Policy"]["Content"]
+def call_as(
+    credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]
+) -> T:
+    """Call an operation of the shared IAM client with one account's credentials."""
+    before = SIGNING_CREDENTIALS.set(credentials)
+    try:
+        return operation(**parameters)
+    finally:
+        SIGNING_CREDENTIALS.reset(before)
 
 
-def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
-    """The IDs of the root, organizational units and accounts that the policy is attached to."""
-    pages = aws.organizations.get_paginator("list_targets_for_policy").paginate(PolicyId=policy_id)
-    return frozenset(target["TargetId"] for page in pages for target in page["Targets"])
+def sign_with_current_credentials(request: Any, **_: Any) -> None:
+    """Handler of botocore's `before-sign.iam` event. Outside `call_as` it raises LookupError: nothing is sent then."""
+    signing = request.context.get("signing", {})
+    request.context["signing"] = {**signing, "request_credentials": SIGNING_CREDENTIALS.get()}
 
 
-def list_parents(aws: Aws, child_id: str) -> str:
-    """The root or organizational unit right above an account or organizational unit."""
-    return aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"]
+class AccountSession:
+    """The calls for one account: its credentials, its pace, its repeated attempts.
+
+    `turn` is the account's place in the queue for threads: urgent steps first, and the rest of older accounts first.
+    """
+
+    def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
+        self.aws, self.account, self.role = aws, account, role
+        self._turn = turn
+        self.log = log
+        self._logged = set[str]()
+        self._pace = Pace()
+        self._cloudtrail_pace = Pace(CLOUDTRAIL_GAP)
+        self._renewal = asyncio.Lock()
+        self._credentials: Credentials | None = None
+
+    async def sign_in(self) -> None:
+        """Get this account's credentials: the role's, or the profile's own where the account is the profile's."""
+        if self.role.own_account == self.account.id:
+            self._credentials = await self._attempt(
+                "AssumeRole", self.aws.profile_credentials, self._pace
+            )
+            return
+        request = functools.partial(assume_role, self.aws, self.role, self.account.id)
+        self._credentials = await self._attempt(
+            "AssumeRole", request, self._pace, self.aws.assume_role_gate
+        )
+
+    async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
+        """An operation of a shared client, in this account; an expired session is renewed once a call."""
+        used = self._credentials
+        try:
+            return await self._signed(operation, parameters)
+        except StepFailed as failure:
+            if failure.code not in SESSION_EXPIRED:
+                raise
+        async with self._renewal:
+            if (
+                self._credentials is used
+            ):  # else another call of this account has renewed it meanwhile
+                await self.sign_in()
+        return await self._signed(operation, parameters)
+
+    async def _signed(self, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
+        if self._credentials is None:
+            raise LookupError("sign_in comes first")
+        client = operation.__self__  # type: ignore[attr-defined]
+        step = client.meta.method_to_api_mapping[operation.__name__]
+        pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
+        return await self._attempt(
+            step, functools.partial(call_as, self._credentials, operation, parameters), pace
+        )
+
+    async def _attempt(
+        self, step: str, call: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
+    ) -> T:
+        """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest.
+
+        The gate is passed for each attempt alone: who pauses holds up no other account.
+        """
+        self._begin(step)
+        urgency = (step not in URGENT_STEPS, self._turn)
+        attempts = 0
+        while True:
+            await pace.turn()
+            try:
+                async with gate or contextlib.AsyncExitStack():
+                    answer = await self.aws.threads.run(urgency, call)
+            except (ClientError, BotoCoreError, ResponseParserError) as error:
+                failure = step_failed(step, error)
+            else:
+                pace.answered()
+                return answer
+            if failure.kind == "throttled" and pace.throttled():
+                continue
+            attempts += 1
+            if failure.kind != "transient" or attempts == TRANSIENT_ATTEMPTS:
+                raise failure
+            await asyncio.sleep(random.uniform(0.25, 0.5) * 2**attempts)
+
+    def _begin(self, step: str) -> None:
+        STEP.set(step)
+        if step not in self._logged:
+            self._logged.add(step)
+            self.log(f"{self.account.id} {self.account.name}: {step}")
 
 
-def list_organizations_features(aws: Aws) -> bool:
-    """Whether root credentials of member accounts are managed centrally; asked with the profile's credentials."""
-    features = call_as(aws.profile_credentials(), aws.iam.list_organizations_features, {})
-    return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
+# The operation that the current task has begun last, for the message about an answer that is not what AWS documents.
+STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
 
 
 class Pace:
@@ -1075,95 +953,140 @@ class Pace:
         return now - self._throttled_since < THROTTLING_PATIENCE
 
 
-class AccountSession:
-    """The calls for one account: its credentials, its pace, its repeated attempts.
+class Threads:
+    """Threads that make the calls, the most urgent first.
 
-    `turn` is the account's place in the queue for threads: urgent steps first, and the rest of older accounts first.
+    The standard library's executor has no priorities, and at exit it waits for its threads: one that hangs in a read
+    would keep an interrupted program alive. These are daemons.
     """
 
-    def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
-        self.aws, self.account, self.role = aws, account, role
-        self._turn = turn
-        self.log = log
-        self._logged = set[str]()
-        self._pace = Pace()
-        self._cloudtrail_pace = Pace(CLOUDTRAIL_GAP)
-        self._renewal = asyncio.Lock()
-        self._credentials: Credentials | None = None
+    def __init__(self, size: int) -> None:
+        self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], asyncio.Future[Any]]]
+        self._calls = queue.PriorityQueue()
+        self._order = itertools.count()
+        stay_on_one_cpu()
+        for _ in range(size):
+            threading.Thread(target=self._work, daemon=True).start()
 
-    async def sign_in(self) -> None:
-        """Get this account's credentials: the role's, or the profile's own where the account is the profile's."""
-        if self.role.own_account == self.account.id:
-            self._credentials = await self._attempt("AssumeRole", self.aws.profile_credentials, self._pace)
-            return
-        request = functools.partial(assume_role, self.aws, self.role, self.account.id)
-        self._credentials = await self._attempt("AssumeRole", request, self._pace, self.aws.assume_role_gate)
+    async def run(self, urgency: tuple[int, int], call: Callable[[], T]) -> T:
+        """Make the call in a thread once its turn has come; the lowest `urgency` goes first."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.put((urgency, next(self._order), call, answer))
+        return await answer
 
-    async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
-        """An operation of a shared client, in this account; an expired session is renewed once a call."""
-        used = self._credentials
-        try:
-            return await self._signed(operation, parameters)
-        except StepFailed as failure:
-            if failure.code not in SESSION_EXPIRED:
-                raise
-        async with self._renewal:
-            if self._credentials is used:  # else another call of this account has renewed it meanwhile
-                await self.sign_in()
-        return await self._signed(operation, parameters)
-
-    async def _signed(self, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
-        if self._credentials is None:
-            raise LookupError("sign_in comes first")
-        client = operation.__self__  # type: ignore[attr-defined]
-        step = client.meta.method_to_api_mapping[operation.__name__]
-        pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
-        return await self._attempt(step, functools.partial(call_as, self._credentials, operation, parameters), pace)
-
-    async def _attempt(self, step: str, call: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None) -> T:
-        """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest.
-
-        The gate is passed for each attempt alone: who pauses holds up no other account.
-        """
-        self._begin(step)
-        urgency = (step not in URGENT_STEPS, self._turn)
-        attempts = 0
+    def _work(self) -> None:
         while True:
-            await pace.turn()
-            try:
-                async with gate or contextlib.AsyncExitStack():
-                    answer = await self.aws.threads.run(urgency, call)
-            except (ClientError, BotoCoreError, ResponseParserError) as error:
-                failure = step_failed(step, error)
-            else:
-                pace.answered()
-                return answer
-            if failure.kind == "throttled" and pace.throttled():
+            _, _, call, answer = self._calls.get()
+            if answer.cancelled():
                 continue
-            attempts += 1
-            if failure.kind != "transient" or attempts == TRANSIENT_ATTEMPTS:
-                raise failure
-            await asyncio.sleep(random.uniform(0.25, 0.5) * 2**attempts)
+            try:
+                settle = functools.partial(_settle, answer, call(), None)
+            except (
+                BaseException
+            ) as error:  # whatever it is belongs to the caller, not to this thread
+                settle = functools.partial(_settle, answer, None, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                answer.get_loop().call_soon_threadsafe(settle)
 
-    def _begin(self, step: str) -> None:
-        STEP.set(step)
-        if step not in self._logged:
-            self._logged.add(step)
-            self.log(f"{self.account.id} {self.account.name}: {step}")
+
+def _settle(answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if answer.cancelled():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)
+
+
+def stay_on_one_cpu() -> None:
+    """Keep this thread, and those it starts, on one of the CPUs it may use, where the system can do that.
+
+    Python runs one of them at a time in any case. On several CPUs they wake each other across caches at every turn,
+    which makes a run cost a fifth more CPU and take longer.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # some containers do not allow it
+            os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
+
+
+def describe_organization(aws: Aws) -> Organization:
+    organization = aws.organizations.describe_organization()["Organization"]
+    return Organization(
+        organization["Id"], organization["MasterAccountId"], organization.get("FeatureSet", "ALL")
+    )
+
+
+async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
+    """All accounts, page by page as they come; a page may be empty."""
+    pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
+    seen = set[str]()
+    while (page := await aws.threads.run((0, 0), lambda: next(pages, None))) is not None:
+        for entry in page["Accounts"]:
+            if (
+                entry["Id"] not in seen
+            ):  # accounts that join while pages are read can shift one to the next page
+                seen.add(entry["Id"])
+                yield account_of(entry)
+
+
+def account_of(entry: Mapping[str, Any]) -> Account:
+    """An entry of ListAccounts. State replaced Status, which AWS retired on 2026-09-09."""
+    state = entry.get("State") or entry.get("Status")
+    if not state:
+        raise AuditError(
+            f"ListAccounts told no State for account {entry['Id']}: botocore {botocore.__version__} may be too old to "
+            "know it (1.40.27 is the first that does). Upgrade boto3 and botocore."
+        )
+    return Account(
+        entry["Id"], entry.get("Name", ""), state, next(iter(entry.get("Paths") or ()), None)
+    )
+
+
+def list_policies(aws: Aws) -> list[tuple[str, str]]:
+    """The ID and name of each service control policy."""
+    pages = aws.organizations.get_paginator("list_policies").paginate(
+        Filter="SERVICE_CONTROL_POLICY"
+    )
+    return [(policy["Id"], policy["Name"]) for page in pages for policy in page["Policies"]]
+
+
+def describe_policy(aws: Aws, policy_id: str) -> str:
+    """The policy's JSON text."""
+    return aws.organizations.describe_policy(PolicyId=policy_id)["Policy"]["Content"]
+
+
+def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
+    """The IDs of the root, organizational units and accounts that the policy is attached to."""
+    pages = aws.organizations.get_paginator("list_targets_for_policy").paginate(PolicyId=policy_id)
+    return frozenset(target["TargetId"] for page in pages for target in page["Targets"])
+
+
+def list_parents(aws: Aws, child_id: str) -> str:
+    """The root or organizational unit right above an account or organizational unit."""
+    return aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"]
+
+
+def list_organizations_features(aws: Aws) -> bool:
+    """Whether root credentials of member accounts are managed centrally; asked with the profile's credentials."""
+    features = call_as(aws.profile_credentials(), aws.iam.list_organizations_features, {})
+    return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
+
+
+def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
+    external_id: Any = {} if role.external_id is None else {"ExternalId": role.external_id}
+    issued = aws.sts.assume_role(
+        RoleArn=role.arn(account_id),
+        RoleSessionName=SESSION_NAME,
+        Policy=role.session_policy,
+        **external_id,
+    )["Credentials"]
+    return Credentials(issued["AccessKeyId"], issued["SecretAccessKey"], issued["SessionToken"])
 
 
 def session_policy(actions: Sequence[str]) -> str:
     """The inline policy of each session: it gets what both the role and this allow, and no more."""
     statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
     return json.dumps({"Version": "2012-10-17", "Statement": [statement]}, separators=(",", ":"))
-
-
-def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
-    external_id: Any = {} if role.external_id is None else {"ExternalId": role.external_id}
-    issued = aws.sts.assume_role(
-        RoleArn=role.arn(account_id), RoleSessionName=SESSION_NAME, Policy=role.session_policy, **external_id
-    )["Credentials"]
-    return Credentials(issued["AccessKeyId"], issued["SecretAccessKey"], issued["SessionToken"])
 
 
 async def generate_credential_report(session: AccountSession) -> bool:
@@ -1179,7 +1102,9 @@ async def get_credential_report(session: AccountSession) -> tuple[bytes, datetim
 
 async def list_users(session: AccountSession) -> list[Mapping[str, Any]]:
     operation = session.aws.iam.list_users
-    return [user async for page in pages(session, operation, MaxItems=1000) for user in page["Users"]]
+    return [
+        user async for page in pages(session, operation, MaxItems=1000) for user in page["Users"]
+    ]
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
@@ -1195,10 +1120,16 @@ async def get_login_profile(session: AccountSession, user_name: str) -> bool:
 
 async def list_access_keys(session: AccountSession, user_name: str) -> list[Mapping[str, Any]]:
     operation = session.aws.iam.list_access_keys
-    return [key async for page in pages(session, operation, UserName=user_name) for key in page["AccessKeyMetadata"]]
+    return [
+        key
+        async for page in pages(session, operation, UserName=user_name)
+        for key in page["AccessKeyMetadata"]
+    ]
 
 
-async def get_access_key_last_used(session: AccountSession, access_key_id: str) -> tuple[datetime | None, str]:
+async def get_access_key_last_used(
+    session: AccountSession, access_key_id: str
+) -> tuple[datetime | None, str]:
     """When the key was last used (None: never) and for which service (N/A: none)."""
     answer = await session.call(session.aws.iam.get_access_key_last_used, AccessKeyId=access_key_id)
     last_used = answer["AccessKeyLastUsed"]
@@ -1266,14 +1197,18 @@ def event_of(detail: Mapping[str, Any]) -> Event | None:
         user=str(named or caller_itself or created_key.get("userName") or ""),
         key_id=str(request.get("accessKeyId") or created_key.get("accessKeyId") or ""),
         status=str(request.get("status") or ""),
-        actor=str(identity.get("arn") or identity.get("invokedBy") or identity.get("principalId") or ""),
+        actor=str(
+            identity.get("arn") or identity.get("invokedBy") or identity.get("principalId") or ""
+        ),
         source_ip=str(detail.get("sourceIPAddress") or ""),
         user_agent=str(detail.get("userAgent") or ""),
         id=str(detail.get("eventID") or ""),
     )
 
 
-async def pages(session: AccountSession, operation: Callable[..., Any], **parameters: Any) -> AsyncIterator[Any]:
+async def pages(
+    session: AccountSession, operation: Callable[..., Any], **parameters: Any
+) -> AsyncIterator[Any]:
     """The pages of an IAM list. botocore's paginator is a generator: it would end at the first throttled page."""
     while True:
         page = await session.call(operation, **parameters)
@@ -1283,18 +1218,21 @@ async def pages(session: AccountSession, operation: Callable[..., Any], **parame
         parameters["Marker"] = page["Marker"]
 
 
-def error_code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
 def step_failed(step: str, error: Exception) -> StepFailed:
     """What a failed call means for the account it was made for."""
-    if isinstance(error, ResponseParserError):  # its text quotes the answer, which may hold credentials
-        return StepFailed(step, "ResponseParserError", "AWS's answer could not be understood", "transient")
+    if isinstance(
+        error, ResponseParserError
+    ):  # its text quotes the answer, which may hold credentials
+        return StepFailed(
+            step, "ResponseParserError", "AWS's answer could not be understood", "transient"
+        )
     if isinstance(error, ClientError):
         code, message = error_code(error), str(error.response.get("Error", {}).get("Message", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        throttled, transient = code in THROTTLED or status == 429, code in TRANSIENT or status >= 500
+        throttled, transient = (
+            code in THROTTLED or status == 429,
+            code in TRANSIENT or status >= 500,
+        )
     else:
         code, message = type(error).__name__, str(error)
         throttled, transient = False, isinstance(error, (HTTPClientError, ConnectionError))
@@ -1302,16 +1240,15 @@ def step_failed(step: str, error: Exception) -> StepFailed:
     return StepFailed(step, code, without_secrets(message), kind)
 
 
+def error_code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
 def reason_of(step: str, error: Exception) -> str:
     """Why something was not checked, whatever the error is."""
     if isinstance(error, (ClientError, BotoCoreError, ResponseParserError)):
         return str(step_failed(step, error))
     return f"{step}: {type(error).__name__}"
-
-
-def frames_of(error: BaseException) -> list[str]:
-    """The traceback without the errors' own texts, which may quote a signed request or an answer with credentials."""
-    return "".join(traceback.format_tb(error.__traceback__)).splitlines()
 
 
 def without_secrets(message: str) -> str:
@@ -1323,271 +1260,50 @@ def without_secrets(message: str) -> str:
     return re.sub(r"[0-9a-f]{64}|[A-Za-z0-9+/=%]{100,}", "***", first_line)[:500]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Audit: one account from AssumeRole to its users, and the organization as many of these side by side
-# ----------------------------------------------------------------------------------------------------------------------
+def frames_of(error: BaseException) -> list[str]:
+    """The traceback without the errors' own texts, which may quote a signed request or an answer with credentials."""
+    return "".join(traceback.format_tb(error.__traceback__)).splitlines()
 
 
-async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
-    """Read one account in full, or say what could not be read: nothing that happens here stops the other accounts."""
-    try:
-        return await naming_the_step(session, functools.partial(read_account, session, plan))
-    except StepFailed as failure:
-        return FailedAccount(session.account, failure.step, failure.code, failure.message)
+# --------------------------------------------------------------------------------------------------
+# Audit: one account from AssumeRole to its users; the organization as many of these side by side
+# --------------------------------------------------------------------------------------------------
 
 
-async def naming_the_step(session: AccountSession, work: Callable[[], Awaitable[T]]) -> T:
-    """The work's result; any error of it becomes a StepFailed with the step that the current task was at."""
-    try:
-        return await work()
-    except StepFailed:
-        raise
-    except Exception as error:
-        for line in frames_of(error):
-            session.log(line)
-        raise StepFailed(STEP.get(), type(error).__name__, without_secrets(str(error))) from None
+# IAM throttles an account: more at a time gains nothing and disturbs its owner. With the report's own, 8 calls.
+READERS_PER_ACCOUNT = 7
+ACCOUNTS_PER_WORKER = (
+    8  # accounts in hand, most of them waiting for their report, which takes no thread
+)
+REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
+REPORT_LONGEST_PAUSE = 10.0  # seconds
+REPORT_PAUSE_GROWTH = 1.1
+CLOCK_SKEW = timedelta(
+    minutes=15
+)  # more between our clock and AWS's, and no signature would be valid
+# botocore retries none of these for IAM's report, and rightly: they mean "not yet".
+REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
+REPORT_COLUMNS = {
+    "user",
+    "arn",
+    "user_creation_time",
+    "password_enabled",
+    "password_last_used",
+    "mfa_active",
+    *(
+        f"access_key_{slot}_{what}"
+        for slot in (1, 2)
+        for what in ("active", "last_rotated", "last_used_date", "last_used_service")
+    ),
+}
+REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
 
 
-async def all_or_none(session: AccountSession, works: Iterable[Callable[[], Awaitable[None]]]) -> None:
-    """Do them side by side; when one fails, stop the others."""
-    tasks = [asyncio.create_task(naming_the_step(session, work)) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+class CredentialReport(NamedTuple):
+    """When it was generated, and its rows by user name."""
 
-
-async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
-    """Root, from the credential report alone, and all users there are now, sorted by name.
-
-    While the report is waited for, users are begun with: only their passwords and MFA need it.
-    """
-    await session.sign_in()
-    report: asyncio.Future[CredentialReport] = asyncio.get_running_loop().create_future()
-    users_may_start = asyncio.Event()
-    users: dict[str, User] = {}
-
-    async def read_report_and_root() -> None:
-        report.set_result(await credential_report(session, plan.report_timeout, users_may_start))
-        users_may_start.set()
-        if (row := report.result().rows.get(ROOT)) is not None:
-            users[ROOT] = await read_root(session, row)
-
-    async def read_others() -> None:
-        await users_may_start.wait()
-        asked = utc_now()
-        listed = await list_users(session)
-        users.update(await read_users(session, listed, report))
-        if unlisted := created_since_listed((await asyncio.shield(report)).rows, listed, asked):
-            entries = [entry for entry in await list_users(session) if entry["UserName"] in unlisted]
-            for name in unlisted:
-                users.pop(name, None)  # somebody else, who had that name before
-            users.update(await read_users(session, entries, report))
-
-    await all_or_none(session, [read_report_and_root, read_others])
-    trail = await read_trail(session, plan.events_since) if plan.events_since else None
-    in_order = sorted(users.values(), key=lambda user: (user.name != ROOT, user.name))
-    return AuditedAccount(session.account, to_second(report.result().generated), tuple(in_order), trail)
-
-
-async def credential_report(
-    session: AccountSession, timeout: float, users_may_start: asyncio.Event
-) -> CredentialReport:
-    """Have the report generated and get it; whatever means "not yet" is waited out until the deadline.
-
-    `users_may_start` is set at the first pause.
-    """
-    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
-    while True:
-        step, not_yet = "GenerateCredentialReport", "it was not COMPLETE"
-        try:
-            if await generate_credential_report(session):
-                content, generated = await get_credential_report(session)
-                return CredentialReport(generated, parse_report(content, session.account.id))
-        except StepFailed as failure:
-            if failure.code not in REPORT_NOT_YET:
-                raise
-            step, not_yet = failure.step, f"{failure.step} last answered {failure.code}"
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise StepFailed(step, "ReportTimeout", f"no credential report after {timeout:g} s: {not_yet}")
-        users_may_start.set()
-        await asyncio.sleep(min(pause, left))
-        pause = min(pause * REPORT_PAUSE_GROWTH, REPORT_LONGEST_PAUSE)
-
-
-def parse_report(content: bytes, account_id: str) -> dict[str, dict[str, str]]:
-    """The credential report's rows by user name.
-
-    Raises StepFailed if it is no credential report, or if any row is of another account: all accounts share one
-    client, so this is what makes a mix-up impossible to miss.
-    """
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-        rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise no_report(f"it is no CSV ({error})") from None
-    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
-        raise no_report(f"it lacks the columns {', '.join(sorted(missing))}")
-    for row in rows:
-        if None in row or None in row.values():
-            raise no_report(f"a row does not have as many cells as the header ({row['user']})")
-        check_account(row["arn"], account_id, "GetCredentialReport")
-    by_user = {row["user"]: row for row in rows}
-    if len(by_user) < len(rows):
-        raise no_report("it has two rows of one user")
-    return by_user
-
-
-def no_report(why: str) -> StepFailed:
-    return StepFailed("GetCredentialReport", "DamagedReport", f"the answer is no credential report: {why}")
-
-
-def check_account(arn: str, account_id: str, step: str) -> None:
-    if arn.split(":")[4:5] != [account_id]:
-        raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
-
-
-def report_date(row: Mapping[str, str], column: str) -> datetime | None:
-    text = row[column]
-    if text.lower() in REPORT_NO_DATE:
-        return None
-    try:
-        return to_second(parse_time(text))
-    except ValueError:
-        raise no_report(f"{column} of {row['user']} is {text!r}") from None
-
-
-def report_flag(row: Mapping[str, str], column: str) -> bool:
-    text = row[column].lower()
-    if text not in {"true", "false"}:
-        raise no_report(f"{column} of {row['user']} is {row[column]!r}")
-    return text == "true"
-
-
-def created_since_listed(
-    rows: Mapping[str, Mapping[str, str]], listed: Iterable[Mapping[str, Any]], asked: datetime
-) -> set[str]:
-    """Users of the report who may have been created after ListUsers was asked: not listed, and young enough."""
-    known = {(entry["UserName"], to_second(entry["CreateDate"])) for entry in listed}
-    created = {name: report_date(row, "user_creation_time") for name, row in rows.items() if name != ROOT}
-    return {name for name, at in created.items() if at and at >= asked - CLOCK_SKEW and (name, at) not in known}
-
-
-async def read_users(
-    session: AccountSession, entries: Sequence[Mapping[str, Any]], report: asyncio.Future[CredentialReport]
-) -> dict[str, User]:
-    """The users of these entries of ListUsers by name, a few read at a time."""
-    users: dict[str, User] = {}
-    remaining = iter(entries)
-
-    async def one_after_the_other() -> None:
-        for entry in remaining:
-            user = await read_user(session, entry, report)
-            if user is not None:
-                users[user.name] = user
-
-    await all_or_none(session, [one_after_the_other] * min(READERS_PER_ACCOUNT, len(entries)))
-    return users
-
-
-async def read_user(
-    session: AccountSession, entry: Mapping[str, Any], report: asyncio.Future[CredentialReport]
-) -> User | None:
-    """One user; None if he has been deleted meanwhile."""
-    name = entry["UserName"]
-    check_account(entry["Arn"], session.account.id, "ListUsers")
-    try:
-        keys = await read_access_keys(session, name)
-        row = (await asyncio.shield(report)).rows.get(name)  # one reader that is cancelled must not cancel it for all
-        if row is not None and report_date(row, "user_creation_time") != to_second(entry["CreateDate"]):
-            row = None  # deleted and created again since the report
-        if row is None:
-            password, may_have_mfa = await get_login_profile(session, name), True
-            password_last_used = entry.get("PasswordLastUsed")
-        else:
-            password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
-            password_last_used = report_date(row, "password_last_used")
-        serials = await list_mfa_devices(session, name) if password or may_have_mfa else []
-    except StepFailed as failure:
-        if failure.code == "NoSuchEntity":
-            return None
-        raise
-    mfa = tuple(sorted({mfa_kind(serial) for serial in serials}))
-    return User(name, password, password_last_used if password else None, mfa, keys)
-
-
-async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
-    """The user's keys. One that is deleted meanwhile is left out; NoSuchEntity is raised if the user is."""
-    keys = []
-    for entry in await list_access_keys(session, user_name):
-        try:
-            last_used, service = await get_access_key_last_used(session, entry["AccessKeyId"])
-        except StepFailed as failure:
-            if failure.code != "NoSuchEntity":
-                raise
-            await list_access_keys(session, user_name)  # raises NoSuchEntity too if it is the user who is gone
-            continue
-        keys.append(
-            AccessKey(entry["AccessKeyId"], entry["Status"], to_second(entry["CreateDate"]), last_used, service)
-        )
-    return tuple(sorted(keys, key=lambda key: (key.created, key.id)))
-
-
-async def read_root(session: AccountSession, row: Mapping[str, str]) -> User:
-    """Root as the report shows it; whether its MFA device is a virtual one is asked only if it has one."""
-    password = has_password(row)
-    mfa: tuple[str, ...] = ()
-    if report_flag(row, "mfa_active"):
-        virtual = row["arn"] in await list_virtual_mfa_devices(session)
-        mfa = ("Virtual",) if virtual else ("Hardware",)  # root's other devices cannot be listed from a role
-    keys = [key for slot in (1, 2) if (key := root_access_key(row, slot))]
-    last_used = report_date(row, "password_last_used") if password else None
-    return User(ROOT, password, last_used, mfa, tuple(sorted(keys, key=lambda key: (key.created, key.id))))
-
-
-def root_access_key(row: Mapping[str, str], slot: int) -> AccessKey | None:
-    """Root's access key of that slot. `active` is false for no key as well as for an inactive one; only
-    `last_rotated` tells them apart, and it is the creation date as far as the report knows it."""
-    active = report_flag(row, f"access_key_{slot}_active")
-    created = report_date(row, f"access_key_{slot}_last_rotated")
-    if created is None:
-        if active:
-            raise no_report(f"root's access key {slot} is active and has no last_rotated")
-        return None
-    last_used = report_date(row, f"access_key_{slot}_last_used_date")
-    service = row[f"access_key_{slot}_last_used_service"] if last_used else NOT_APPLICABLE
-    status = "Active" if active else "Inactive"
-    return AccessKey(ROOT_ACCESS_KEYS[slot - 1], status, created, last_used, service)
-
-
-def has_password(row: Mapping[str, str]) -> bool:
-    """`not_supported` stands for root in older reports; root then has a password."""
-    return row["password_enabled"].lower() == "not_supported" or report_flag(row, "password_enabled")
-
-
-def mfa_kind(serial: str) -> str:
-    """The kind of an MFA device by its serial number; whatever is no ARN is a hardware TOTP token.
-
-    https://docs.aws.amazon.com/IAM/latest/APIReference/API_MFADevice.html
-    """
-    if not serial.startswith("arn:"):
-        return "Hardware"
-    kinds = {"mfa": "Virtual", "u2f": "Security key", "sms-mfa": "SMS"}
-    resource_type, _, _ = serial.split(":", 5)[-1].partition("/")
-    return kinds.get(resource_type, "Unknown")
-
-
-async def read_trail(session: AccountSession, since: datetime) -> Trail:
-    """What CloudTrail knows of the account. Its refusal costs the changes their witness, not the account its audit."""
-    try:
-        events = [event for name in EVENT_NAMES for event in await lookup_events(session, name, since)]
-    except StepFailed as failure:
-        return Trail(error=f"{failure.step}: {failure.code}: {failure.message}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # a record that is not what AWS documents
-        return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")
-    return Trail(tuple(sorted(events)))
+    generated: datetime
+    rows: Mapping[str, Mapping[str, str]]
 
 
 async def audit_organization(
@@ -1604,7 +1320,9 @@ async def audit_organization(
 
     async def audit_all() -> None:
         running: list[asyncio.Task[None]] = []
-        async for account in read_ahead(accounts_in_question(aws, organization, plan.scope, progress)):
+        async for account in read_ahead(
+            accounts_in_question(aws, organization, plan.scope, progress)
+        ):
             if (left_out := leave_out(account, organization, plan.scope)) is not None:
                 outcomes.put_nowait(left_out)
                 continue
@@ -1636,7 +1354,9 @@ async def accounts_in_question(
 def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Account]) -> None:
     """Raises AuditError for what was asked for and is not there: an audit that leaves it out would look complete."""
     if unknown := scope.accounts.difference(account.id for account in accounts):
-        raise AuditError(f"--accounts: not in organization {organization.id}: {', '.join(sorted(unknown))}")
+        raise AuditError(
+            f"--accounts: not in organization {organization.id}: {', '.join(sorted(unknown))}"
+        )
     if organization.management_account in scope.accounts and not scope.include_management:
         raise AuditError(
             f"--accounts: {organization.management_account} is the management account: add --include-management."
@@ -1648,17 +1368,19 @@ def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Acc
         )
     below = {part for account in accounts for part in (account.path or "").split("/")}
     if unknown := scope.ous - below:
-        raise AuditError(f"--ou: no account of organization {organization.id} lies below {', '.join(sorted(unknown))}")
+        raise AuditError(
+            f"--ou: no account of organization {organization.id} lies below {', '.join(sorted(unknown))}"
+        )
     by_id = {account.id: account for account in accounts}
-    if outside := {each for each in scope.accounts if scope.ous and not is_below(by_id[each], scope.ous)}:
+    if outside := {
+        each for each in scope.accounts if scope.ous and not is_below(by_id[each], scope.ous)
+    }:
         raise AuditError(f"--accounts: not below --ou: {', '.join(sorted(outside))}")
 
 
-def is_below(account: Account, ous: frozenset[str]) -> bool:
-    return not ous.isdisjoint((account.path or "").split("/"))
-
-
-def leave_out(account: Account, organization: Organization, scope: Scope) -> SkippedAccount | OutOfScopeAccount | None:
+def leave_out(
+    account: Account, organization: Organization, scope: Scope
+) -> SkippedAccount | OutOfScopeAccount | None:
     """The outcome of an account that is not to be audited; None for one that is."""
     in_scope = (
         (scope.include_management or account.id != organization.management_account)
@@ -1671,7 +1393,13 @@ def leave_out(account: Account, organization: Organization, scope: Scope) -> Ski
     return None if account.state == "ACTIVE" else SkippedAccount(account)
 
 
-async def until_done(items: asyncio.Queue[Any], producer: Coroutine[Any, Any, None]) -> AsyncIterator[Any]:
+def is_below(account: Account, ous: frozenset[str]) -> bool:
+    return not ous.isdisjoint((account.path or "").split("/"))
+
+
+async def until_done(
+    items: asyncio.Queue[Any], producer: Coroutine[Any, Any, None]
+) -> AsyncIterator[Any]:
     """What the producer puts into the queue until it is done; what stops it is raised here."""
     end = object()
     task = asyncio.create_task(producer)
@@ -1693,9 +1421,384 @@ async def read_ahead(source: AsyncIterator[T]) -> AsyncIterator[T]:
         yield item
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: rows, cells, atomic writing
-# ----------------------------------------------------------------------------------------------------------------------
+async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
+    """Read one account in full, or say what could not be read: nothing that happens here stops the other accounts."""
+    try:
+        return await naming_the_step(session, functools.partial(read_account, session, plan))
+    except StepFailed as failure:
+        return FailedAccount(session.account, failure.step, failure.code, failure.message)
+
+
+async def naming_the_step(session: AccountSession, work: Callable[[], Awaitable[T]]) -> T:
+    """The work's result; any error of it becomes a StepFailed with the step that the current task was at."""
+    try:
+        return await work()
+    except StepFailed:
+        raise
+    except Exception as error:
+        for line in frames_of(error):
+            session.log(line)
+        raise StepFailed(STEP.get(), type(error).__name__, without_secrets(str(error))) from None
+
+
+async def all_or_none(
+    session: AccountSession, works: Iterable[Callable[[], Awaitable[None]]]
+) -> None:
+    """Do them side by side; when one fails, stop the others."""
+    tasks = [asyncio.create_task(naming_the_step(session, work)) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
+    """Root, from the credential report alone, and all users there are now, sorted by name.
+
+    While the report is waited for, users are begun with: only their passwords and MFA need it.
+    """
+    await session.sign_in()
+    report: asyncio.Future[CredentialReport] = asyncio.get_running_loop().create_future()
+    users_may_start = asyncio.Event()
+    users: dict[str, User] = {}
+
+    async def read_report_and_root() -> None:
+        report.set_result(await credential_report(session, plan.report_timeout, users_may_start))
+        users_may_start.set()
+        if (row := report.result().rows.get(ROOT)) is not None:
+            users[ROOT] = await read_root(session, row)
+
+    async def read_others() -> None:
+        await users_may_start.wait()
+        asked = utc_now()
+        listed = await list_users(session)
+        users.update(await read_users(session, listed, report))
+        if unlisted := created_since_listed((await asyncio.shield(report)).rows, listed, asked):
+            entries = [
+                entry for entry in await list_users(session) if entry["UserName"] in unlisted
+            ]
+            for name in unlisted:
+                users.pop(name, None)  # somebody else, who had that name before
+            users.update(await read_users(session, entries, report))
+
+    await all_or_none(session, [read_report_and_root, read_others])
+    trail = (
+        await read_trail(session, plan.event_names, plan.events_since)
+        if plan.events_since
+        else None
+    )
+    in_order = sorted(users.values(), key=lambda user: (user.name != ROOT, user.name))
+    return AuditedAccount(
+        session.account, to_second(report.result().generated), tuple(in_order), trail
+    )
+
+
+async def credential_report(
+    session: AccountSession, timeout: float, users_may_start: asyncio.Event
+) -> CredentialReport:
+    """Have the report generated and get it; whatever means "not yet" is waited out until the deadline.
+
+    `users_may_start` is set at the first pause.
+    """
+    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
+    while True:
+        step, not_yet = "GenerateCredentialReport", "it was not COMPLETE"
+        try:
+            if await generate_credential_report(session):
+                content, generated = await get_credential_report(session)
+                return CredentialReport(generated, parse_report(content, session.account.id))
+        except StepFailed as failure:
+            if failure.code not in REPORT_NOT_YET:
+                raise
+            step, not_yet = failure.step, f"{failure.step} last answered {failure.code}"
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise StepFailed(
+                step, "ReportTimeout", f"no credential report after {timeout:g} s: {not_yet}"
+            )
+        users_may_start.set()
+        await asyncio.sleep(min(pause, left))
+        pause = min(pause * REPORT_PAUSE_GROWTH, REPORT_LONGEST_PAUSE)
+
+
+async def read_users(
+    session: AccountSession,
+    entries: Sequence[Mapping[str, Any]],
+    report: asyncio.Future[CredentialReport],
+) -> dict[str, User]:
+    """The users of these entries of ListUsers by name, a few read at a time."""
+    users: dict[str, User] = {}
+    remaining = iter(entries)
+
+    async def one_after_the_other() -> None:
+        for entry in remaining:
+            user = await read_user(session, entry, report)
+            if user is not None:
+                users[user.name] = user
+
+    await all_or_none(session, [one_after_the_other] * min(READERS_PER_ACCOUNT, len(entries)))
+    return users
+
+
+async def read_user(
+    session: AccountSession, entry: Mapping[str, Any], report: asyncio.Future[CredentialReport]
+) -> User | None:
+    """One user; None if he has been deleted meanwhile."""
+    name = entry["UserName"]
+    check_account(entry["Arn"], session.account.id, "ListUsers")
+    try:
+        keys = await read_access_keys(session, name)
+        row = (await asyncio.shield(report)).rows.get(
+            name
+        )  # one reader that is cancelled must not cancel it for all
+        if row is not None and report_date(row, "user_creation_time") != to_second(
+            entry["CreateDate"]
+        ):
+            row = None  # deleted and created again since the report
+        if row is None:
+            password, may_have_mfa = await get_login_profile(session, name), True
+            password_last_used = entry.get("PasswordLastUsed")
+        else:
+            password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
+            password_last_used = report_date(row, "password_last_used")
+        serials = await list_mfa_devices(session, name) if password or may_have_mfa else []
+    except StepFailed as failure:
+        if failure.code == "NoSuchEntity":
+            return None
+        raise
+    mfa = tuple(sorted({mfa_kind(serial) for serial in serials}))
+    return User(name, password, password_last_used if password else None, mfa, keys)
+
+
+async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
+    """The user's keys. One that is deleted meanwhile is left out; NoSuchEntity is raised if the user is."""
+    keys = []
+    for entry in await list_access_keys(session, user_name):
+        try:
+            last_used, service = await get_access_key_last_used(session, entry["AccessKeyId"])
+        except StepFailed as failure:
+            if failure.code != "NoSuchEntity":
+                raise
+            await list_access_keys(
+                session, user_name
+            )  # raises NoSuchEntity too if it is the user who is gone
+            continue
+        keys.append(
+            AccessKey(
+                entry["AccessKeyId"],
+                entry["Status"],
+                to_second(entry["CreateDate"]),
+                last_used,
+                service,
+            )
+        )
+    return tuple(sorted(keys, key=lambda key: (key.created, key.id)))
+
+
+def mfa_kind(serial: str) -> str:
+    """The kind of an MFA device by its serial number; whatever is no ARN is a hardware TOTP token.
+
+    https://docs.aws.amazon.com/IAM/latest/APIReference/API_MFADevice.html
+    """
+    if not serial.startswith("arn:"):
+        return "Hardware"
+    kinds = {"mfa": "Virtual", "u2f": "Security key", "sms-mfa": "SMS"}
+    resource_type, _, _ = serial.split(":", 5)[-1].partition("/")
+    return kinds.get(resource_type, "Unknown")
+
+
+def created_since_listed(
+    rows: Mapping[str, Mapping[str, str]], listed: Iterable[Mapping[str, Any]], asked: datetime
+) -> set[str]:
+    """Users of the report who may have been created after ListUsers was asked: not listed, and young enough."""
+    known = {(entry["UserName"], to_second(entry["CreateDate"])) for entry in listed}
+    created = {
+        name: report_date(row, "user_creation_time") for name, row in rows.items() if name != ROOT
+    }
+    return {
+        name
+        for name, at in created.items()
+        if at and at >= asked - CLOCK_SKEW and (name, at) not in known
+    }
+
+
+async def read_root(session: AccountSession, row: Mapping[str, str]) -> User:
+    """Root as the report shows it; whether its MFA device is a virtual one is asked only if it has one."""
+    password = has_password(row)
+    mfa: tuple[str, ...] = ()
+    if report_flag(row, "mfa_active"):
+        virtual = row["arn"] in await list_virtual_mfa_devices(session)
+        mfa = (
+            ("Virtual",) if virtual else ("Hardware",)
+        )  # root's other devices cannot be listed from a role
+    keys = [key for slot in (1, 2) if (key := root_access_key(row, slot))]
+    last_used = report_date(row, "password_last_used") if password else None
+    return User(
+        ROOT, password, last_used, mfa, tuple(sorted(keys, key=lambda key: (key.created, key.id)))
+    )
+
+
+def root_access_key(row: Mapping[str, str], slot: int) -> AccessKey | None:
+    """Root's access key of that slot. `active` is false for no key as well as for an inactive one; only
+    `last_rotated` tells them apart, and it is the creation date as far as the report knows it."""
+    active = report_flag(row, f"access_key_{slot}_active")
+    created = report_date(row, f"access_key_{slot}_last_rotated")
+    if created is None:
+        if active:
+            raise no_report(f"root's access key {slot} is active and has no last_rotated")
+        return None
+    last_used = report_date(row, f"access_key_{slot}_last_used_date")
+    service = row[f"access_key_{slot}_last_used_service"] if last_used else NOT_APPLICABLE
+    status = "Active" if active else "Inactive"
+    return AccessKey(ROOT_ACCESS_KEYS[slot - 1], status, created, last_used, service)
+
+
+def has_password(row: Mapping[str, str]) -> bool:
+    """`not_supported` stands for root in older reports; root then has a password."""
+    return row["password_enabled"].lower() == "not_supported" or report_flag(
+        row, "password_enabled"
+    )
+
+
+def parse_report(content: bytes, account_id: str) -> dict[str, dict[str, str]]:
+    """The credential report's rows by user name.
+
+    Raises StepFailed if it is no credential report, or if any row is of another account: all accounts share one
+    client, so this is what makes a mix-up impossible to miss.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise no_report(f"it is no CSV ({error})") from None
+    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
+        raise no_report(f"it lacks the columns {', '.join(sorted(missing))}")
+    for row in rows:
+        if None in row or None in row.values():
+            raise no_report(f"a row does not have as many cells as the header ({row['user']})")
+        check_account(row["arn"], account_id, "GetCredentialReport")
+    by_user = {row["user"]: row for row in rows}
+    if len(by_user) < len(rows):
+        raise no_report("it has two rows of one user")
+    return by_user
+
+
+def report_date(row: Mapping[str, str], column: str) -> datetime | None:
+    text = row[column]
+    if text.lower() in REPORT_NO_DATE:
+        return None
+    try:
+        return to_second(parse_time(text))
+    except ValueError:
+        raise no_report(f"{column} of {row['user']} is {text!r}") from None
+
+
+def report_flag(row: Mapping[str, str], column: str) -> bool:
+    text = row[column].lower()
+    if text not in {"true", "false"}:
+        raise no_report(f"{column} of {row['user']} is {row[column]!r}")
+    return text == "true"
+
+
+def no_report(why: str) -> StepFailed:
+    return StepFailed(
+        "GetCredentialReport", "DamagedReport", f"the answer is no credential report: {why}"
+    )
+
+
+def check_account(arn: str, account_id: str, step: str) -> None:
+    if arn.split(":")[4:5] != [account_id]:
+        raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
+
+
+async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
+    """What CloudTrail knows of the account. Its refusal costs the changes their witness, not the account its audit."""
+    try:
+        events = [event for name in names for event in await lookup_events(session, name, since)]
+    except StepFailed as failure:
+        return Trail(error=f"{failure.step}: {failure.code}: {failure.message}")
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:  # a record that is not what AWS documents
+        return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")
+    return Trail(tuple(sorted(events)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: rows, cells, atomic writing, reading a run back
+# --------------------------------------------------------------------------------------------------
+
+
+CSV_COLUMNS = (
+    "account_id",
+    "account_name",
+    "username",
+    "password_status",
+    "password_last_used",
+    "access_key_id",
+    "status",
+    "created_date",
+    "last_used_date",
+    "service_name",
+    "mfa_status",
+)
+PASSWORD_SET = "Configurada"
+PASSWORD_NOT_SET = "No configurada"
+PASSWORD_NEVER_USED = "Nunca"
+KEY_NEVER_USED = "Nunca utilizada"
+NO_MFA = "None"
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+FORMULA = re.compile(
+    r"'*[=+\-@\t\r]"
+)  # how a cell starts that a spreadsheet would take for a formula
+SUMMARY_FORMAT = 1  # of summary.json; a number more for each change that a reader must know about
+
+
+class UserState(NamedTuple):
+    """What is compared of a user between two runs. `keys` maps access key IDs to status and creation date."""
+
+    password_status: str
+    mfa_status: str
+    keys: Mapping[str, tuple[str, str]]
+
+    @property
+    def lacks_mfa(self) -> bool:
+        return self.password_status == PASSWORD_SET and self.mfa_status == NO_MFA
+
+
+States = Mapping[str, UserState]  # by user name
+
+
+def make_run_folder(output_dir: Path, started: datetime) -> Path:
+    """A new folder for this run, named by its UTC start; a second run in the same second gets `-2`, and so on."""
+    for missing in reversed([one for one in (output_dir, *output_dir.parents) if not one.exists()]):
+        missing.mkdir(
+            mode=0o700, exist_ok=True
+        )  # makedirs would give this mode to the last one alone
+    name = f"{started:%Y%m%dT%H%M%SZ}"
+    for folder in itertools.chain(
+        [output_dir / name], (output_dir / f"{name}-{n}" for n in itertools.count(2))
+    ):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            break
+    (folder / "accounts").mkdir(mode=0o700)
+    return folder
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Take back the folder of a run that has written nothing."""
+    with contextlib.suppress(OSError):
+        (folder / "accounts").rmdir()
+        folder.rmdir()
+
+
+def account_csv(folder: Path, account_id: str) -> Path:
+    return folder / "accounts" / f"{account_id}.csv"
 
 
 def rows_of(audited: AuditedAccount) -> Iterator[tuple[str, ...]]:
@@ -1707,18 +1810,12 @@ def rows_of(audited: AuditedAccount) -> Iterator[tuple[str, ...]]:
             yield (*who, *access_key_cells(key), mfa_status(user))
 
 
-def mfa_status(user: User) -> str:
-    return "+".join(user.mfa) or NO_MFA
-
-
-def account_csv(folder: Path, account_id: str) -> Path:
-    return folder / "accounts" / f"{account_id}.csv"
-
-
 def password_cells(user: User) -> tuple[str, str]:
     if not user.password:
         return PASSWORD_NOT_SET, NOT_APPLICABLE
-    return PASSWORD_SET, iso(user.password_last_used) if user.password_last_used else PASSWORD_NEVER_USED
+    return PASSWORD_SET, iso(
+        user.password_last_used
+    ) if user.password_last_used else PASSWORD_NEVER_USED
 
 
 def access_key_cells(key: AccessKey | None) -> tuple[str, ...]:
@@ -1726,6 +1823,17 @@ def access_key_cells(key: AccessKey | None) -> tuple[str, ...]:
         return (NOT_APPLICABLE,) * 5
     last_used = iso(key.last_used) if key.last_used else KEY_NEVER_USED
     return key.id, key.status, iso(key.created), last_used, key.service_name
+
+
+def mfa_status(user: User) -> str:
+    return "+".join(user.mfa) or NO_MFA
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    with atomic_file(path) as file:
+        writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
+        writer.writerow(columns)
+        writer.writerows([neutral(cell) for cell in row] for row in rows)
 
 
 def neutral(cell: str) -> str:
@@ -1749,13 +1857,6 @@ class LineFeeds:
 
     def write(self, row: str) -> None:
         self._file.write(row[:-2] + "\n")
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    with atomic_file(path) as file:
-        writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
-        writer.writerow(columns)
-        writer.writerows([neutral(cell) for cell in row] for row in rows)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -1783,17 +1884,26 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
         raise
 
 
-def make_run_folder(output_dir: Path, started: datetime) -> Path:
-    """A new folder for this run, named by its UTC start; a second run in the same second gets `-2`, and so on."""
-    for missing in reversed([one for one in (output_dir, *output_dir.parents) if not one.exists()]):
-        missing.mkdir(mode=0o700, exist_ok=True)  # makedirs would give this mode to the last one alone
-    name = f"{started:%Y%m%dT%H%M%SZ}"
-    for folder in itertools.chain([output_dir / name], (output_dir / f"{name}-{n}" for n in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-            break
-    (folder / "accounts").mkdir(mode=0o700)
-    return folder
+def finished_runs(output_dir: Path) -> list[Path]:
+    """The folders of finished runs, newest first."""
+    found = []
+    for folder in output_dir.iterdir():
+        name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
+        if name and os.path.exists(folder / "summary.json"):
+            found.append((name[1], int(name[2] or 1), folder))
+    return [folder for _, _, folder in sorted(found, reverse=True)]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of a finished run. Raises AuditError if it cannot be read, ValueError if it is not one."""
+    path = folder / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
+    if summary["tool"] != "iam-audit" or summary["format"] != SUMMARY_FORMAT:
+        raise ValueError(f"it is not of format {SUMMARY_FORMAT}")
+    return summary
 
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
@@ -1817,7 +1927,11 @@ def states_of_rows(rows: Iterable[Sequence[str]], account_id: str) -> dict[str, 
         if len(row) != len(CSV_COLUMNS) or row[0] != account_id:
             raise ValueError(f"row {number} is not one of account {account_id}")
         _, _, name, password, _, key_id, status, created, _, _, mfa = row
-        if password not in (PASSWORD_SET, PASSWORD_NOT_SET) or status not in KEY_STATUSES or not mfa:
+        if (
+            password not in (PASSWORD_SET, PASSWORD_NOT_SET)
+            or status not in KEY_STATUSES
+            or not mfa
+        ):
             raise ValueError(f"row {number} has words that no such CSV has")
         state = states.setdefault(original(name), UserState(password, mfa, {}))
         if key_id != NOT_APPLICABLE:
@@ -1825,48 +1939,121 @@ def states_of_rows(rows: Iterable[Sequence[str]], account_id: str) -> dict[str, 
     return states
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary.json of a finished run. Raises AuditError if it cannot be read, ValueError if it is not one."""
-    path = folder / "summary.json"
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
-    if summary["tool"] != "iam-audit" or summary["format"] != SUMMARY_FORMAT:
-        raise ValueError(f"it is not of format {SUMMARY_FORMAT}")
-    return summary
-
-
-def finished_runs(output_dir: Path) -> list[Path]:
-    """The folders of finished runs, newest first."""
-    found = []
-    for folder in output_dir.iterdir():
-        name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
-        if name and os.path.exists(folder / "summary.json"):
-            found.append((name[1], int(name[2] or 1), folder))
-    return [folder for _, _, folder in sorted(found, reverse=True)]
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Take back the folder of a run that has written nothing."""
-    with contextlib.suppress(OSError):
-        (folder / "accounts").rmdir()
-        folder.rmdir()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
-    """Whether the account's name, ID or path in the organization says so."""
-    return any(pattern.search(text) for text in (account.name, account.id, account.path or ""))
+# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
+# in production accounts and fourth elsewhere.
+PRIORITIES = {
+    "root-access-key": 1,
+    "console-without-mfa": 4,
+    "key-older-than-1-year": 2,
+    "key-in-use": 3,
+    "unused-key": 5,
+    "key-older-than-90-days": 6,
+    "inactive-key": 7,
+}
+ONE_YEAR = timedelta(days=365)
+UNUSED_AFTER = timedelta(days=90)
+IN_USE_WITHIN = timedelta(days=30)
+# AWS Security Maturity Model v2; the order is the ranking
+LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
+NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+PHASES = ("phase1", "phase2")
+FINDINGS_COLUMNS = (
+    "priority",
+    "finding",
+    "account_id",
+    "account_name",
+    "production",
+    "username",
+    "access_key_id",
+    "age_days",
+    "last_used_date",
+    "service_name",
+    "reasons",
+    "recommendation",
+)
+
+
+class OldestKey(NamedTuple):
+    """The oldest active access key somewhere, and whose it is."""
+
+    created: datetime
+    account_id: str
+    account_name: str
+    username: str
+    access_key_id: str
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Long-term credentials, counted; of one account, or added up over several. Root counts as a user."""
+
+    console_users: int = 0
+    console_users_without_mfa: int = 0
+    access_keys: int = 0
+    active_keys: int = 0
+    inactive_keys: int = 0
+    expired_keys: int = 0
+    active_keys_older_than_max_age: int = 0
+    active_keys_older_than_1_year: int = 0
+    active_keys_never_used: int = 0
+    active_keys_not_used_for_90_days: int = 0
+    active_keys_used_within_30_days: int = 0
+    root_access_keys: int = 0
+    users_with_two_active_keys: int = 0
+    oldest_active_key: OldestKey | None = None
+
+    def __add__(self, other: Gaps) -> Gaps:
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in GAP_COUNTS}
+        oldest = min(filter(None, (self.oldest_active_key, other.oldest_active_key)), default=None)
+        return Gaps(**numbers, oldest_active_key=oldest)
+
+    @property
+    def mfa_coverage_percent(self) -> float:
+        """Console users with MFA, in percent of all, rounded down: 100 means all, and there may be none."""
+        covered = self.console_users - self.console_users_without_mfa
+        return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
+
+
+GAP_COUNTS = tuple(each.name for each in fields(Gaps) if each.name != "oldest_active_key")
+
+
+@dataclass(frozen=True)
+class AccountFigures:
+    """What is kept of an audited account once its CSV is written."""
+
+    account: Account
+    report_generated: datetime
+    has_root: bool
+    users: int
+    production: bool
+    gaps: Gaps
+    phase1: str
+    phase2: str
+
+
+class Finding(NamedTuple):
+    """One thing to fix: a user who needs MFA (`key` is None), or an access key that must go."""
+
+    priority: int
+    finding: str
+    account: Account
+    production: bool
+    user: str
+    key: AccessKey | None
+    password_last_used: datetime | None
+    reasons: tuple[str, ...]
 
 
 def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
     """The figures of one account."""
-    gaps = sum((gaps_of(audited.account, user, plan.max_key_age, now) for user in audited.users), Gaps())
+    gaps = sum(
+        (gaps_of(audited.account, user, plan.max_key_age, now) for user in audited.users), Gaps()
+    )
     users = sum(user.name != ROOT for user in audited.users)
     return AccountFigures(
         account=audited.account,
@@ -1878,6 +2065,11 @@ def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures
         phase1=phase1_level(gaps),
         phase2=phase2_level(gaps),
     )
+
+
+def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
+    """Whether the account's name, ID or path in the organization says so."""
+    return any(pattern.search(text) for text in (account.name, account.id, account.path or ""))
 
 
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
@@ -1899,7 +2091,8 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
         root_access_keys=len(user.keys) if user.name == ROOT else 0,
         users_with_two_active_keys=int(len(active) > 1),
         oldest_active_key=min(
-            (OldestKey(key.created, account.id, account.name, user.name, key.id) for key in active), default=None
+            (OldestKey(key.created, account.id, account.name, user.name, key.id) for key in active),
+            default=None,
         ),
     )
 
@@ -1926,15 +2119,32 @@ def organization_level(levels: Iterable[str], failed: int) -> str:
     return LEVELS[min(ranks + [LEVELS.index(IN_PROGRESS)] * bool(failed))]
 
 
+def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
+    return sum((account.gaps for account in accounts), Gaps())
+
+
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
     """What to fix in one account: each user without MFA and each key at most once."""
     account, production = audited.account, is_production(audited.account, plan.production)
     for user in audited.users:
         if user.password and not user.mfa:
-            reasons = ("console user without MFA", *["root"] * (user.name == ROOT), *["production"] * production)
+            reasons = (
+                "console user without MFA",
+                *["root"] * (user.name == ROOT),
+                *["production"] * production,
+            )
             finding = "console-without-mfa"
             priority = MOST_URGENT if production else PRIORITIES[finding]
-            yield Finding(priority, finding, account, production, user.name, None, user.password_last_used, reasons)
+            yield Finding(
+                priority,
+                finding,
+                account,
+                production,
+                user.name,
+                None,
+                user.password_last_used,
+                reasons,
+            )
         for key in user.keys:
             if applies := key_findings(key, user.name == ROOT, plan.max_key_age, now):
                 finding = min(applies, key=PRIORITIES.__getitem__)
@@ -1942,7 +2152,9 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
                 yield Finding(priority, finding, account, production, user.name, key, None, reasons)
 
 
-def key_findings(key: AccessKey, is_root: bool, max_key_age: timedelta, now: datetime) -> dict[str, str]:
+def key_findings(
+    key: AccessKey, is_root: bool, max_key_age: timedelta, now: datetime
+) -> dict[str, str]:
     """All findings that apply to an access key, each with its reason in words."""
     if key.status != "Active":
         return {"inactive-key": "expired" if key.status == "Expired" else "inactive"}
@@ -1951,9 +2163,13 @@ def key_findings(key: AccessKey, is_root: bool, max_key_age: timedelta, now: dat
     applies = {
         "root-access-key": "active root access key" if is_root else "",
         "key-older-than-1-year": "older than 1 year" if old > ONE_YEAR else "",
-        "key-in-use": "used within 30 days" if unused is not None and unused <= IN_USE_WITHIN else "",
+        "key-in-use": "used within 30 days"
+        if unused is not None and unused <= IN_USE_WITHIN
+        else "",
         "unused-key": unused_reason(old, unused),
-        "key-older-than-90-days": f"older than {max_key_age.days} days" if old > max_key_age else "",
+        "key-older-than-90-days": f"older than {max_key_age.days} days"
+        if old > max_key_age
+        else "",
     }
     return {finding: reason for finding, reason in applies.items() if reason}
 
@@ -1971,7 +2187,41 @@ def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
     """The order of findings.csv: by priority, production first, oldest first, by account and name."""
     key = finding.key
     born = key.created.timestamp() if key else float("inf")
-    return (finding.priority, not finding.production, born, finding.account.id, finding.user, key.id if key else "")
+    return (
+        finding.priority,
+        not finding.production,
+        born,
+        finding.account.id,
+        finding.user,
+        key.id if key else "",
+    )
+
+
+def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
+    """The finding's line in findings.csv."""
+    key = finding.key
+    if key is None:
+        last_used = (
+            iso(finding.password_last_used) if finding.password_last_used else PASSWORD_NEVER_USED
+        )
+        key_id, age_days, service = NOT_APPLICABLE, "", NOT_APPLICABLE
+    else:
+        key_id, _, _, last_used, service = access_key_cells(key)
+        age_days = str(days_between(key.created, run.started))
+    return (
+        str(finding.priority),
+        finding.finding,
+        finding.account.id,
+        finding.account.name,
+        "true" if finding.production else "false",
+        finding.user,
+        key_id,
+        age_days,
+        last_used,
+        service,
+        "; ".join(finding.reasons),
+        recommendation(finding, run),
+    )
 
 
 def recommendation(finding: Finding, run: Run) -> str:
@@ -2023,34 +2273,112 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
     return step[0].upper() + step[1:]
 
 
-def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
-    """The finding's line in findings.csv."""
-    key = finding.key
-    if key is None:
-        last_used = iso(finding.password_last_used) if finding.password_last_used else PASSWORD_NEVER_USED
-        key_id, age_days, service = NOT_APPLICABLE, "", NOT_APPLICABLE
-    else:
-        key_id, _, _, last_used, service = access_key_cells(key)
-        age_days = str(days_between(key.created, run.started))
-    return (
-        str(finding.priority),
-        finding.finding,
-        finding.account.id,
-        finding.account.name,
-        "true" if finding.production else "false",
-        finding.user,
-        key_id,
-        age_days,
-        last_used,
-        service,
-        "; ".join(finding.reasons),
-        recommendation(finding, run),
-    )
+# --------------------------------------------------------------------------------------------------
+# Track: each account against an earlier run, with CloudTrail as a witness
+# --------------------------------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Track: this run against an earlier one, with CloudTrail as a witness
-# ----------------------------------------------------------------------------------------------------------------------
+# Each change with the CloudTrail events that explain it, and those that contradict it where none explains it.
+EXPLAINED_BY = {
+    "access-key-created": (("CreateAccessKey",), ("DeleteAccessKey",)),
+    "access-key-deleted": (("DeleteAccessKey",), ("CreateAccessKey",)),
+    "access-key-activated": (("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
+    "access-key-deactivated": (("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
+    "mfa-added": (("EnableMFADevice",), ("DeactivateMFADevice",)),
+    "mfa-removed": (("DeactivateMFADevice",), ("EnableMFADevice",)),
+    "mfa-changed": (("EnableMFADevice", "DeactivateMFADevice"), ()),
+    "console-enabled": (("CreateLoginProfile",), ("DeleteLoginProfile",)),
+    "console-disabled": (("DeleteLoginProfile",), ("CreateLoginProfile",)),
+    "user-created": (("CreateUser",), ("DeleteUser",)),
+    "user-deleted": (("DeleteUser",), ("CreateUser",)),
+}
+CAME_AND_WENT = "access-key-came-and-went"
+EVENT_NAMES = tuple(
+    sorted({name.split("=")[0] for explained, _ in EXPLAINED_BY.values() for name in explained})
+)
+RUNS_SHOWN = 12
+CHANGES_COLUMNS = (
+    "account_id",
+    "account_name",
+    "username",
+    "access_key_id",
+    "change",
+    "before",
+    "after",
+    "witness",
+    "event_name",
+    "event_time",
+    "actor",
+    "source_ip",
+)
+EVENTS_COLUMNS = (
+    "account_id",
+    "account_name",
+    "event_time",
+    "event_name",
+    "username",
+    "access_key_id",
+    "actor",
+    "source_ip",
+    "user_agent",
+    "event_id",
+)
+
+
+class Change(NamedTuple):
+    """One line of changes.csv. `witness` is confirmed, contradicted, not found, unavailable, or empty: not asked."""
+
+    account_id: str
+    account_name: str
+    user: str
+    key_id: str
+    change: str
+    before: str = ""
+    after: str = ""
+    witness: str = ""
+    event: Event | None = None
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A finished run in the table of runs."""
+
+    started: datetime
+    audited: int
+    console_users_without_mfa: int
+    active_keys: int
+    active_keys_older_than_max_age: int
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """The run that this one is compared with: each account's ID with name and result; the organization's level in both
+    phases, and by ID those of each account that it audited."""
+
+    folder: Path
+    started: datetime
+    max_key_age_days: int
+    accounts: Mapping[str, tuple[str, str]]
+    levels: Mapping[str, str]
+    account_levels: Mapping[str, Mapping[str, str]]
+
+
+@dataclass
+class Tracking:
+    """What has changed since the earlier run, as far as the run has come; without one (None) there is no change.
+
+    `compared` are the IDs of the accounts that both runs audited. In all others a key is new if its creation date says
+    so: `new_keys_elsewhere`.
+    """
+
+    earlier: EarlierRun | None = None
+    runs: list[RunFigures] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    compared: set[str] = field(default_factory=set)
+    new_keys_elsewhere: list[Change] = field(default_factory=list)
+    mfa_fixed: int = 0
+    mfa_new: list[Change] = field(default_factory=list)
 
 
 def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
@@ -2073,12 +2401,16 @@ def open_tracking(output_dir: Path, named: Path | None, organization_id: str) ->
         except AuditError:
             if tracking.earlier is None and named is None:
                 raise
-            tracking.unreadable.append(folder.name)  # it would only have been a line in the table of runs
+            tracking.unreadable.append(
+                folder.name
+            )  # it would only have been a line in the table of runs
     if named is not None:
         with naming_the_file(named):
             summary = read_summary(named)
             if summary["organization"]["id"] != organization_id:
-                raise AuditError(f"--previous: {named} is a run of organization {summary['organization']['id']}.")
+                raise AuditError(
+                    f"--previous: {named} is a run of organization {summary['organization']['id']}."
+                )
             tracking.earlier = earlier_run(named, summary)
     return tracking
 
@@ -2090,7 +2422,9 @@ def naming_the_file(folder: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else repr(error)
-        raise AuditError(f"Cannot read the earlier run's {folder / 'summary.json'}: {what}") from None
+        raise AuditError(
+            f"Cannot read the earlier run's {folder / 'summary.json'}: {what}"
+        ) from None
 
 
 def run_figures(summary: Mapping[str, Any]) -> RunFigures:
@@ -2111,14 +2445,23 @@ def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
         if entry["result"] == "audited":
             states = read_states(account_csv(folder, entry["id"]), entry["id"])
             keys = sum(len(state.keys) for state in states.values())
-            if (len(states), keys) != (entry["users"] + entry["root"], entry["gaps"]["access_keys"]):
+            if (len(states), keys) != (
+                entry["users"] + entry["root"],
+                entry["gaps"]["access_keys"],
+            ):
                 path = account_csv(folder, entry["id"])
-                raise AuditError(f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts")
-    accounts.update({entry["id"]: (entry["name"], "out of scope") for entry in summary["out_of_scope"]})
+                raise AuditError(
+                    f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts"
+                )
+    accounts.update(
+        {entry["id"]: (entry["name"], "out of scope") for entry in summary["out_of_scope"]}
+    )
     return EarlierRun(
         folder=folder,
         started=parse_time(summary["started"]),
-        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,  # refuses what is no number of days
+        max_key_age_days=timedelta(
+            days=summary["max_key_age_days"]
+        ).days,  # refuses what is no number of days
         accounts=accounts,
         levels={phase: level_of(summary["maturity"][phase]["level"]) for phase in PHASES},
         account_levels={
@@ -2146,15 +2489,22 @@ def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
         return
     before = read_states(account_csv(earlier.folder, account.id), account.id)
     after = {user.name: state_of(user) for user in audited.users}
-    changes = [*changes_between(account, before, after), *came_and_went(account, before, after, trail)]
+    changes = [
+        *changes_between(account, before, after),
+        *came_and_went(account, before, after, trail),
+    ]
     tracking.compared.add(account.id)
     tracking.changes += [with_witness(change, trail) for change in changes]
     unknown, renamed = {ROOT} - (before.keys() & after.keys()), renamed_users(before, after)
-    lacking_before = {renamed.get(name, name) for name, state in before.items() if state.lacks_mfa} - unknown
+    lacking_before = {
+        renamed.get(name, name) for name, state in before.items() if state.lacks_mfa
+    } - unknown
     lacking_now = {name for name, state in after.items() if state.lacks_mfa} - unknown
     tracking.mfa_fixed += len(lacking_before - lacking_now)
     new = sorted(lacking_now - lacking_before)
-    tracking.mfa_new += [Change(account.id, account.name, name, "", "console-without-mfa") for name in new]
+    tracking.mfa_new += [
+        Change(account.id, account.name, name, "", "console-without-mfa") for name in new
+    ]
 
 
 def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
@@ -2162,7 +2512,15 @@ def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Ch
     for user in audited.users:
         for key in user.keys:
             if key.created >= moment:
-                yield Change(account.id, account.name, user.name, key.id, "access-key-created", "", key.status)
+                yield Change(
+                    account.id,
+                    account.name,
+                    user.name,
+                    key.id,
+                    "access-key-created",
+                    "",
+                    key.status,
+                )
 
 
 def trail_since(trail: Trail, moment: datetime) -> Trail:
@@ -2172,7 +2530,9 @@ def trail_since(trail: Trail, moment: datetime) -> Trail:
 
 def state_of(user: User) -> UserState:
     status, _ = password_cells(user)
-    return UserState(status, mfa_status(user), {key.id: (key.status, iso(key.created)) for key in user.keys})
+    return UserState(
+        status, mfa_status(user), {key.id: (key.status, iso(key.created)) for key in user.keys}
+    )
 
 
 def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
@@ -2195,27 +2555,42 @@ def changes_between(account: Account, before: States, after: States) -> Iterator
             continue  # his keys are compared under the new name
         had = then or before.get(name_before.get(name, ""))
         keys_then, keys_now = had.keys if had else {}, now.keys if now else {}
-        yield from key_changes(change, in_their_slots(keys_then, keys_now) if name == ROOT else keys_then, keys_now)
+        yield from key_changes(
+            change, in_their_slots(keys_then, keys_now) if name == ROOT else keys_then, keys_now
+        )
 
 
 def renamed_users(before: States, after: States) -> dict[str, str]:
     """The new name by the old one, as far as keys tell: they stay with their user."""
-    old_owner = {key_id: name for name, state in before.items() if name not in after for key_id in state.keys}
-    new_owner = {key_id: name for name, state in after.items() if name not in before for key_id in state.keys}
-    return {old_owner[key_id]: new_owner[key_id] for key_id in sorted(old_owner.keys() & new_owner.keys())}
+    old_owner = {
+        key_id: name for name, state in before.items() if name not in after for key_id in state.keys
+    }
+    new_owner = {
+        key_id: name for name, state in after.items() if name not in before for key_id in state.keys
+    }
+    return {
+        old_owner[key_id]: new_owner[key_id]
+        for key_id in sorted(old_owner.keys() & new_owner.keys())
+    }
 
 
-def sign_in_changes(change: Callable[..., Change], then: UserState, now: UserState) -> Iterator[Change]:
+def sign_in_changes(
+    change: Callable[..., Change], then: UserState, now: UserState
+) -> Iterator[Change]:
     if then.password_status != now.password_status:
         what = "console-enabled" if now.password_status == PASSWORD_SET else "console-disabled"
         yield change("", what, then.password_status, now.password_status)
     if then.mfa_status != now.mfa_status:
-        what = {then.mfa_status: "mfa-added", now.mfa_status: "mfa-removed"}.get(NO_MFA, "mfa-changed")
+        what = {then.mfa_status: "mfa-added", now.mfa_status: "mfa-removed"}.get(
+            NO_MFA, "mfa-changed"
+        )
         yield change("", what, then.mfa_status, now.mfa_status)
 
 
 def key_changes(
-    change: Callable[..., Change], then: Mapping[str, tuple[str, str]], now: Mapping[str, tuple[str, str]]
+    change: Callable[..., Change],
+    then: Mapping[str, tuple[str, str]],
+    now: Mapping[str, tuple[str, str]],
 ) -> Iterator[Change]:
     """The changes of one user's access keys. Root's have no IDs: another creation date means another key."""
     for key_id in sorted(then.keys() | now.keys()):
@@ -2239,18 +2614,26 @@ def in_their_slots(
     other = {first: second, second: first}
     exchanged = {other.get(key_id, key_id): key for key_id, key in then.items()}
     return max(
-        then, exchanged, key=lambda keys: sum(keys[each][1] == now[each][1] for each in keys.keys() & now.keys())
+        then,
+        exchanged,
+        key=lambda keys: sum(keys[each][1] == now[each][1] for each in keys.keys() & now.keys()),
     )
 
 
-def came_and_went(account: Account, before: States, after: States, trail: Trail | None) -> Iterator[Change]:
+def came_and_went(
+    account: Account, before: States, after: States, trail: Trail | None
+) -> Iterator[Change]:
     """Keys that were created and deleted between two runs, which no snapshot shows."""
-    seen = {key_id for states in (before, after) for state in states.values() for key_id in state.keys}
+    seen = {
+        key_id for states in (before, after) for state in states.values() for key_id in state.keys
+    }
     events = trail.events if trail else ()
     created = {event.key_id for event in events if event.name == "CreateAccessKey" and event.key_id}
     for event in events:
         if event.name == "DeleteAccessKey" and event.key_id in created - seen:
-            yield Change(account.id, account.name, event.user, event.key_id, CAME_AND_WENT, event=event)
+            yield Change(
+                account.id, account.name, event.user, event.key_id, CAME_AND_WENT, event=event
+            )
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
@@ -2282,8 +2665,14 @@ def accounts_that_came_or_left(run: Run) -> list[Change]:
         return []
     then = {account_id: name for account_id, (name, _) in run.tracking.earlier.accounts.items()}
     now = {account.id: account.name for account in accounts_now(run).values()}
-    joined = [Change(each, now[each], "", "", "account-joined") for each in sorted(now.keys() - then.keys())]
-    return joined + [Change(each, then[each], "", "", "account-left") for each in sorted(then.keys() - now.keys())]
+    joined = [
+        Change(each, now[each], "", "", "account-joined")
+        for each in sorted(now.keys() - then.keys())
+    ]
+    return joined + [
+        Change(each, then[each], "", "", "account-left")
+        for each in sorted(then.keys() - now.keys())
+    ]
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -2295,22 +2684,411 @@ def accounts_now(run: Run) -> dict[str, Account]:
 def change_row(change: Change) -> tuple[str, ...]:
     """The change's line in changes.csv."""
     event = change.event
-    seen = (event.name, iso(event.time), event.actor, event.source_ip) if event else ("", "", "", "")
+    seen = (
+        (event.name, iso(event.time), event.actor, event.source_ip) if event else ("", "", "", "")
+    )
     return (*change[:8], *seen)
 
 
 def event_rows(run: Run) -> list[tuple[str, ...]]:
     """The lines of events.csv, oldest first."""
-    found = sorted((event, account.id, account.name) for account, trail in run.trails for event in trail.events)
+    found = sorted(
+        (event, account.id, account.name) for account, trail in run.trails for event in trail.events
+    )
     return [
         (account_id, name, iso(event.time), event.name, event.user, event.key_id, *event[5:])
         for event, account_id, name in found
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Enforce: what the organization's service control policies already prevent, and what to deploy where nothing does
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Enforce: what the organization's policies already prevent
+# --------------------------------------------------------------------------------------------------
+
+
+MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
+CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
+ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
+VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first of them holds
+# What an MFA requirement may leave out and still be one: setting up MFA, reading IAM, signing in. Not iam:* or sts:*,
+# with which a stolen password makes itself an access key or assumes a role, and nothing that deactivates an MFA device
+# (DeleteVirtualMFADevice, in an example of AWS's, can only delete one that nobody has).
+MFA_BASICS = (
+    *MFA_SETUP,
+    "iam:Get*",
+    "iam:List*",
+    "iam:DeleteVirtualMFADevice",
+    "sts:GetCallerIdentity",
+    "signin:AuthorizeOAuth2Access",
+    "signin:CreateOAuth2Token",
+)
+# Operator, key and value of a condition that holds without MFA, and of one that holds only with it. Access keys send
+# no aws:MultiFactorAuthPresent at all, console sessions without MFA send false: Null true of that key, alone, stops the
+# first and not the second, and so does not count.
+WITHOUT_MFA = {
+    ("bool", "aws:multifactorauthpresent"): "false",
+    ("null", "aws:multifactorauthage"): "true",
+}
+WITH_MFA = {
+    ("bool", "aws:multifactorauthpresent"): "true",
+    ("null", "aws:multifactorauthage"): "false",
+}
+# Holds for what the caller asks itself, not for what a service then asks for it (Athena of S3, CloudFormation of EC2):
+# those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
+BY_THE_CALLER = {("bool", "aws:viaawsservice"): "false"}
+# A principal that an exemption names. Roles are no console users, so any role may be exempt from MFA; of new keys only
+# roles with a name, whose end may be open after a hyphen or underscore (stacksets-exec-*), though not if that takes in
+# AWS's own paths, and those of an Identity Center permission set (AWSReservedSSO_Admin_*). A policy variable ($) can
+# stand for anybody.
+NAMED = {
+    MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
+    NEW_KEYS_PREVENTED: re.compile(
+        r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
+        r"|role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*)"
+    ),
+}
+ALL_BUT_USERS = "all principals but IAM users"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A service control policy and the IDs of the root, OUs and accounts it is attached to."""
+
+    id: str
+    name: str
+    content: str
+    targets: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one statement or policy does for one control; a condition for each statement that is narrowed."""
+
+    verdict: str
+    exemptions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Control:
+    """What holds in one account, and the names of the policies it rests on, by ID."""
+
+    verdict: str
+    policies: Mapping[str, str]
+    exemptions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One key of a Condition element: operator and key in lower case, and the whole as a person reads it."""
+
+    operator: str
+    key: str
+    values: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A policy statement; of actions and not_actions one is empty, and so of resources and not_resources."""
+
+    effect: str
+    actions: tuple[str, ...]
+    not_actions: tuple[str, ...]
+    resources: tuple[str, ...]
+    not_resources: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+
+
+JudgedPolicy = tuple[Policy, Mapping[str, Judgement]]
+
+
+@dataclass(frozen=True)
+class Enforcement:
+    """What was found out about service control policies and root credentials; `why_not` where it could not be."""
+
+    judged: tuple[JudgedPolicy, ...] = ()
+    why_not: str = ""
+    root_credentials_managed: bool | None = None
+    root_why_not: str = ""
+
+
+async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
+    """Read and judge the service control policies. What cannot be read is not checked: the audit goes on without."""
+
+    async def ask(call: Callable[..., T], *arguments: Any) -> T:
+        return await aws.threads.run((0, 0), functools.partial(call, aws, *arguments))
+
+    policies: list[Policy] = []
+    why_not, root_managed, root_why_not = "", None, ""
+    try:
+        for policy_id, name in await ask(list_policies):
+            with unless_gone("PolicyNotFoundException"):
+                content, targets = (
+                    await ask(describe_policy, policy_id),
+                    await ask(list_targets_for_policy, policy_id),
+                )
+                policies.append(Policy(policy_id, name, content, targets))
+    except Exception as error:  # whatever it is, it must not cost the audit
+        why_not = reason_of("service control policies", error)
+    try:
+        root_managed = await ask(list_organizations_features)
+    except Exception as error:
+        root_why_not = reason_of("ListOrganizationsFeatures", error)
+    if organization.feature_set != "ALL":
+        why_not = "the organization has consolidated billing only, service control policies need all features"
+    elif not why_not and not any(policy.targets for policy in policies):
+        why_not = (
+            "service control policies are off: none is attached to anything, not even FullAWSAccess"
+        )
+    judged = tuple(judge_policies(policies, aws.caller.partition))
+    return Enforcement(judged, why_not, root_managed, root_why_not)
+
+
+@contextlib.contextmanager
+def unless_gone(code: str) -> Iterator[None]:
+    """Pass over a policy, or an account, that is gone since it was listed."""
+    try:
+        yield
+    except ClientError as error:
+        if error_code(error) != code:
+            raise
+
+
+async def apply_enforcement(aws: Aws, run: Run) -> None:
+    """Decide the controls of each account, audited or failed, and with them the level of phase 1."""
+    management, parents, paths = (
+        run.organization.management_account,
+        dict[str, str](),
+        dict[str, Sequence[str]](),
+    )
+    accounts = [*(one.account for one in run.audited), *(one.account for one in run.failed)]
+    try:
+        for account in accounts if not run.enforcement.why_not else ():
+            with unless_gone("ChildNotFoundException"):
+                paths[account.id] = (
+                    [] if account.id == management else await path_of(aws, account, parents)
+                )
+    except Exception as error:  # whatever it is, it must not cost the audit
+        run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
+    for account in accounts:
+        run.controls[account.id] = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
+        if account.id in paths and not run.enforcement.why_not:
+            is_management = account.id == management
+            run.controls[account.id] = controls_of_account(
+                paths[account.id], run.enforcement.judged, is_management
+            )
+    for number, figures in enumerate(run.audited):
+        enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
+        run.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
+
+
+async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> list[str]:
+    """The IDs of the account, its organizational units and the root; each parent that ListAccounts did not tell is
+    asked for once, and remembered in `parents`."""
+    if account.path is not None:
+        return account.path.split("/")
+    ids = [account.id]
+    while not ids[-1].startswith("r-"):
+        if ids[-1] not in parents:
+            parents[ids[-1]] = await aws.threads.run(
+                (0, 0), functools.partial(list_parents, aws, ids[-1])
+            )
+        ids.append(parents[ids[-1]])
+    return ids
+
+
+def controls_of_account(
+    path_ids: Sequence[str], judged: Iterable[JudgedPolicy], is_management: bool
+) -> dict[str, Control]:
+    """The controls of the account whose root, OUs and own ID are path_ids. The management account is under no SCP."""
+    applying = (
+        []
+        if is_management
+        else [each for each in judged if not each[0].targets.isdisjoint(path_ids)]
+    )
+    return {control: control_of_account(control, applying) for control in CONTROLS}
+
+
+def control_of_account(control: str, applying: Sequence[JudgedPolicy]) -> Control:
+    whole = strongest([judgements[control] for _, judgements in applying])
+    resting = [
+        policy
+        for policy, judgements in applying
+        if judgements[control].verdict == whole.verdict != ABSENT
+    ]
+    names = {policy.id: policy.name for policy in resting}
+    return Control(whole.verdict, names, whole.exemptions, whole.conditions)
+
+
+def judge_policies(policies: Iterable[Policy], partition: str) -> list[JudgedPolicy]:
+    return [(policy, judge_policy(policy.content, partition)) for policy in policies]
+
+
+def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
+    """What a policy does for each control. Only Deny statements count; whatever is not understood is not checked."""
+    users = f"arn:{partition}:iam::*:user/*"
+    try:
+        denials = [statement for statement in parse_policy(content) if statement.effect == "Deny"]
+    except (ValueError, RecursionError):  # of the parser, for JSON nested too deep
+        return {control: Judgement(NOT_CHECKED) for control in CONTROLS}
+    judges = {MFA_REQUIRED: judge_mfa_required, NEW_KEYS_PREVENTED: judge_new_keys_prevented}
+    return {
+        control: strongest([judge(denial, users) for denial in denials])
+        for control, judge in judges.items()
+    }
+
+
+def judge_mfa_required(statement: Statement, users: str) -> Judgement:
+    """Whether a Deny statement keeps console users without MFA from everything but setting it up."""
+    conditions = statement.conditions
+    about_mfa = [
+        condition for condition in conditions if condition.key.startswith("aws:multifactorauth")
+    ]
+    denies_nothing = (
+        any(covers(action, "*:*") for action in statement.not_actions)
+        or "*" in statement.not_resources
+    )
+    if (
+        not about_mfa
+        or denies_nothing
+        or any(holds(condition, WITH_MFA) for condition in about_mfa)
+    ):
+        return Judgement(ABSENT)
+    # A second condition on MFA may contradict the first, so only one is taken for what it says.
+    test = next((condition for condition in about_mfa if holds(condition, WITHOUT_MFA)), None)
+    basics = [basic.lower() for basic in MFA_BASICS]
+    extra = [
+        a for a in statement.not_actions if not any(covers(basic, a.lower()) for basic in basics)
+    ]
+    narrowed = [f"NotAction {', '.join(extra)}"] if extra else []
+    if statement.actions and not any(covers(action, "*:*") for action in statement.actions):
+        narrowed.append(f"Action {', '.join(statement.actions)}")
+    if "*" not in statement.resources:
+        narrowed.append(resources_text(statement))
+    rest = [each for each in conditions if each is not test and not holds(each, BY_THE_CALLER)]
+    return judge_conditions(MFA_REQUIRED, rest, users, narrowed)
+
+
+def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
+    """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
+    named = any(
+        covers(action.lower(), "iam:createaccesskey")
+        for action in statement.actions + statement.not_actions
+    )
+    denied = named if statement.actions else not named
+    listed = statement.resources + statement.not_resources
+    all_users = any(covers_arn(resource, users) for resource in listed)
+    some_users = any(touches_users(resource, users) for resource in listed)
+    denies_all, denies_some = (
+        (all_users, some_users) if statement.resources else (not some_users, not all_users)
+    )
+    if not denied or not (denies_all or denies_some):
+        return Judgement(ABSENT)
+    narrowed = [] if denies_all else [resources_text(statement)]
+    return judge_conditions(NEW_KEYS_PREVENTED, statement.conditions, users, narrowed)
+
+
+def judge_conditions(
+    control: str, conditions: Iterable[Condition], users: str, narrowed: list[str]
+) -> Judgement:
+    """Enforced, if conditions only pick all IAM users or exempt named principals and nothing else narrows."""
+    exemptions: list[str] = []
+    for condition in conditions:
+        if picks_users(condition, users):
+            exemptions += [ALL_BUT_USERS] if control == NEW_KEYS_PREVENTED else []
+        elif exempts_named(condition, control):
+            exemptions += condition.values
+        else:
+            narrowed = [*narrowed, condition.text]
+    if narrowed:
+        return Judgement(PARTIAL, tuple(exemptions), (" and ".join(narrowed),))
+    return Judgement(ENFORCED, tuple(exemptions))
+
+
+def holds(condition: Condition, table: Mapping[tuple[str, str], str]) -> bool:
+    return {value.lower() for value in condition.values} == {
+        table.get((condition.operator, condition.key))
+    }
+
+
+def picks_users(condition: Condition, users: str) -> bool:
+    """Whether the condition holds for every IAM user."""
+    if condition.key == "aws:principaltype":
+        return condition.operator in ("stringequals", "stringlike") and "User" in condition.values
+    if condition.key != "aws:principalarn" or condition.operator not in (
+        "arnlike",
+        "arnequals",
+        "stringlike",
+    ):
+        return False
+    values = [
+        value for value in condition.values if value != "*" or condition.operator == "stringlike"
+    ]
+    return any(
+        covers_arn(value, users) for value in values
+    )  # no ARN operator is known to take a bare *
+
+
+def exempts_named(condition: Condition, control: str) -> bool:
+    """Whether the condition holds for everybody except principals that it names."""
+    if condition.operator not in ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals"):
+        return False
+    if condition.key == "aws:username":
+        return not any(set(value) & set("*?$") for value in condition.values)
+    return condition.key == "aws:principalarn" and all(
+        NAMED[control].fullmatch(value) for value in condition.values
+    )
+
+
+def resources_text(statement: Statement) -> str:
+    element = "Resource" if statement.resources else "NotResource"
+    return f"{element} {', '.join(statement.resources or statement.not_resources)}"
+
+
+def strongest(judgements: Sequence[Judgement]) -> Judgement:
+    """What holds where all of these apply. A principal must be exempt from every enforcing one to be free, so the one
+    with the fewest exemptions tells most; partial ones add up, to partial."""
+    verdict = min(
+        (judgement.verdict for judgement in judgements), key=VERDICTS.index, default=ABSENT
+    )
+    same = [judgement for judgement in judgements if judgement.verdict == verdict]
+    if verdict == ENFORCED:
+        return min(
+            same,
+            key=lambda judgement: (
+                ALL_BUT_USERS in judgement.exemptions,
+                len(judgement.exemptions),
+            ),
+        )
+    exemptions = dict.fromkeys(
+        exemption for judgement in same for exemption in judgement.exemptions
+    )
+    conditions = dict.fromkeys(
+        condition for judgement in same for condition in judgement.conditions
+    )
+    return Judgement(verdict, tuple(exemptions), tuple(conditions))
+
+
+def covers(pattern: str, other: str) -> bool:
+    """Whether an IAM pattern matches all that `other` stands for, which may be a pattern itself: its * is a character
+    that only a * matches."""
+    return fnmatchcase(other, pattern.replace("[", "[[]").replace("?", "[!*]"))
+
+
+def covers_arn(pattern: str, arns: str) -> bool:
+    """The same for ARNs, segment by segment as AWS compares them."""
+    segments = pattern.split(":", 5)
+    return pattern == "*" or (len(segments) == 6 and all(map(covers, segments, arns.split(":", 5))))
+
+
+def touches_users(pattern: str, users: str) -> bool:
+    """Whether a resource pattern may match the ARN of some IAM user; in doubt, as with a policy variable, it may."""
+    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)
+    of_iam = all(map(covers, segments[:4], users.split(":")))
+    start = re.split(r"[*$]", segments[-1])[0][: len("user/")]
+    return len(segments) < 6 or (of_iam and covers(start, "user/"[: len(start)]))
 
 
 def parse_policy(content: str) -> tuple[Statement, ...]:
@@ -2320,19 +3098,21 @@ def parse_policy(content: str) -> tuple[Statement, ...]:
     return tuple(map(parse_statement, listed if isinstance(listed, list) else [listed]))
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; with a name twice, nobody can say which of the two AWS goes by."""
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a name stands twice in an object")
-    return members
-
-
 def parse_statement(element: Any) -> Statement:
     members = expect_object(element)
-    unknown = members.keys() - {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
+    unknown = members.keys() - {
+        "Sid",
+        "Effect",
+        "Action",
+        "NotAction",
+        "Resource",
+        "NotResource",
+        "Condition",
+    }
     names = ("Action", "NotAction", "Resource", "NotResource")
-    actions, not_actions, resources, not_resources = (texts(members.get(name, [])) for name in names)
+    actions, not_actions, resources, not_resources = (
+        texts(members.get(name, [])) for name in names
+    )
     if unknown or bool(actions) == bool(not_actions) or bool(resources) == bool(not_resources):
         raise ValueError("not a statement of a service control policy")
     effect = members.get("Effect")
@@ -2356,6 +3136,14 @@ def parse_conditions(block: Any) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; with a name twice, nobody can say which of the two AWS goes by."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return members
+
+
 def expect_object(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
@@ -2370,561 +3158,15 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
 
 
-def covers(pattern: str, other: str) -> bool:
-    """Whether an IAM pattern matches all that `other` stands for, which may be a pattern itself: its * is a character
-    that only a * matches."""
-    return fnmatchcase(other, pattern.replace("[", "[[]").replace("?", "[!*]"))
-
-
-def covers_arn(pattern: str, arns: str) -> bool:
-    """The same for ARNs, segment by segment as AWS compares them."""
-    segments = pattern.split(":", 5)
-    return pattern == "*" or (len(segments) == 6 and all(map(covers, segments, arns.split(":", 5))))
-
-
-def touches_users(pattern: str, users: str) -> bool:
-    """Whether a resource pattern may match the ARN of some IAM user; in doubt, as with a policy variable, it may."""
-    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)
-    of_iam = all(map(covers, segments[:4], users.split(":")))
-    start = re.split(r"[*$]", segments[-1])[0][: len("user/")]
-    return len(segments) < 6 or (of_iam and covers(start, "user/"[: len(start)]))
-
-
-def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
-    """What a policy does for each control. Only Deny statements count; whatever is not understood is not checked."""
-    users = f"arn:{partition}:iam::*:user/*"
-    try:
-        denials = [statement for statement in parse_policy(content) if statement.effect == "Deny"]
-    except (ValueError, RecursionError):  # of the parser, for JSON nested too deep
-        return {control: Judgement(NOT_CHECKED) for control in CONTROLS}
-    judges = {MFA_REQUIRED: judge_mfa_required, NEW_KEYS_PREVENTED: judge_new_keys_prevented}
-    return {control: strongest([judge(denial, users) for denial in denials]) for control, judge in judges.items()}
-
-
-def judge_mfa_required(statement: Statement, users: str) -> Judgement:
-    """Whether a Deny statement keeps console users without MFA from everything but setting it up."""
-    conditions = statement.conditions
-    about_mfa = [condition for condition in conditions if condition.key.startswith("aws:multifactorauth")]
-    denies_nothing = any(covers(action, "*:*") for action in statement.not_actions) or "*" in statement.not_resources
-    if not about_mfa or denies_nothing or any(holds(condition, WITH_MFA) for condition in about_mfa):
-        return Judgement(ABSENT)
-    # A second condition on MFA may contradict the first, so only one is taken for what it says.
-    test = next((condition for condition in about_mfa if holds(condition, WITHOUT_MFA)), None)
-    basics = [basic.lower() for basic in MFA_BASICS]
-    extra = [a for a in statement.not_actions if not any(covers(basic, a.lower()) for basic in basics)]
-    narrowed = [f"NotAction {', '.join(extra)}"] if extra else []
-    if statement.actions and not any(covers(action, "*:*") for action in statement.actions):
-        narrowed.append(f"Action {', '.join(statement.actions)}")
-    if "*" not in statement.resources:
-        narrowed.append(resources_text(statement))
-    rest = [each for each in conditions if each is not test and not holds(each, BY_THE_CALLER)]
-    return judge_conditions(MFA_REQUIRED, rest, users, narrowed)
-
-
-def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
-    """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
-    named = any(covers(action.lower(), "iam:createaccesskey") for action in statement.actions + statement.not_actions)
-    denied = named if statement.actions else not named
-    listed = statement.resources + statement.not_resources
-    all_users = any(covers_arn(resource, users) for resource in listed)
-    some_users = any(touches_users(resource, users) for resource in listed)
-    denies_all, denies_some = (all_users, some_users) if statement.resources else (not some_users, not all_users)
-    if not denied or not (denies_all or denies_some):
-        return Judgement(ABSENT)
-    narrowed = [] if denies_all else [resources_text(statement)]
-    return judge_conditions(NEW_KEYS_PREVENTED, statement.conditions, users, narrowed)
-
-
-def judge_conditions(control: str, conditions: Iterable[Condition], users: str, narrowed: list[str]) -> Judgement:
-    """Enforced, if conditions only pick all IAM users or exempt named principals and nothing else narrows."""
-    exemptions: list[str] = []
-    for condition in conditions:
-        if picks_users(condition, users):
-            exemptions += [ALL_BUT_USERS] if control == NEW_KEYS_PREVENTED else []
-        elif exempts_named(condition, control):
-            exemptions += condition.values
-        else:
-            narrowed = [*narrowed, condition.text]
-    if narrowed:
-        return Judgement(PARTIAL, tuple(exemptions), (" and ".join(narrowed),))
-    return Judgement(ENFORCED, tuple(exemptions))
-
-
-def holds(condition: Condition, table: Mapping[tuple[str, str], str]) -> bool:
-    return {value.lower() for value in condition.values} == {table.get((condition.operator, condition.key))}
-
-
-def picks_users(condition: Condition, users: str) -> bool:
-    """Whether the condition holds for every IAM user."""
-    if condition.key == "aws:principaltype":
-        return condition.operator in ("stringequals", "stringlike") and "User" in condition.values
-    if condition.key != "aws:principalarn" or condition.operator not in ("arnlike", "arnequals", "stringlike"):
-        return False
-    values = [value for value in condition.values if value != "*" or condition.operator == "stringlike"]
-    return any(covers_arn(value, users) for value in values)  # no ARN operator is known to take a bare *
-
-
-def exempts_named(condition: Condition, control: str) -> bool:
-    """Whether the condition holds for everybody except principals that it names."""
-    if condition.operator not in ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals"):
-        return False
-    if condition.key == "aws:username":
-        return not any(set(value) & set("*?$") for value in condition.values)
-    return condition.key == "aws:principalarn" and all(NAMED[control].fullmatch(value) for value in condition.values)
-
-
-def resources_text(statement: Statement) -> str:
-    element = "Resource" if statement.resources else "NotResource"
-    return f"{element} {', '.join(statement.resources or statement.not_resources)}"
-
-
-def strongest(judgements: Sequence[Judgement]) -> Judgement:
-    """What holds where all of these apply. A principal must be exempt from every enforcing one to be free, so the one
-    with the fewest exemptions tells most; partial ones add up, to partial."""
-    verdict = min((judgement.verdict for judgement in judgements), key=VERDICTS.index, default=ABSENT)
-    same = [judgement for judgement in judgements if judgement.verdict == verdict]
-    if verdict == ENFORCED:
-        return min(same, key=lambda judgement: (ALL_BUT_USERS in judgement.exemptions, len(judgement.exemptions)))
-    exemptions = dict.fromkeys(exemption for judgement in same for exemption in judgement.exemptions)
-    conditions = dict.fromkeys(condition for judgement in same for condition in judgement.conditions)
-    return Judgement(verdict, tuple(exemptions), tuple(conditions))
-
-
-def judge_policies(policies: Iterable[Policy], partition: str) -> list[JudgedPolicy]:
-    return [(policy, judge_policy(policy.content, partition)) for policy in policies]
-
-
-def controls_of_account(
-    path_ids: Sequence[str], judged: Iterable[JudgedPolicy], is_management: bool
-) -> dict[str, Control]:
-    """The controls of the account whose root, OUs and own ID are path_ids. The management account is under no SCP."""
-    applying = [] if is_management else [each for each in judged if not each[0].targets.isdisjoint(path_ids)]
-    return {control: control_of_account(control, applying) for control in CONTROLS}
-
-
-def control_of_account(control: str, applying: Sequence[JudgedPolicy]) -> Control:
-    whole = strongest([judgements[control] for _, judgements in applying])
-    resting = [policy for policy, judgements in applying if judgements[control].verdict == whole.verdict != ABSENT]
-    names = {policy.id: policy.name for policy in resting}
-    return Control(whole.verdict, names, whole.exemptions, whole.conditions)
-
-
-async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
-    """Read and judge the service control policies. What cannot be read is not checked: the audit goes on without."""
-
-    async def ask(call: Callable[..., T], *arguments: Any) -> T:
-        return await aws.threads.run((0, 0), functools.partial(call, aws, *arguments))
-
-    policies: list[Policy] = []
-    why_not, root_managed, root_why_not = "", None, ""
-    try:
-        for policy_id, name in await ask(list_policies):
-            with unless_gone("PolicyNotFoundException"):
-                content, targets = await ask(describe_policy, policy_id), await ask(list_targets_for_policy, policy_id)
-                policies.append(Policy(policy_id, name, content, targets))
-    except Exception as error:  # whatever it is, it must not cost the audit
-        why_not = reason_of("service control policies", error)
-    try:
-        root_managed = await ask(list_organizations_features)
-    except Exception as error:
-        root_why_not = reason_of("ListOrganizationsFeatures", error)
-    if organization.feature_set != "ALL":
-        why_not = "the organization has consolidated billing only, service control policies need all features"
-    elif not why_not and not any(policy.targets for policy in policies):
-        why_not = "service control policies are off: none is attached to anything, not even FullAWSAccess"
-    judged = tuple(judge_policies(policies, aws.caller.partition))
-    return Enforcement(judged, why_not, root_managed, root_why_not)
-
-
-@contextlib.contextmanager
-def unless_gone(code: str) -> Iterator[None]:
-    """Pass over a policy, or an account, that is gone since it was listed."""
-    try:
-        yield
-    except ClientError as error:
-        if error_code(error) != code:
-            raise
-
-
-async def apply_enforcement(aws: Aws, run: Run) -> None:
-    """Decide the controls of each account, audited or failed, and with them the level of phase 1."""
-    management, parents, paths = run.organization.management_account, dict[str, str](), dict[str, Sequence[str]]()
-    accounts = [*(one.account for one in run.audited), *(one.account for one in run.failed)]
-    try:
-        for account in accounts if not run.enforcement.why_not else ():
-            with unless_gone("ChildNotFoundException"):
-                paths[account.id] = [] if account.id == management else await path_of(aws, account, parents)
-    except Exception as error:  # whatever it is, it must not cost the audit
-        run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
-    for account in accounts:
-        run.controls[account.id] = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
-        if account.id in paths and not run.enforcement.why_not:
-            is_management = account.id == management
-            run.controls[account.id] = controls_of_account(paths[account.id], run.enforcement.judged, is_management)
-    for number, figures in enumerate(run.audited):
-        enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
-        run.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
-
-
-async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> list[str]:
-    """The IDs of the account, its organizational units and the root; each parent that ListAccounts did not tell is
-    asked for once, and remembered in `parents`."""
-    if account.path is not None:
-        return account.path.split("/")
-    ids = [account.id]
-    while not ids[-1].startswith("r-"):
-        if ids[-1] not in parents:
-            parents[ids[-1]] = await aws.threads.run((0, 0), functools.partial(list_parents, aws, ids[-1]))
-        ids.append(parents[ids[-1]])
-    return ids
-
-
-def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
-    """The text of one of DOCUMENTS: JSON, valid on its own."""
-    documents = {
-        "caller-policy": caller_policy(role),
-        "role-policy": policy_document(role_statements()),
-        "role-trust": policy_document([trust_statement(EXAMPLE_ACCOUNT)]),
-        "role-template": role_template(role),
-        "scp-require-mfa": scp_require_mfa(),
-        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
-        "alert-rule": alert_rule(),
-    }
-    return json.dumps(documents[name], indent=2) + "\n"
-
-
-def policy_document(statements: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"Version": "2012-10-17", "Statement": statements}
-
-
-def allow(sid: str, actions: Iterable[str], resource: str = "*") -> dict[str, Any]:
-    """A statement; the resource stays * where an action takes no other, and for IAM's reads of a user: of one deleted
-    meanwhile IAM knows no ARN, and would answer AccessDenied where the audit needs to hear NoSuchEntity."""
-    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resource}
-
-
-def role_arns(role: str) -> str:
-    """The role of this name, or path and name, in any account of any partition."""
-    return f"arn:*:iam::*:role/{role}"
-
-
-def caller_policy(role: str) -> dict[str, Any]:
-    statements = [
-        allow("ReadOrganization", [action for action in CALLER_READS if action not in POLICY_READS]),
-        allow("ReadPolicies", POLICY_READS, "arn:*:organizations::*:policy/*service_control_policy/*"),
-        allow("AssumeAuditRole", ["sts:AssumeRole"], role_arns(role)),
-    ]
-    return policy_document(statements)
-
-
-def role_statements() -> list[dict[str, Any]]:
-    return [allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS)]
-
-
-def trust_statement(principal: Any) -> dict[str, Any]:
-    return {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "sts:AssumeRole"}
-
-
-def scp_require_mfa() -> dict[str, Any]:
-    condition = {
-        "Bool": {"aws:MultiFactorAuthPresent": "false"},
-        "BoolIfExists": {"aws:ViaAWSService": "false"},
-        "ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"},
-    }
-    statement = {"Effect": "Deny", "NotAction": list(MFA_SETUP), "Resource": "*", "Condition": condition}
-    return policy_document([{"Sid": "DenyUsersWithoutMFA", **statement}])
-
-
-def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
-    statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
-    statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
-    if exempt_roles:
-        statement["Condition"] = {"ArnNotLike": {"aws:PrincipalArn": [role_arns(role) for role in exempt_roles]}}
-    return policy_document([statement])
-
-
-def role_template(role: str) -> dict[str, Any]:
-    """CloudFormation for a StackSet: the audit role in every account, to be assumed from the one that audits."""
-    path, _, name = f"/{role}".rpartition("/")
-    trust = trust_statement({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
-    external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
-    trust["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    properties = {
-        "RoleName": {"Ref": "RoleName"},
-        "Path": f"{path}/",
-        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
-        "AssumeRolePolicyDocument": policy_document([trust]),
-        "Policies": [{"PolicyName": "iam-audit", "PolicyDocument": policy_document(role_statements())}],
-    }
-    return {
-        "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "The role that iam_audit.py assumes, read-only",
-        "Parameters": {
-            "RoleName": text_parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
-            "ManagementAccountId": text_parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": text_parameter("Value of --external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""),
-        },
-        "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
-        "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
-    }
-
-
-def text_parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
-    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
-
-
-def alert_rule() -> dict[str, Any]:
-    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each of ALERT_EVENTS that succeeds."""
-    topic = {"Ref": "Topic"}
-    succeeded = {"eventSource": ["iam.amazonaws.com"], "eventName": [*ALERT_EVENTS], "errorCode": [{"exists": False}]}
-    pattern = {"source": ["aws.iam"], "detail-type": ["AWS API Call via CloudTrail"], "detail": succeeded}
-    # No condition on the rule's ARN: AWS does not support conditions in the topic policies that EventBridge needs.
-    publish = {"Effect": "Allow", "Principal": {"Service": "events.amazonaws.com"}, "Action": "sns:Publish"}
-    resources = {
-        "Topic": {"Subscription": [{"Protocol": "email", "Endpoint": {"Ref": "Email"}}]},
-        "TopicPolicy": {"Topics": [topic], "PolicyDocument": policy_document([{**publish, "Resource": topic}])},
-        "Rule": {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]},
-    }
-    types = {"Topic": "AWS::SNS::Topic", "TopicPolicy": "AWS::SNS::TopicPolicy", "Rule": "AWS::Events::Rule"}
-    return {
-        "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "A message when an access key or password is created or MFA is deactivated (for us-east-1)",
-        "Parameters": {"Email": text_parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
-        "Resources": {name: {"Type": types[name], "Properties": resources[name]} for name in resources},
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Present: values in, text out
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
-    """What summary.json says; README.md documents its keys."""
-    audited, failed, skipped = run.audited, run.failed, run.skipped
-    return {
-        "format": SUMMARY_FORMAT,
-        "tool": "iam-audit",
-        "version": VERSION,
-        "started": iso(run.started),
-        "finished": iso(finished),
-        "role": run.plan.role.name,
-        "production_pattern": run.plan.production.pattern,
-        "max_key_age_days": run.plan.max_key_age.days,
-        "caller": {"account": run.caller.account, "arn": run.caller.arn, "partition": run.caller.partition},
-        "organization": {
-            "id": run.organization.id,
-            "management_account": run.organization.management_account,
-            "management_account_included": run.plan.scope.include_management,
-        },
-        "totals": {
-            "audited": len(audited),
-            "failed": len(failed),
-            "skipped": len(skipped),
-            "out_of_scope": len(run.out_of_scope),
-            "production": sum(account.production for account in audited),
-            "users": sum(account.users for account in audited),
-        },
-        "gaps": {
-            "organization": gaps_document(total_gaps(audited), run.started),
-            "production": gaps_document(total_gaps(one for one in audited if one.production), run.started),
-        },
-        "maturity": {phase: maturity_document(run, phase) for phase in PHASES},
-        "changes": changes_document(run),
-        "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
-        "cloudtrail": cloudtrail_document(run),
-        "enforcement": enforcement_document(run),
-        "findings": {str(priority): number for priority, number in findings_by_priority(run).items()},
-        "accounts": sorted(
-            [audited_entry(one, run) for one in audited]
-            + [failed_entry(one, run) for one in failed]
-            + [account_entry(one.account, "skipped") for one in skipped],
-            key=lambda entry: str(entry["id"]),
-        ),
-        "out_of_scope": sorted(
-            ({"id": one.account.id, "name": one.account.name} for one in run.out_of_scope), key=lambda one: one["id"]
-        ),
-    }
-
-
-def account_entry(account: Account, result: str) -> dict[str, Any]:
-    return {
-        "id": account.id,
-        "name": account.name,
-        "path": account.path,
-        "state": account.state,
-        "result": result,
-    }
-
-
-def audited_entry(figures: AccountFigures, run: Run) -> dict[str, Any]:
-    return {
-        **account_entry(figures.account, "audited"),
-        "report_generated": iso(figures.report_generated),
-        "users": figures.users,
-        "root": figures.has_root,
-        "production": figures.production,
-        "maturity": {phase: getattr(figures, phase) for phase in PHASES},
-        "controls": controls_document(run.controls[figures.account.id]),
-        "gaps": gaps_document(figures.gaps, run.started),
-    }
-
-
-def failed_entry(failed: FailedAccount, run: Run) -> dict[str, Any]:
-    return {
-        **account_entry(failed.account, "failed"),
-        "step": failed.step,
-        "error": {"code": failed.code, "message": failed.message},
-        "production": is_production(failed.account, run.plan.production),
-        "maturity": dict.fromkeys(PHASES, NOT_STARTED),
-        "controls": controls_document(run.controls[failed.account.id]),
-    }
-
-
-def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
-    oldest = gaps.oldest_active_key
-    return {
-        **{name: getattr(gaps, name) for name in GAP_COUNTS},
-        "mfa_coverage_percent": gaps.mfa_coverage_percent,
-        "oldest_active_key": None
-        if oldest is None
-        else {**oldest._asdict(), "created": iso(oldest.created), "age_days": days_between(oldest.created, now)},
-    }
-
-
-def maturity_document(run: Run, phase: str) -> dict[str, Any]:
-    audited = [getattr(account, phase) for account in run.audited]
-    levels = audited + [NOT_STARTED] * len(run.failed)
-    return {
-        "level": organization_level(audited, len(run.failed)),
-        "accounts": {level: levels.count(level) for level in LEVELS},
-    }
-
-
-def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
-    return sum((account.gaps for account in accounts), Gaps())
-
-
-def all_runs(run: Run) -> list[RunFigures]:
-    """The last finished runs, this one at the end."""
-    gaps = total_gaps(run.audited)
-    counts = (gaps.console_users_without_mfa, gaps.active_keys, gaps.active_keys_older_than_max_age)
-    return [*run.tracking.runs, RunFigures(run.started, len(run.audited), *counts)]
-
-
-def changes_document(run: Run) -> dict[str, Any] | None:
-    """What has changed since the earlier run; None where there is none."""
-    tracking, earlier = run.tracking, run.tracking.earlier
-    if earlier is None:
-        return None
-    compared = [one for one in run.audited if one.account.id in tracking.compared]
-    counts = Counter(change.change for change in tracking.changes)
-    kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
-    return {
-        "since": iso(earlier.started),
-        "folder": str(earlier.folder),
-        "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": not_compared(run),
-        "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": {kind: counts[kind] for kind in kinds},
-        "witnesses": dict(Counter(change.witness for change in tracking.changes if change.witness)),
-        "maturity": {
-            phase: {
-                "then": earlier.levels[phase],
-                "now": maturity_document(run, phase)["level"],
-                "compared_then": lowest(earlier.account_levels[one.account.id][phase] for one in compared),
-                "compared_now": lowest(getattr(one, phase) for one in compared),
-            }
-            for phase in PHASES
-        },
-        "max_key_age_days_then": earlier.max_key_age_days,
-        "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
-    }
-
-
-def lowest(levels: Iterable[str]) -> str | None:
-    """The lowest of the levels; None if there is none."""
-    return min(levels, key=LEVELS.index, default=None)
-
-
-def new_key_document(key: Change, run: Run) -> dict[str, Any]:
-    event = key.event
-    return {
-        "account_id": key.account_id,
-        "account_name": key.account_name,
-        "username": key.user,
-        "access_key_id": key.key_id,
-        "change": key.change,
-        "account_compared": key.account_id in run.tracking.compared,
-        "witness": key.witness,
-        "event_name": event.name if event else None,
-        "event_time": iso(event.time) if event else None,
-        "actor": event.actor if event else None,
-    }
-
-
-def not_compared(run: Run) -> int:
-    """Accounts in scope of either run, neither joined nor left, that one of the two runs did not audit."""
-    then = run.tracking.earlier.accounts if run.tracking.earlier else {}
-    left_out_now = {one.account.id for one in run.out_of_scope}
-    left_out_then = {account_id for account_id, (_, result) in then.items() if result == "out of scope"}
-    both = then.keys() & accounts_now(run).keys()
-    return len(both - (left_out_now & left_out_then)) - len(run.tracking.compared)
-
-
-def blind_spots(run: Run) -> list[Account]:
-    """Accounts audited now that the earlier run did not audit or know: little of what is new in them can be told."""
-    if run.tracking.earlier is None:
-        return []
-    accounts = (one.account for one in run.audited if one.account.id not in run.tracking.compared)
-    return sorted(accounts, key=lambda account: account.id)
-
-
-def new_keys(run: Run) -> list[Change]:
-    """The access keys created since the earlier run, with those that are gone again."""
-    kinds = ("access-key-created", CAME_AND_WENT)
-    found = [change for change in run.tracking.changes if change.change in kinds]
-    return sorted([*found, *run.tracking.new_keys_elsewhere], key=lambda change: change[:5])
-
-
-def cloudtrail_document(run: Run) -> dict[str, Any] | None:
-    """How far back CloudTrail was asked, and the accounts where it told nothing; None if it was not asked."""
-    if run.plan.events_since is None:
-        return None
-    return {
-        "since": iso(run.plan.events_since),
-        "out_of_reach": run.plan.events_out_of_reach,
-        "events": sum(len(trail.events) for _, trail in run.trails),
-        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
-    }
-
-
-def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
-    return {
-        name: {
-            "verdict": control.verdict,
-            "policies": [{"id": policy_id, "name": policy} for policy_id, policy in control.policies.items()],
-            "exemptions": list(control.exemptions),
-            "conditions": list(control.conditions),
-        }
-        for name, control in controls.items()
-    }
-
-
-def enforcement_document(run: Run) -> dict[str, Any]:
-    """How many of the accounts in scope each control covers, and how."""
-    verdicts = {name: Counter(controls[name].verdict for controls in run.controls.values()) for name in CONTROLS}
-    return {
-        "why_not_checked": run.enforcement.why_not or None,
-        "accounts": {control: {each: found[each] for each in VERDICTS} for control, found in verdicts.items()},
-        "root_credentials_managed_centrally": run.enforcement.root_credentials_managed,
-        "root_credentials_why_not_checked": run.enforcement.root_why_not or None,
-    }
-
-
-def findings_by_priority(run: Run) -> dict[int, int]:
-    found = Counter(finding.priority for finding in run.findings)
-    return {priority: found[priority] for priority in range(MOST_URGENT, LEAST_URGENT + 1)}
+# --------------------------------------------------------------------------------------------------
+# Terminal: the summary for stdout and for mail, summary.json; values in, text out
+# --------------------------------------------------------------------------------------------------
+
+
+FINDINGS_SHOWN = 10  # on the terminal
+ACCOUNTS_SHOWN = 5
+REMARKS_SHOWN = 10
+NEW_KEYS_SHOWN = 10
 
 
 def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
@@ -2936,7 +3178,11 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
         lines = lines[1:] if lines and not lines[0] else lines
     else:
         lines = [*audited_lines(run, finished), *lines, *left_out_lines(run)]
-        lines += [*maturity_lines(run), *gap_lines(run), *finding_lines(run, run.findings[:FINDINGS_SHOWN])]
+        lines += [
+            *maturity_lines(run),
+            *gap_lines(run),
+            *finding_lines(run, run.findings[:FINDINGS_SHOWN]),
+        ]
         lines += [*enforcement_lines(run), *change_lines(run), *witness_lines(run), *run_lines(run)]
         lines.append("")
     lines = [cut(printable(line), TERMINAL_WIDTH) for line in lines]
@@ -2958,7 +3204,9 @@ def audited_lines(run: Run, finished: datetime) -> list[str]:
         oldest = finished - min(account.report_generated for account in run.audited)
         lines.append(f"Oldest credential report: {age(oldest)} (passwords and root are as of then)")
     if rootless := sum(not account.has_root for account in run.audited):
-        lines.append(f"Root is missing from the credential report of {count(rootless, 'account')}: not covered there")
+        lines.append(
+            f"Root is missing from the credential report of {count(rootless, 'account')}: not covered there"
+        )
     return lines
 
 
@@ -2986,7 +3234,9 @@ def next_step(step: str, code: str, run: Run) -> str:
             f"does role {run.plan.role.name} exist in the account, does its trust policy trust {run.caller.arn} and "
             "the external ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."
         )
-    if step == "AssumeRole" and (code in SESSION_EXPIRED or "Token" in code or "Credential" in code or "MFA" in code):
+    if step == "AssumeRole" and (
+        code in SESSION_EXPIRED or "Token" in code or "Credential" in code or "MFA" in code
+    ):
         return "the profile's own session has ended: sign in again (aws sso login, for one), then run the audit again."
     if code == "RegionDisabledException":
         return "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."
@@ -3000,7 +3250,11 @@ def next_step(step: str, code: str, run: Run) -> str:
 
 
 def left_out_lines(run: Run) -> list[str]:
-    lines = [f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}"] if run.skipped else []
+    lines = (
+        [f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}"]
+        if run.skipped
+        else []
+    )
     for skipped in sorted(run.skipped, key=lambda one: one.account.id):
         lines.append(f"  {skipped.account.id} {skipped.account.name}: {skipped.account.state}")
     management = run.organization.management_account
@@ -3022,7 +3276,9 @@ def maturity_lines(run: Run) -> list[str]:
     lines = [""]
     for phase, (title, why) in phases.items():
         maturity = maturity_document(run, phase)
-        only_for_failures = maturity["level"] != organization_level((getattr(one, phase) for one in run.audited), 0)
+        only_for_failures = maturity["level"] != organization_level(
+            (getattr(one, phase) for one in run.audited), 0
+        )
         reason = f"{count(len(run.failed), 'account')} not audited" if only_for_failures else why
         lines.append(f"{title:<38}{maturity['level']:<13}{reason}")
         levels = (f"{number:,} {level}" for level, number in maturity["accounts"].items() if number)
@@ -3034,7 +3290,9 @@ def maturity_lines(run: Run) -> list[str]:
 
 def accounts_holding_back(run: Run) -> list[str]:
     """The accounts with gaps, largest first, and those that nobody could look into."""
-    with_gaps = sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id))
+    with_gaps = sorted(
+        filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id)
+    )
     unseen = sorted(run.failed, key=lambda one: one.account.id)
     return [account_line(one, run.plan.max_key_age) for one in with_gaps] + [
         f"{one.account.id} {cut(one.account.name, 28):<28} not audited" for one in unseen
@@ -3090,7 +3348,10 @@ def gap_lines(run: Run) -> list[str]:
     lines = ["", f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
     for name, label in labels.items():
         lines.append(f"{label:<38}" + "".join(f"{getattr(gaps, name):>18,}" for gaps in columns))
-    coverage = (f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users" for gaps in columns)
+    coverage = (
+        f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users"
+        for gaps in columns
+    )
     lines.insert(4, f"{'  MFA coverage':<38}" + "".join(f"{text:>18}" for text in coverage))
     if oldest := columns[0].oldest_active_key:
         old = count(days_between(oldest.created, run.started), "day")
@@ -3103,7 +3364,10 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     """These findings, most urgent first, and how many more there are."""
     if not findings:
         return ["", nothing_to_fix(run)]
-    lines = ["", f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)"]
+    lines = [
+        "",
+        f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)",
+    ]
     for one in findings:
         where = f"{one.account.id} {cut(one.account.name, 20):<20}"
         lines.append(f"  {one.priority}  {one.finding:<23}{where} {one.user}")
@@ -3127,21 +3391,30 @@ def enforcement_lines(run: Run) -> list[str]:
         lines.append(f"  {CONTROLS[control]:<36}{words or 'no account'}")
         for remark in control_remarks(run, control):
             lines += wrapped(f"    {remark}")
-    managed = {True: "yes", False: "no", None: "not checked"}[run.enforcement.root_credentials_managed]
+    managed = {True: "yes", False: "no", None: "not checked"}[
+        run.enforcement.root_credentials_managed
+    ]
     lines.append(f"  {'root credentials managed centrally':<36}{managed}")
     if run.enforcement.root_why_not:
         lines += wrapped(f"    {run.enforcement.root_why_not}")
     if bare := without_controls(run):
         lines.append("With neither control, and most active keys")
     for one in bare[:ACCOUNTS_SHOWN]:
-        lines.append(f"  {one.account.id} {cut(one.account.name, 28):<28} {count(one.gaps.active_keys, 'active key')}")
+        lines.append(
+            f"  {one.account.id} {cut(one.account.name, 28):<28} {count(one.gaps.active_keys, 'active key')}"
+        )
     return lines
 
 
 def without_controls(run: Run) -> list[AccountFigures]:
     """The accounts with active keys where neither control is even partial, most keys first."""
-    verdicts = {each: {control.verdict for control in controls.values()} for each, controls in run.controls.items()}
-    bare = [one for one in run.audited if one.gaps.active_keys and verdicts[one.account.id] == {ABSENT}]
+    verdicts = {
+        each: {control.verdict for control in controls.values()}
+        for each, controls in run.controls.items()
+    }
+    bare = [
+        one for one in run.audited if one.gaps.active_keys and verdicts[one.account.id] == {ABSENT}
+    ]
     return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
 
 
@@ -3150,7 +3423,9 @@ def control_remarks(run: Run, control: str) -> list[str]:
     remarks = dict[str, None]()
     for found in (run.controls[account_id][control] for account_id in sorted(run.controls)):
         if found.policies:
-            parts = [f"{found.verdict} by {', '.join(f'{name} ({each})' for each, name in found.policies.items())}"]
+            parts = [
+                f"{found.verdict} by {', '.join(f'{name} ({each})' for each, name in found.policies.items())}"
+            ]
             parts += [f"except {', '.join(found.exemptions)}"] * bool(found.exemptions)
             parts += [f"only if {'; or if '.join(found.conditions)}"] * bool(found.conditions)
             remarks[", ".join(parts)] = None
@@ -3175,9 +3450,13 @@ def change_lines(run: Run) -> list[str]:
         lines.append(f"  phase {phase[-1]}: {levels_in_words(levels)}")
     if run.tracking.earlier.max_key_age_days != run.plan.max_key_age.days:
         days = f"{run.tracking.earlier.max_key_age_days:,}, now {run.plan.max_key_age.days:,}"
-        lines.append(f"  --max-key-age was {days}: phase 2 and the number of old keys do not compare")
+        lines.append(
+            f"  --max-key-age was {days}: phase 2 and the number of old keys do not compare"
+        )
     if counts["account-joined"] or counts["account-left"]:
-        lines.append(f"  accounts: {counts['account-joined']:,} joined, {counts['account-left']:,} left")
+        lines.append(
+            f"  accounts: {counts['account-joined']:,} joined, {counts['account-left']:,} left"
+        )
     if changes["accounts_not_compared"]:
         number = count(changes["accounts_not_compared"], "account")
         lines.append(f"  not compared: {number}, not audited in this run or the earlier one")
@@ -3209,7 +3488,9 @@ def change_line(change: Change) -> str:
     parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
     parts.append("deleted again" if change.change == CAME_AND_WENT else "")
     if change.event:
-        parts.append(f"by {change.event.actor.rpartition(':')[2]}" if change.witness == "confirmed" else "")
+        parts.append(
+            f"by {change.event.actor.rpartition(':')[2]}" if change.witness == "confirmed" else ""
+        )
         parts.append("(contradicted by CloudTrail)" if change.witness == "contradicted" else "")
     return " ".join(filter(None, parts))
 
@@ -3218,11 +3499,19 @@ def alert_lines(run: Run) -> list[str]:
     """What --quiet says of changes: new access keys, new console users without MFA, and MFA removed."""
     removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
     lines = new_key_lines(run)
-    for title, changes in (("New console users without MFA", run.tracking.mfa_new), ("MFA removed", removed)):
+    for title, changes in (
+        ("New console users without MFA", run.tracking.mfa_new),
+        ("MFA removed", removed),
+    ):
         if changes:
-            lines += [f"{title} since the earlier run", *(f"  {change_line(change)}" for change in changes)]
+            lines += [
+                f"{title} since the earlier run",
+                *(f"  {change_line(change)}" for change in changes),
+            ]
     if blind := blind_spots(run):
-        lines.append(f"Not compared, because the earlier run had not audited them: {count(len(blind), 'account')}")
+        lines.append(
+            f"Not compared, because the earlier run had not audited them: {count(len(blind), 'account')}"
+        )
         lines += [f"  {account.id} {account.name}" for account in blind[:ACCOUNTS_SHOWN]]
     return lines
 
@@ -3232,15 +3521,23 @@ def witness_lines(run: Run) -> list[str]:
     trail = cloudtrail_document(run)
     if trail is None or run.plan.events_since is None:
         return []
-    lines = ["", f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"]
+    lines = [
+        "",
+        f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv",
+    ]
     if run.plan.events_out_of_reach:
-        lines.append(f"  CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days: what happened before has no witness.")
+        lines.append(
+            f"  CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days: what happened before has no witness."
+        )
     elif run.tracking.earlier and run.tracking.earlier.started < run.plan.events_since:
-        lines.append("  The earlier run began before that: what happened in between has no witness.")
+        lines.append(
+            "  The earlier run began before that: what happened in between has no witness."
+        )
     witnesses = Counter(change.witness for change in run.tracking.changes if change.witness)
     if witnesses:
         lines.append(
-            "  changes: " + ", ".join(f"{number:,} {witness}" for witness, number in sorted(witnesses.items()))
+            "  changes: "
+            + ", ".join(f"{number:,} {witness}" for witness, number in sorted(witnesses.items()))
         )
     silent: dict[str, list[str]] = {}
     for account_id, error in sorted(trail["unavailable"].items()):
@@ -3249,7 +3546,9 @@ def witness_lines(run: Run) -> list[str]:
         which = ", ".join([*accounts[:ACCOUNTS_SHOWN], *["..."] * (len(accounts) > ACCOUNTS_SHOWN)])
         lines += wrapped(f"  no witness in {count(len(accounts), 'account')} ({which}): {what}")
     if any(what.endswith(tuple(DENIED)) for what in silent):
-        lines.append("    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it.")
+        lines.append(
+            "    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
+        )
     return lines
 
 
@@ -3257,10 +3556,20 @@ def run_lines(run: Run) -> list[str]:
     """The table of runs; a first run has nothing to be compared with."""
     if not run.tracking.runs:
         return []
-    lines = ["", f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"]
+    lines = [
+        "",
+        f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}",
+    ]
     for one in all_runs(run):
-        figures = (one.console_users_without_mfa, one.active_keys, one.active_keys_older_than_max_age)
-        lines.append(f"{iso(one.started):<28}{one.audited:>9,}" + "".join(f"{number:>13,}" for number in figures))
+        figures = (
+            one.console_users_without_mfa,
+            one.active_keys,
+            one.active_keys_older_than_max_age,
+        )
+        lines.append(
+            f"{iso(one.started):<28}{one.audited:>9,}"
+            + "".join(f"{number:>13,}" for number in figures)
+        )
     if run.tracking.unreadable:
         lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
@@ -3269,16 +3578,14 @@ def run_lines(run: Run) -> list[str]:
 def wrapped(line: str) -> list[str]:
     """The line, folded to TERMINAL_WIDTH; what follows the first part is set in further."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(printable(line), TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+    return textwrap.wrap(
+        printable(line), TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False
+    )
 
 
 def cut(text: str, width: int) -> str:
     """The text in at most `width` characters."""
     return text if len(text) <= width else text[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def age(span: timedelta) -> str:
@@ -3289,28 +3596,252 @@ def age(span: timedelta) -> str:
     return count(minutes // 60, "hour") if minutes < 48 * 60 else count(minutes // 1440, "day")
 
 
-def clock(span: timedelta) -> str:
-    """A duration as `m:ss` or `h:mm:ss`."""
-    minutes, seconds = divmod(max(0, int(span.total_seconds())), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
+    """What summary.json says; README.md documents its keys."""
+    audited, failed, skipped = run.audited, run.failed, run.skipped
+    return {
+        "format": SUMMARY_FORMAT,
+        "tool": "iam-audit",
+        "version": VERSION,
+        "started": iso(run.started),
+        "finished": iso(finished),
+        "role": run.plan.role.name,
+        "production_pattern": run.plan.production.pattern,
+        "max_key_age_days": run.plan.max_key_age.days,
+        "caller": {
+            "account": run.caller.account,
+            "arn": run.caller.arn,
+            "partition": run.caller.partition,
+        },
+        "organization": {
+            "id": run.organization.id,
+            "management_account": run.organization.management_account,
+            "management_account_included": run.plan.scope.include_management,
+        },
+        "totals": {
+            "audited": len(audited),
+            "failed": len(failed),
+            "skipped": len(skipped),
+            "out_of_scope": len(run.out_of_scope),
+            "production": sum(account.production for account in audited),
+            "users": sum(account.users for account in audited),
+        },
+        "gaps": {
+            "organization": gaps_document(total_gaps(audited), run.started),
+            "production": gaps_document(
+                total_gaps(one for one in audited if one.production), run.started
+            ),
+        },
+        "maturity": {phase: maturity_document(run, phase) for phase in PHASES},
+        "changes": changes_document(run),
+        "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
+        "cloudtrail": cloudtrail_document(run),
+        "enforcement": enforcement_document(run),
+        "findings": {
+            str(priority): number for priority, number in findings_by_priority(run).items()
+        },
+        "accounts": sorted(
+            [audited_entry(one, run) for one in audited]
+            + [failed_entry(one, run) for one in failed]
+            + [account_entry(one.account, "skipped") for one in skipped],
+            key=lambda entry: str(entry["id"]),
+        ),
+        "out_of_scope": sorted(
+            ({"id": one.account.id, "name": one.account.name} for one in run.out_of_scope),
+            key=lambda one: one["id"],
+        ),
+    }
 
 
-def printable(text: str) -> str:
-    """The text without anything that could steer a terminal: control characters, escapes, reordering marks."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+def account_entry(account: Account, result: str) -> dict[str, Any]:
+    return {
+        "id": account.id,
+        "name": account.name,
+        "path": account.path,
+        "state": account.state,
+        "result": result,
+    }
 
 
-def progress_line(progress: Progress, elapsed: float) -> str:
-    total = f"{progress.listed:,}" if progress.all_listed else f"{progress.listed:,}+"
-    parts = [f"{progress.done:,} of {total} accounts"]
-    if progress.failed:
-        parts.append(f"{progress.failed:,} failed")
-    parts.append(clock(timedelta(seconds=elapsed)))
-    if progress.done and progress.all_listed:
-        left = elapsed / progress.done * (progress.listed - progress.done)
-        parts.append(f"about {clock(timedelta(seconds=left))} left")
-    return ", ".join(parts)
+def audited_entry(figures: AccountFigures, run: Run) -> dict[str, Any]:
+    return {
+        **account_entry(figures.account, "audited"),
+        "report_generated": iso(figures.report_generated),
+        "users": figures.users,
+        "root": figures.has_root,
+        "production": figures.production,
+        "maturity": {phase: getattr(figures, phase) for phase in PHASES},
+        "controls": controls_document(run.controls[figures.account.id]),
+        "gaps": gaps_document(figures.gaps, run.started),
+    }
+
+
+def failed_entry(failed: FailedAccount, run: Run) -> dict[str, Any]:
+    return {
+        **account_entry(failed.account, "failed"),
+        "step": failed.step,
+        "error": {"code": failed.code, "message": failed.message},
+        "production": is_production(failed.account, run.plan.production),
+        "maturity": dict.fromkeys(PHASES, NOT_STARTED),
+        "controls": controls_document(run.controls[failed.account.id]),
+    }
+
+
+def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
+    oldest = gaps.oldest_active_key
+    return {
+        **{name: getattr(gaps, name) for name in GAP_COUNTS},
+        "mfa_coverage_percent": gaps.mfa_coverage_percent,
+        "oldest_active_key": None
+        if oldest is None
+        else {
+            **oldest._asdict(),
+            "created": iso(oldest.created),
+            "age_days": days_between(oldest.created, now),
+        },
+    }
+
+
+def maturity_document(run: Run, phase: str) -> dict[str, Any]:
+    audited = [getattr(account, phase) for account in run.audited]
+    levels = audited + [NOT_STARTED] * len(run.failed)
+    return {
+        "level": organization_level(audited, len(run.failed)),
+        "accounts": {level: levels.count(level) for level in LEVELS},
+    }
+
+
+def all_runs(run: Run) -> list[RunFigures]:
+    """The last finished runs, this one at the end."""
+    gaps = total_gaps(run.audited)
+    counts = (gaps.console_users_without_mfa, gaps.active_keys, gaps.active_keys_older_than_max_age)
+    return [*run.tracking.runs, RunFigures(run.started, len(run.audited), *counts)]
+
+
+def changes_document(run: Run) -> dict[str, Any] | None:
+    """What has changed since the earlier run; None where there is none."""
+    tracking, earlier = run.tracking, run.tracking.earlier
+    if earlier is None:
+        return None
+    compared = [one for one in run.audited if one.account.id in tracking.compared]
+    counts = Counter(change.change for change in tracking.changes)
+    kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
+    return {
+        "since": iso(earlier.started),
+        "folder": str(earlier.folder),
+        "accounts_compared": len(tracking.compared),
+        "accounts_not_compared": not_compared(run),
+        "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
+        "counts": {kind: counts[kind] for kind in kinds},
+        "witnesses": dict(Counter(change.witness for change in tracking.changes if change.witness)),
+        "maturity": {
+            phase: {
+                "then": earlier.levels[phase],
+                "now": maturity_document(run, phase)["level"],
+                "compared_then": lowest(
+                    earlier.account_levels[one.account.id][phase] for one in compared
+                ),
+                "compared_now": lowest(getattr(one, phase) for one in compared),
+            }
+            for phase in PHASES
+        },
+        "max_key_age_days_then": earlier.max_key_age_days,
+        "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
+    }
+
+
+def lowest(levels: Iterable[str]) -> str | None:
+    """The lowest of the levels; None if there is none."""
+    return min(levels, key=LEVELS.index, default=None)
+
+
+def new_key_document(key: Change, run: Run) -> dict[str, Any]:
+    event = key.event
+    return {
+        "account_id": key.account_id,
+        "account_name": key.account_name,
+        "username": key.user,
+        "access_key_id": key.key_id,
+        "change": key.change,
+        "account_compared": key.account_id in run.tracking.compared,
+        "witness": key.witness,
+        "event_name": event.name if event else None,
+        "event_time": iso(event.time) if event else None,
+        "actor": event.actor if event else None,
+    }
+
+
+def not_compared(run: Run) -> int:
+    """Accounts in scope of either run, neither joined nor left, that one of the two runs did not audit."""
+    then = run.tracking.earlier.accounts if run.tracking.earlier else {}
+    left_out_now = {one.account.id for one in run.out_of_scope}
+    left_out_then = {
+        account_id for account_id, (_, result) in then.items() if result == "out of scope"
+    }
+    both = then.keys() & accounts_now(run).keys()
+    return len(both - (left_out_now & left_out_then)) - len(run.tracking.compared)
+
+
+def blind_spots(run: Run) -> list[Account]:
+    """Accounts audited now that the earlier run did not audit or know: little of what is new in them can be told."""
+    if run.tracking.earlier is None:
+        return []
+    accounts = (one.account for one in run.audited if one.account.id not in run.tracking.compared)
+    return sorted(accounts, key=lambda account: account.id)
+
+
+def new_keys(run: Run) -> list[Change]:
+    """The access keys created since the earlier run, with those that are gone again."""
+    kinds = ("access-key-created", CAME_AND_WENT)
+    found = [change for change in run.tracking.changes if change.change in kinds]
+    return sorted([*found, *run.tracking.new_keys_elsewhere], key=lambda change: change[:5])
+
+
+def cloudtrail_document(run: Run) -> dict[str, Any] | None:
+    """How far back CloudTrail was asked, and the accounts where it told nothing; None if it was not asked."""
+    if run.plan.events_since is None:
+        return None
+    return {
+        "since": iso(run.plan.events_since),
+        "out_of_reach": run.plan.events_out_of_reach,
+        "events": sum(len(trail.events) for _, trail in run.trails),
+        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
+    }
+
+
+def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
+    return {
+        name: {
+            "verdict": control.verdict,
+            "policies": [
+                {"id": policy_id, "name": policy} for policy_id, policy in control.policies.items()
+            ],
+            "exemptions": list(control.exemptions),
+            "conditions": list(control.conditions),
+        }
+        for name, control in controls.items()
+    }
+
+
+def enforcement_document(run: Run) -> dict[str, Any]:
+    """How many of the accounts in scope each control covers, and how."""
+    verdicts = {
+        name: Counter(controls[name].verdict for controls in run.controls.values())
+        for name in CONTROLS
+    }
+    return {
+        "why_not_checked": run.enforcement.why_not or None,
+        "accounts": {
+            control: {each: found[each] for each in VERDICTS} for control, found in verdicts.items()
+        },
+        "root_credentials_managed_centrally": run.enforcement.root_credentials_managed,
+        "root_credentials_why_not_checked": run.enforcement.root_why_not or None,
+    }
+
+
+def findings_by_priority(run: Run) -> dict[int, int]:
+    found = Counter(finding.priority for finding in run.findings)
+    return {priority: found[priority] for priority in range(MOST_URGENT, LEAST_URGENT + 1)}
 
 
 def outcome_line(outcome: Outcome) -> str:
@@ -3323,10 +3854,188 @@ def outcome_line(outcome: Outcome) -> str:
     return f"{name}: {'skipped, ' + outcome.account.state if isinstance(outcome, SkippedAccount) else 'out of scope'}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Documents: what --print prints
+# --------------------------------------------------------------------------------------------------
 
+
+ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
+DEFAULT_ROLE = "IAMAuditRole"
+SCP_LONGEST = 5120  # characters, white space among them
+EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
+DOCUMENTS = (
+    "caller-policy",
+    "role-policy",
+    "role-trust",
+    "role-template",
+    "scp-require-mfa",
+    "scp-deny-access-keys",
+    "alert-rule",
+)
+
+
+def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
+    """The text of one of DOCUMENTS: JSON, valid on its own."""
+    documents = {
+        "caller-policy": caller_policy(role),
+        "role-policy": policy_document(role_statements()),
+        "role-trust": policy_document([trust_statement(EXAMPLE_ACCOUNT)]),
+        "role-template": role_template(role),
+        "scp-require-mfa": scp_require_mfa(),
+        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
+        "alert-rule": alert_rule(),
+    }
+    return json.dumps(documents[name], indent=2) + "\n"
+
+
+def caller_policy(role: str) -> dict[str, Any]:
+    statements = [
+        allow(
+            "ReadOrganization", [action for action in CALLER_READS if action not in POLICY_READS]
+        ),
+        allow(
+            "ReadPolicies", POLICY_READS, "arn:*:organizations::*:policy/*service_control_policy/*"
+        ),
+        allow("AssumeAuditRole", ["sts:AssumeRole"], role_arns(role)),
+    ]
+    return policy_document(statements)
+
+
+def role_statements() -> list[dict[str, Any]]:
+    return [allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS)]
+
+
+def role_template(role: str) -> dict[str, Any]:
+    """CloudFormation for a StackSet: the audit role in every account, to be assumed from the one that audits."""
+    path, _, name = f"/{role}".rpartition("/")
+    trust = trust_statement({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
+    external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
+    trust["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
+    properties = {
+        "RoleName": {"Ref": "RoleName"},
+        "Path": f"{path}/",
+        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
+        "AssumeRolePolicyDocument": policy_document([trust]),
+        "Policies": [
+            {"PolicyName": "iam-audit", "PolicyDocument": policy_document(role_statements())}
+        ],
+    }
+    return {
+        "AWSTemplateFormatVersion": "2010-09-09",
+        "Description": "The role that iam_audit.py assumes, read-only",
+        "Parameters": {
+            "RoleName": text_parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
+            "ManagementAccountId": text_parameter("Account that runs the audit", r"\d{12}"),
+            "ExternalId": text_parameter(
+                "Value of --external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
+            ),
+        },
+        "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
+        "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
+    }
+
+
+def text_parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
+    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
+
+
+def scp_require_mfa() -> dict[str, Any]:
+    condition = {
+        "Bool": {"aws:MultiFactorAuthPresent": "false"},
+        "BoolIfExists": {"aws:ViaAWSService": "false"},
+        "ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"},
+    }
+    statement = {
+        "Effect": "Deny",
+        "NotAction": list(MFA_SETUP),
+        "Resource": "*",
+        "Condition": condition,
+    }
+    return policy_document([{"Sid": "DenyUsersWithoutMFA", **statement}])
+
+
+def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
+    statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
+    statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
+    if exempt_roles:
+        statement["Condition"] = {
+            "ArnNotLike": {"aws:PrincipalArn": [role_arns(role) for role in exempt_roles]}
+        }
+    return policy_document([statement])
+
+
+def alert_rule() -> dict[str, Any]:
+    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each of ALERT_EVENTS that succeeds."""
+    topic = {"Ref": "Topic"}
+    succeeded = {
+        "eventSource": ["iam.amazonaws.com"],
+        "eventName": [*ALERT_EVENTS],
+        "errorCode": [{"exists": False}],
+    }
+    pattern = {
+        "source": ["aws.iam"],
+        "detail-type": ["AWS API Call via CloudTrail"],
+        "detail": succeeded,
+    }
+    # No condition on the rule's ARN: AWS does not support conditions in the topic policies that EventBridge needs.
+    publish = {
+        "Effect": "Allow",
+        "Principal": {"Service": "events.amazonaws.com"},
+        "Action": "sns:Publish",
+    }
+    resources = {
+        "Topic": {"Subscription": [{"Protocol": "email", "Endpoint": {"Ref": "Email"}}]},
+        "TopicPolicy": {
+            "Topics": [topic],
+            "PolicyDocument": policy_document([{**publish, "Resource": topic}]),
+        },
+        "Rule": {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]},
+    }
+    types = {
+        "Topic": "AWS::SNS::Topic",
+        "TopicPolicy": "AWS::SNS::TopicPolicy",
+        "Rule": "AWS::Events::Rule",
+    }
+    return {
+        "AWSTemplateFormatVersion": "2010-09-09",
+        "Description": "A message when an access key or password is created or MFA is deactivated (for us-east-1)",
+        "Parameters": {"Email": text_parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
+        "Resources": {
+            name: {"Type": types[name], "Properties": resources[name]} for name in resources
+        },
+    }
+
+
+def policy_document(statements: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def allow(sid: str, actions: Iterable[str], resource: str = "*") -> dict[str, Any]:
+    """A statement; the resource stays * where an action takes no other, and for IAM's reads of a user: of one deleted
+    meanwhile IAM knows no ARN, and would answer AccessDenied where the audit needs to hear NoSuchEntity."""
+    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resource}
+
+
+def trust_statement(principal: Any) -> dict[str, Any]:
+    return {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "sts:AssumeRole"}
+
+
+def role_arns(role: str) -> str:
+    """The role of this name, or path and name, in any account of any partition."""
+    return f"arn:*:iam::*:role/{role}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Options: the command line, its validators and help; the progress line
+# --------------------------------------------------------------------------------------------------
+
+
+DEFAULT_MAX_KEY_AGE = 90  # days
+# prod, prd, production or live as a word of its own (prod2 too), and not after no, non, not or pre as a word
+DEFAULT_PRODUCTION = (
+    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])(?<!(?<![a-z0-9])pre[-_. ])"
+    r"(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
+)
 HELP_EPILOG = """\
 examples:
   python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
@@ -3351,12 +4060,48 @@ exit codes:
 """
 
 
+class FailOn(NamedTuple):
+    """What ends with exit code 4: findings of that priority or more urgent (0: none), new access keys."""
+
+    priority: int = 0
+    new_keys: bool = False
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argument_parser()
+    options = parser.parse_args(argv)
+    if options.role is None and options.document is None:
+        parser.error("the following arguments are required: --role")
+    if options.exempt_role and options.document != "scp-deny-access-keys":
+        parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
+    if options.document and any(
+        set(name) & set("*?$") for name in (*options.exempt_role, options.role or "")
+    ):
+        parser.error(
+            "argument --print: in a policy, * ? and $ in the path of a role would stand for other roles"
+        )
+    if (
+        options.exempt_role
+        and (length := len(print_document(options.document, "", options.exempt_role))) > SCP_LONGEST
+    ):
+        parser.error(
+            f"argument --exempt-role: a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
+        )
+    if both := options.accounts & options.exclude:
+        parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
+    if options.since and not options.cloudtrail:
+        parser.error("argument --since: it goes with --cloudtrail")
+    return options
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iam_audit.py",
         description="Write down every IAM user, password, access key and MFA device of an AWS organization.",
         epilog=HELP_EPILOG,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
@@ -3384,12 +4129,29 @@ def access_options(add: Callable[..., Any]) -> None:
         type=role_name,
         help="role to assume in each account, required for an audit: a name, or a path and a name (audit/IAMAuditRole)",
     )
-    add("--external-id", metavar="ID", type=external_id, help="external ID that the role's trust policy asks for")
+    add(
+        "--external-id",
+        metavar="ID",
+        type=external_id,
+        help="external ID that the role's trust policy asks for",
+    )
 
 
 def scope_options(add: Callable[..., Any]) -> None:
-    add("--accounts", metavar="ID[,ID...]", type=account_ids, help="audit only these accounts", default=frozenset())
-    add("--exclude", metavar="ID[,ID...]", type=account_ids, help="leave these accounts out", default=frozenset())
+    add(
+        "--accounts",
+        metavar="ID[,ID...]",
+        type=account_ids,
+        help="audit only these accounts",
+        default=frozenset(),
+    )
+    add(
+        "--exclude",
+        metavar="ID[,ID...]",
+        type=account_ids,
+        help="leave these accounts out",
+        default=frozenset(),
+    )
     add(
         "--ou",
         metavar="OU_ID[,OU_ID...]",
@@ -3484,7 +4246,12 @@ def output_options(add: Callable[..., Any]) -> None:
         action="store_true",
         help="print nothing unless something needs attention (an account failed, say)",
     )
-    add("-v", "--verbose", action="store_true", help="a line an account and step on stderr; tracebacks")
+    add(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="a line an account and step on stderr; tracebacks",
+    )
 
 
 def document_options(add: Callable[..., Any]) -> None:
@@ -3528,18 +4295,25 @@ def role_names(text: str) -> tuple[str, ...]:
 
 
 def account_ids(text: str) -> frozenset[str]:
-    return frozenset(matching(r"\d{12}", "an account ID of 12 digits", part.strip()) for part in text.split(","))
+    return frozenset(
+        matching(r"\d{12}", "an account ID of 12 digits", part.strip()) for part in text.split(",")
+    )
 
 
 def ou_ids(text: str) -> frozenset[str]:
     """https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html"""
     what = "the ID of an organizational unit (ou-ab12-cdefgh34)"
-    return frozenset(matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, part.strip()) for part in text.split(","))
+    return frozenset(
+        matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, part.strip())
+        for part in text.split(",")
+    )
 
 
 def external_id(text: str) -> str:
     """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-    return matching(r"[\w+=,.@:/-]{2,1224}", "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)", text)
+    return matching(
+        r"[\w+=,.@:/-]{2,1224}", "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)", text
+    )
 
 
 def workers(text: str) -> int:
@@ -3586,13 +4360,6 @@ def past_date(text: str) -> datetime:
     return moment
 
 
-class FailOn(NamedTuple):
-    """What ends with exit code 4: findings of that priority or more urgent (0: none), new access keys."""
-
-    priority: int = 0
-    new_keys: bool = False
-
-
 def fail_on(text: str) -> FailOn:
     chosen = FailOn()
     for part in text.split(","):
@@ -3605,36 +4372,20 @@ def fail_on(text: str) -> FailOn:
     return chosen
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argument_parser()
-    options = parser.parse_args(argv)
-    if options.role is None and options.document is None:
-        parser.error("the following arguments are required: --role")
-    if options.exempt_role and options.document != "scp-deny-access-keys":
-        parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
-    if options.document and any(set(name) & set("*?$") for name in (*options.exempt_role, options.role or "")):
-        parser.error("argument --print: in a policy, * ? and $ in the path of a role would stand for other roles")
-    if options.exempt_role and (length := len(print_document(options.document, "", options.exempt_role))) > SCP_LONGEST:
-        parser.error(
-            f"argument --exempt-role: a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
-        )
-    if both := options.accounts & options.exclude:
-        parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
-    if options.since and not options.cloudtrail:
-        parser.error("argument --since: it goes with --cloudtrail")
-    return options
-
-
 class Status:
     """stderr: the progress line, where there is a terminal to draw it on, and the lines of --verbose.
 
     A stream that is closed, or whose reader has gone, costs these lines and not the run.
     """
 
-    def __init__(self, stream: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
+    def __init__(
+        self, stream: TextIO | None, progress: Progress, quiet: bool, verbose: bool
+    ) -> None:
         self._stream, self._progress = stream, progress
         self._verbose = verbose and stream is not None
-        terminal = stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        terminal = (
+            stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        )
         self._draws = terminal and not quiet
         self._started = time.monotonic()
 
@@ -3675,194 +4426,23 @@ class Status:
             await asyncio.sleep(0.2)
 
 
+def progress_line(progress: Progress, elapsed: float) -> str:
+    total = f"{progress.listed:,}" if progress.all_listed else f"{progress.listed:,}+"
+    parts = [f"{progress.done:,} of {total} accounts"]
+    if progress.failed:
+        parts.append(f"{progress.failed:,} failed")
+    parts.append(clock(timedelta(seconds=elapsed)))
+    if progress.done and progress.all_listed:
+        left = elapsed / progress.done * (progress.listed - progress.done)
+        parts.append(f"about {clock(timedelta(seconds=left))} left")
+    return ", ".join(parts)
+
+
 def columns_of(terminal: TextIO) -> int:
     """Its width; one that knows none, as in some containers and on serial lines, says 0."""
     with contextlib.suppress(OSError):
         return os.get_terminal_size(terminal.fileno()).columns or 80
     return 80
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted; what runs in the event loop is cancelled first, so that nothing is cut."""
-    received: list[int] = []
-
-    def interrupt(signum: int, _: Any) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)  # one is enough: a second must not cut the cleaning up
-        received.append(signum)
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise Interrupted(signum) from None
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
-
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in before:
-        signal.signal(each, interrupt)
-    try:
-        yield
-    except asyncio.CancelledError:
-        raise Interrupted(received[0]) from None
-    finally:
-        if not received:  # else both stay ignored: a second one would only make the interpreter's own end noisy
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-
-def run(options: argparse.Namespace, started: datetime) -> int:
-    """From the command line's options to files and summary."""
-    folder = make_run_folder(Path(options.output_dir), started)
-    try:
-        aws = connect(open_session(options.profile), options.workers)
-        organization = describe_organization(aws)
-        tracking = open_tracking(folder.parent, options.previous, organization.id)
-        plan = plan_of(options, aws.caller, organization, tracking, started)
-        found = Run(started, folder, plan, aws.caller, organization, tracking=tracking)
-        asyncio.run(audit_into(found, aws, options))
-    except BaseException:
-        remove_if_empty(folder)
-        raise
-    write_tables(found, folder)
-    finished = utc_now()
-    write_json(folder / "summary.json", summary_document(found, finished))
-    show(terminal_summary(found, finished, options.quiet))
-    return exit_code(found, options.fail_on)
-
-
-def write_tables(found: Run, folder: Path) -> None:
-    """What is written of the organization as a whole, once all accounts are done."""
-    found.findings.sort(key=most_urgent_first)
-    write_csv(folder / "findings.csv", FINDINGS_COLUMNS, (finding_row(one, found) for one in found.findings))
-    found.tracking.mfa_new.sort(key=lambda change: change[:5])
-    if found.tracking.earlier is not None:
-        changes = [*found.tracking.changes, *accounts_that_came_or_left(found)]
-        found.tracking.changes = sorted(changes, key=lambda change: change[:8])
-        write_csv(folder / "changes.csv", CHANGES_COLUMNS, map(change_row, found.tracking.changes))
-    if found.plan.events_since is not None:
-        write_csv(folder / "events.csv", EVENTS_COLUMNS, event_rows(found))
-
-
-def exit_code(found: Run, fail_on: FailOn) -> int:
-    if found.failed:
-        return EXIT_ACCOUNTS_FAILED
-    if any(finding.priority <= fail_on.priority for finding in found.findings):
-        return EXIT_FAIL_ON
-    return EXIT_FAIL_ON if fail_on.new_keys and new_keys(found) else EXIT_OK
-
-
-async def audit_into(found: Run, aws: Aws, options: argparse.Namespace) -> None:
-    """Audit the organization. Each account's CSV is written as soon as the account is done, and its users forgotten."""
-    progress = Progress()
-    status = Status(sys.stderr, progress, options.quiet, options.verbose)
-    enforcement = asyncio.create_task(read_enforcement(aws, found.organization))
-    with status.drawing():
-        async for outcome in audit_organization(aws, found.organization, found.plan, progress, status.log):
-            if isinstance(outcome, AuditedAccount):
-                write_csv(account_csv(found.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
-            keep(found, outcome)
-            progress.done = len(found.audited) + len(found.failed)
-            progress.failed = len(found.failed)
-            status.log(outcome_line(outcome))
-        found.enforcement = await enforcement
-        await apply_enforcement(aws, found)
-
-
-def keep(found: Run, outcome: Outcome) -> None:
-    """Add an outcome to what the run has found."""
-    if isinstance(outcome, AuditedAccount):
-        found.audited.append(assess(outcome, found.plan, found.started))
-        found.findings.extend(findings_of(outcome, found.plan, found.started))
-        track_account(found.tracking, outcome)
-        if outcome.trail is not None:
-            found.trails.append((outcome.account, outcome.trail))
-    elif isinstance(outcome, FailedAccount):
-        found.failed.append(outcome)
-    elif isinstance(outcome, SkippedAccount):
-        found.skipped.append(outcome)
-    else:
-        found.out_of_scope.append(outcome)
-
-
-def plan_of(
-    options: argparse.Namespace, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
-) -> Plan:
-    since = options.since or (tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK)
-    reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
-    own = caller.account if caller.account == organization.management_account else None
-    return Plan(
-        role=Role(options.role, caller.partition, session_policy(reads), options.external_id, own),
-        scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
-        workers=options.workers,
-        report_timeout=options.report_timeout,
-        production=options.production,
-        max_key_age=options.max_key_age,
-        events_since=max(since, started - CLOUDTRAIL_KEEPS) if options.cloudtrail else None,
-        events_out_of_reach=since < started - CLOUDTRAIL_KEEPS,
-    )
-
-
-def what_stopped_it(error: Exception) -> str:
-    """A sentence or two for the person who has to do something about it."""
-    if isinstance(error, AuditError):
-        return str(error)
-    if isinstance(error, ClientError):
-        code = error_code(error)
-        message = without_secrets(str(error.response.get("Error", {}).get("Message", "")))
-        return f"{error.operation_name}: {code}: {message}{CANNOT_START.get(code, '')}"
-    if isinstance(error, ProfileNotFound):
-        return f"{error}: `aws configure list-profiles` shows the ones there are."
-    if isinstance(error, ResponseParserError):  # its text quotes the answer, which may hold credentials
-        return "AWS's answer could not be understood: is a proxy in between?"
-    if isinstance(error, BotoCoreError):
-        return f"{type(error).__name__}: {without_secrets(str(error))}"
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or 'no file named'}"
-    return f"Unexpected {type(error).__name__}: {without_secrets(str(error))} (--verbose shows where)"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # cron's locale may know ASCII alone
-    try:
-        with interruptible():
-            if options.document is None:
-                return run(options, utc_now())
-            show(print_document(options.document, options.role or DEFAULT_ROLE, options.exempt_role))
-            return EXIT_OK
-    except Interrupted as stop:
-        complain(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.")
-        return EXIT_SIGNAL + stop.signum
-    except Exception as error:
-        if options.verbose:
-            complain(*frames_of(error))
-        complain(f"iam_audit.py: {printable(what_stopped_it(error))}")
-        return EXIT_NOT_DONE
-
-
-def complain(*lines: str) -> None:
-    """Print to stderr; the exit code stays what it is where nobody reads that."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    """Print the product. Whoever closes the pipe early has read enough; all of it is in the files."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from iam_audit import (
     AccountFigures,
     AuditedAccount,
     Caller,
+    Enforcement,
     FailedAccount,
     Finding,
     Gaps,
@@ -101,7 +102,8 @@ def failed(account_id: str = "444444444444", name: str = "locked") -> FailedAcco
 
 def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER) -> Run:
     """What a run has found once these are its accounts' outcomes, where no policy prevents anything."""
-    found = Run(NOW, Path("reports/20261123T205000Z"), plan(*arguments, caller=caller), caller, ORGANIZATION)
+    folder = Path("reports/20261123T205000Z")
+    found = Run(NOW, folder, plan(*arguments, caller=caller), caller, ORGANIZATION, Tracking(), Enforcement())
     for outcome in outcomes:
         keep(found, outcome)
     prevented = controls_of_account([], [], is_management=False)

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import Program, Result, Serve
-from endpoint import ACCOUNT_DEFAULTS, Json, account, credential_report, key, root, root_key, rule, user
+from endpoint import (
+    ACCOUNT_DEFAULTS,
+    Json,
+    account,
+    credential_report,
+    key,
+    root,
+    root_key,
+    rule,
+    user,
+)
 
 pytestmark = pytest.mark.program
 

@@ -13,7 +13,19 @@ import boto3
 import pytest
 from botocore.credentials import Credentials
 from conftest import Program, Serve
-from endpoint import Endpoint, Json, access_key_id, account, generate, key, root, rule, secret_of, user, world
+from endpoint import (
+    Endpoint,
+    Json,
+    access_key_id,
+    account,
+    generate,
+    key,
+    root,
+    rule,
+    secret_of,
+    user,
+    world,
+)
 
 import iam_audit
 

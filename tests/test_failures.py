@@ -18,7 +18,18 @@ from typing import Any
 
 import pytest
 from conftest import TRACEBACK, Program, Result, Serve, check_what_always_holds, screen
-from endpoint import Endpoint, Json, access_key_id, account, generate, key, root, rule, secret_of, user
+from endpoint import (
+    Endpoint,
+    Json,
+    access_key_id,
+    account,
+    generate,
+    key,
+    root,
+    rule,
+    secret_of,
+    user,
+)
 
 pytestmark = pytest.mark.program
 

@@ -37,7 +37,15 @@ from endpoint import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from organization import AccountSpec, KeySpec, MotoServer, UserSpec, fill, iam_client, organizations_client
+from organization import (
+    AccountSpec,
+    KeySpec,
+    MotoServer,
+    UserSpec,
+    fill,
+    iam_client,
+    organizations_client,
+)
 
 import iam_audit
 from iam_audit import Change, Event, Trail, UserState
