@@ -1,36 +1,47 @@
 #!/usr/bin/env python3
-"""iam-audit: every long-term credential of an AWS organization, one CSV an account.
+"""iam-audit: all passwords, access keys and MFA devices of an AWS organization, a CSV per account.
 
-From a profile of the management account (or of a delegated administrator) a role is assumed in every
-member account, the IAM credential report and the access keys' last use are read, and what was found is written.
+From a profile of the management account, or of a delegated administrator, it assumes a role in
+every member account and reads the IAM credential report and when each access key was last used.
 
-Reads   the AWS profile's credentials, as the SDK finds them.
-        The CSVs and summaries of earlier runs in OUTPUT_DIR, or of the one that --previous names, to compare.
-Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv, events.csv and, last, summary.json;
-        files 0600, folders 0700. stdout gets the summary, or with --print a document and nothing else happens.
+Reads   the AWS profile's credentials, as the SDK finds them;
+        CSV files and summaries of earlier runs in OUTPUT_DIR, or of the run that --previous names.
+Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv, events.csv and,
+        last, summary.json; files with mode 0600, folders 0700. The summary goes to stdout.
+        With --print, a document goes to stdout and nothing else happens.
 
-AWS actions, all of them:
+Every AWS action that the program can call:
   with the profile's credentials
-    sts:GetCallerIdentity                who runs this, and in which partition
+    sts:GetCallerIdentity                who runs the audit, and in which partition
     organizations:DescribeOrganization   which account is the management account
     organizations:ListAccounts           the accounts
     organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy, ListParents
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in every account that is audited
-  with the assumed role (the management account, if it is the profile's own: with the profile's credentials)
+  with the assumed role; in the profile's own account, with the profile's credentials
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
     iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile;
     with --cloudtrail also cloudtrail:LookupEvents
 
-GenerateCredentialReport makes IAM prepare a report; nothing else here changes anything in AWS. Each AssumeRole
-carries a session policy that allows the role's actions above and no other, so that even an administrator role is
-read-only in this program's hands. No credential is written, logged or put on a command line. An account that could
-not be read in full gets no CSV: it is listed as failed, with the step that failed and why.
+GenerateCredentialReport makes IAM prepare a report; no other call changes anything in AWS. Every
+session has a policy that allows only the role's actions above: even an administrator role is
+read-only in the hands of this program. Credentials are never written, logged or put on a command
+line. An account that cannot be read in full gets no CSV file: it is reported as failed, and why.
 
-The file, in the order in which it is best read; each section uses only those above it:
-  constants, data, AWS (all network calls), audit (one account, then all), files, assess, track, enforce, present,
-  command line.
+Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,100 lines.
+Nothing else opens a connection.
+  run        the story: from the command line to the files, the summary and the exit code
+  data       what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
+  AWS        permissions with their reasons; every network call, its credentials and repetition
+  audit      one account from AssumeRole to its users; the organization as many of these
+  files      rows and cells, atomic writing, reading an earlier run
+  assess     gaps, maturity levels, the table of finding rules
+  track      what changed since an earlier run, with CloudTrail as the witness
+  enforce    what the organization's service control policies already prevent
+  terminal   the summary for stdout and for mail; summary.json
+  documents  the policies and templates that --print prints
+  options    the command line, its validators and its help; the progress line
 """
 
 from __future__ import annotations
@@ -61,12 +72,12 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
@@ -74,56 +85,41 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar, Union, cast
 
 import boto3
-import boto3.exceptions
 import botocore
+import botocore.exceptions
 import botocore.session
 import botocore.utils
 from botocore.config import Config
 from botocore.credentials import Credentials
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    HTTPClientError,
-    ProfileNotFound,
-)
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
-
 # --------------------------------------------------------------------------------------------------
-# Run: from the options to the files and the summary
+# Run: the story, from the command line to the files, the summary and the exit code
 # --------------------------------------------------------------------------------------------------
-
 
 EXIT_OK = 0
 EXIT_NOT_DONE = 1
 EXIT_USAGE = 2  # argparse's own
 EXIT_ACCOUNTS_FAILED = 3
 EXIT_FAIL_ON = 4
-EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
-CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # how far back without an earlier run
-CANNOT_START = {
-    "AWSOrganizationsNotInUseException": " The profile must belong to an account of an organization.",
-    "AccessDenied": " The profile needs the permissions that README.md lists.",
-    "AccessDeniedException": " The profile must belong to the management account or to a delegated administrator, and "
-    "have the permissions that README.md lists.",
-    "ExpiredToken": " Sign in again (aws sso login, for one).",
-    "ExpiredTokenException": " Sign in again (aws sso login, for one).",
-}
+EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
+
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # without an earlier run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for and return the exit code."""
     options = parse_arguments(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # cron's locale may know ASCII alone
+            stream.reconfigure(errors="replace")  # under cron the locale may be ASCII
     try:
         with interruptible():
             if options.document is None:
-                return run(options, utc_now())
-            show(
-                print_document(options.document, options.role or DEFAULT_ROLE, options.exempt_role)
-            )
+                return run_audit(options, utc_now())
+            role = options.role or DEFAULT_ROLE
+            show(print_document(options.document, role, options.exempt_role))
             return EXIT_OK
     except Interrupted as stop:
         complain(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.")
@@ -135,24 +131,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NOT_DONE
 
 
-def run(options: argparse.Namespace, started: datetime) -> int:
-    """From the command line's options to files and summary."""
+def run_audit(options: argparse.Namespace, started: datetime) -> int:
+    """Audit the organization, write the files, print the summary."""
     folder = make_run_folder(Path(options.output_dir), started)
     try:
         aws = connect(open_session(options.profile), options.workers)
         organization = describe_organization(aws)
         tracking = open_tracking(folder.parent, options.previous, organization.id)
         plan = plan_of(options, aws.caller, organization, tracking, started)
-        found = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
-        asyncio.run(audit_into(found, aws, options))
+        run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
+        asyncio.run(audit_into(run, aws, options))
     except BaseException:
         remove_if_empty(folder)
         raise
-    write_tables(found, folder)
+    write_tables(run)
     finished = utc_now()
-    write_json(folder / "summary.json", summary_document(found, finished))
-    show(terminal_summary(found, finished, options.quiet))
-    return exit_code(found, options.fail_on)
+    write_json(folder / "summary.json", summary_document(run, finished))
+    show(terminal_summary(run, finished, options.quiet))
+    return exit_code(run, options.fail_on)
 
 
 def plan_of(
@@ -162,116 +158,119 @@ def plan_of(
     tracking: Tracking,
     started: datetime,
 ) -> Plan:
-    since = options.since or (
-        tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK
-    )
-    reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
-    own = caller.account if caller.account == organization.management_account else None
+    """What the options ask for, in this organization and since the earlier run."""
+    reads = list(ROLE_READS)
+    own_account = caller.account if caller.account == organization.management_account else None
+    events_since, out_of_reach = None, False
+    if options.cloudtrail:
+        reads += CLOUDTRAIL_READS
+        wanted, oldest = options.since, started - CLOUDTRAIL_KEEPS
+        if wanted is None and tracking.earlier is not None:
+            wanted = tracking.earlier.started
+        elif wanted is None:
+            wanted = started - CLOUDTRAIL_FIRST_LOOK
+        events_since, out_of_reach = max(wanted, oldest), wanted < oldest
     return Plan(
-        role=Role(options.role, caller.partition, session_policy(reads), options.external_id, own),
+        role=Role(
+            name=options.role,
+            partition=caller.partition,
+            session_policy=session_policy(reads),
+            external_id=options.external_id,
+            own_account=own_account,
+        ),
         scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
         workers=options.workers,
         report_timeout=options.report_timeout,
         production=options.production,
         max_key_age=options.max_key_age,
-        events_since=max(since, started - CLOUDTRAIL_KEEPS) if options.cloudtrail else None,
         event_names=EVENT_NAMES,
-        events_out_of_reach=since < started - CLOUDTRAIL_KEEPS,
+        events_since=events_since,
+        events_out_of_reach=out_of_reach,
     )
 
 
-async def audit_into(found: Run, aws: Aws, options: argparse.Namespace) -> None:
-    """Audit the organization. Each account's CSV is written as soon as the account is done, and its users forgotten."""
+async def audit_into(run: Run, aws: Aws, options: argparse.Namespace) -> None:
+    """Audit the accounts side by side while the service control policies are read."""
     progress = Progress()
     status = Status(sys.stderr, progress, options.quiet, options.verbose)
-    enforcement = asyncio.create_task(read_enforcement(aws, found.organization))
+
+    def finish(outcome: Outcome) -> None:
+        """Write the account's CSV file at once; nothing else keeps its users."""
+        if isinstance(outcome, AuditedAccount):
+            path = account_csv(run.folder, outcome.account.id)
+            write_csv(path, CSV_COLUMNS, rows_of(outcome))
+        keep(run, outcome)
+        progress.failed = len(run.failed)
+        progress.done = len(run.audited) + len(run.failed)
+        status.log(outcome_line(outcome))
+
+    enforcement = asyncio.create_task(read_enforcement(aws, run.organization))
     with status.drawing():
-        async for outcome in audit_organization(
-            aws, found.organization, found.plan, progress, status.log
-        ):
-            if isinstance(outcome, AuditedAccount):
-                write_csv(
-                    account_csv(found.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome)
-                )
-            keep(found, outcome)
-            progress.done = len(found.audited) + len(found.failed)
-            progress.failed = len(found.failed)
-            status.log(outcome_line(outcome))
-        found.enforcement = await enforcement
-        await apply_enforcement(aws, found)
+        await audit_organization(aws, run, progress, finish, status.log)
+        run.enforcement = await enforcement
+        await apply_enforcement(aws, run)
+    raise_phase1_levels(run)
 
 
-def keep(found: Run, outcome: Outcome) -> None:
-    """Add an outcome to what the run has found."""
+def keep(run: Run, outcome: Outcome) -> None:
+    """Add an account's outcome to the run."""
     if isinstance(outcome, AuditedAccount):
-        found.audited.append(assess(outcome, found.plan, found.started))
-        found.findings.extend(findings_of(outcome, found.plan, found.started))
-        track_account(found.tracking, outcome)
+        run.audited.append(assess(outcome, run.plan, run.started))
+        run.findings.extend(findings_of(outcome, run.plan, run.started))
+        track_account(run.tracking, outcome)
         if outcome.trail is not None:
-            found.trails.append((outcome.account, outcome.trail))
+            run.trails.append((outcome.account, outcome.trail))
     elif isinstance(outcome, FailedAccount):
-        found.failed.append(outcome)
+        run.failed.append(outcome)
     elif isinstance(outcome, SkippedAccount):
-        found.skipped.append(outcome)
+        run.skipped.append(outcome)
     else:
-        found.out_of_scope.append(outcome)
+        run.out_of_scope.append(outcome)
 
 
-def write_tables(found: Run, folder: Path) -> None:
-    """What is written of the organization as a whole, once all accounts are done."""
-    found.findings.sort(key=most_urgent_first)
-    write_csv(
-        folder / "findings.csv",
-        FINDINGS_COLUMNS,
-        (finding_row(one, found) for one in found.findings),
-    )
-    found.tracking.mfa_new.sort(key=lambda change: change[:5])
-    if found.tracking.earlier is not None:
-        changes = [*found.tracking.changes, *accounts_that_came_or_left(found)]
-        found.tracking.changes = sorted(changes, key=lambda change: change[:8])
-        write_csv(folder / "changes.csv", CHANGES_COLUMNS, map(change_row, found.tracking.changes))
-    if found.plan.events_since is not None:
-        write_csv(folder / "events.csv", EVENTS_COLUMNS, event_rows(found))
+def raise_phase1_levels(run: Run) -> None:
+    """Phase 1 is Advanced in an account only if a policy also requires MFA there."""
+    for index, figures in enumerate(run.audited):
+        verdict = run.controls[figures.account.id][MFA_REQUIRED].verdict
+        level = phase1_level(figures.gaps, mfa_enforced=verdict == ENFORCED)
+        run.audited[index] = replace(figures, phase1=level)
 
 
-def exit_code(found: Run, fail_on: FailOn) -> int:
-    if found.failed:
+def write_tables(run: Run) -> None:
+    """Write the tables of the whole organization, once all accounts are done."""
+    tracking = run.tracking
+    run.findings.sort(key=most_urgent_first)
+    findings = (finding_row(finding, run) for finding in run.findings)
+    write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, findings)
+    tracking.mfa_new.sort(key=change_order)
+    if tracking.earlier is not None:
+        tracking.changes += accounts_that_came_or_left(run)
+        tracking.changes.sort(key=change_order)
+        write_csv(run.folder / "changes.csv", CHANGES_COLUMNS, map(change_row, tracking.changes))
+    if run.plan.events_since is not None:
+        write_csv(run.folder / "events.csv", EVENTS_COLUMNS, event_rows(run))
+
+
+def exit_code(run: Run, fail_on: FailOn) -> int:
+    if run.failed:
         return EXIT_ACCOUNTS_FAILED
-    if any(finding.priority <= fail_on.priority for finding in found.findings):
+    if any(finding.priority <= fail_on.priority for finding in run.findings):
         return EXIT_FAIL_ON
-    return EXIT_FAIL_ON if fail_on.new_keys and new_keys(found) else EXIT_OK
+    if fail_on.new_keys and new_keys(run):
+        return EXIT_FAIL_ON
+    return EXIT_OK
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted; what runs in the event loop is cancelled first, so that nothing is cut."""
-    received: list[int] = []
-
-    def interrupt(signum: int, _: Any) -> None:
-        for each in before:
-            signal.signal(
-                each, signal.SIG_IGN
-            )  # one is enough: a second must not cut the cleaning up
-        received.append(signum)
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise Interrupted(signum) from None
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
-
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in before:
-        signal.signal(each, interrupt)
-    try:
-        yield
-    except asyncio.CancelledError:
-        raise Interrupted(received[0]) from None
-    finally:
-        if (
-            not received
-        ):  # else both stay ignored: a second one would only make the interpreter's own end noisy
-            for each, handler in before.items():
-                signal.signal(each, handler)
+def what_stopped_it(error: Exception) -> str:
+    """A sentence or two for the person who has to do something about it."""
+    if isinstance(error, AuditError):
+        return str(error)
+    if in_words := sdk_error_in_words(error):
+        return in_words
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or 'no file named'}"
+    message = without_secrets(str(error))
+    return f"Unexpected {type(error).__name__}: {message} (--verbose shows where)"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -282,38 +281,51 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-def what_stopped_it(error: Exception) -> str:
-    """A sentence or two for the person who has to do something about it."""
-    if isinstance(error, AuditError):
-        return str(error)
-    if isinstance(error, ClientError):
-        code = error_code(error)
-        message = without_secrets(str(error.response.get("Error", {}).get("Message", "")))
-        return f"{error.operation_name}: {code}: {message}{CANNOT_START.get(code, '')}"
-    if isinstance(error, ProfileNotFound):
-        return f"{error}: `aws configure list-profiles` shows the ones there are."
-    if isinstance(
-        error, ResponseParserError
-    ):  # its text quotes the answer, which may hold credentials
-        return "AWS's answer could not be understood: is a proxy in between?"
-    if isinstance(error, BotoCoreError):
-        return f"{type(error).__name__}: {without_secrets(str(error))}"
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or 'no file named'}"
-    return (
-        f"Unexpected {type(error).__name__}: {without_secrets(str(error))} (--verbose shows where)"
-    )
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into Interrupted.
+
+    The event loop's tasks are cancelled first, so that no file is cut off.
+    """
+    received: list[int] = []
+
+    def interrupt(signum: int, _frame: Any) -> None:
+        for each in handlers:
+            signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+        received.append(signum)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise Interrupted(signum) from None
+        loop.call_soon_threadsafe(cancel_all_tasks, loop)
+
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in handlers:
+        signal.signal(each, interrupt)
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise Interrupted(received[0]) from None
+    finally:
+        if not received:  # otherwise both stay ignored while the interpreter shuts down
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
+
+
+def cancel_all_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
 
 
 def complain(*lines: str) -> None:
-    """Print to stderr; the exit code stays what it is where nobody reads that."""
+    """Print to stderr. If nobody can read it, the exit code stays what it is."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Print the product. Whoever closes the pipe early has read enough; all of it is in the files."""
+    """Print to stdout. A reader that closes the pipe early (`| head`) is not an error."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
@@ -324,20 +336,35 @@ def show(text: str) -> None:
 # Data: what several sections share, in AWS's words
 # --------------------------------------------------------------------------------------------------
 
-
 VERSION = "1.0.0"
 TERMINAL_WIDTH = 100
 MOST_URGENT, LEAST_URGENT = 1, 7  # priorities of findings
+
+ROOT = "<root_account>"  # its name in the credential report
+ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # the report has no IDs of them
+NOT_APPLICABLE = "N/A"
+
+CLOUDTRAIL_KEEPS = timedelta(days=90)
+
+# AWS's error codes
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
+# fmt: off
+THROTTLED = {
+    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
+    "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
+}
+# fmt: on
+# The step in place of AssumeRole in the profile's own account
+PROFILE_CREDENTIALS = "profile credentials"
+
 T = TypeVar("T")
 Log = Callable[[str], None]
-ROOT = "<root_account>"  # the credential report's own name for it
-ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # it does not tell their IDs
-NOT_APPLICABLE = "N/A"
 
 
 @dataclass(frozen=True)
 class Account:
-    """An account of the organization. `path` is its place there (`o-.../r-.../ou-.../ID/`), None if AWS did not say."""
+    """An account. `path` is its place, `o-.../r-.../ou-.../ID/`; None if AWS did not give it."""
 
     id: str
     name: str
@@ -347,7 +374,7 @@ class Account:
 
 @dataclass(frozen=True)
 class AccessKey:
-    """An access key; `last_used` None means never used, `service_name` is then N/A."""
+    """An access key. If it was never used, `last_used` is None and `service_name` is N/A."""
 
     id: str
     status: str
@@ -358,7 +385,10 @@ class AccessKey:
 
 @dataclass(frozen=True)
 class User:
-    """An IAM user or root. `mfa` holds the kinds of its MFA devices; `password_last_used` None means never used."""
+    """An IAM user, or root. `mfa` has the kinds of their MFA devices.
+
+    `password_last_used` is None if there is no password or it was never used.
+    """
 
     name: str
     password: bool
@@ -368,7 +398,7 @@ class User:
 
 
 class Event(NamedTuple):
-    """A successful IAM event of CloudTrail: what `actor` did to `user`. `status` is what UpdateAccessKey set."""
+    """A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set."""
 
     time: datetime
     name: str
@@ -383,7 +413,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Trail:
-    """What CloudTrail told of an account, oldest first; `error` says why it told nothing, where the lookup failed."""
+    """CloudTrail's events of one account, oldest first. If the lookup failed, `error` says why."""
 
     events: tuple[Event, ...] = ()
     error: str = ""
@@ -391,7 +421,7 @@ class Trail:
 
 @dataclass(frozen=True)
 class AuditedAccount:
-    """An account read in full: root first (where the report has it), then the users by name.
+    """An account that was read in full: root first, if it is in the report, then the users by name.
 
     `trail` is None if CloudTrail was not asked.
     """
@@ -404,7 +434,7 @@ class AuditedAccount:
 
 @dataclass(frozen=True)
 class FailedAccount:
-    """An account that could not be read in full: the API operation it failed at, AWS's code and message."""
+    """An account that could not be read in full: the failed operation, AWS's code and message."""
 
     account: Account
     step: str
@@ -414,14 +444,14 @@ class FailedAccount:
 
 @dataclass(frozen=True)
 class SkippedAccount:
-    """An account in scope that AWS does not let anybody audit, because its state is not ACTIVE."""
+    """An account in scope that nobody can audit, because its state is not ACTIVE."""
 
     account: Account
 
 
 @dataclass(frozen=True)
 class OutOfScopeAccount:
-    """An account that the command line leaves out."""
+    """An account that the options leave out."""
 
     account: Account
 
@@ -431,7 +461,7 @@ Outcome = Union[AuditedAccount, FailedAccount, SkippedAccount, OutOfScopeAccount
 
 @dataclass(frozen=True)
 class Caller:
-    """Who runs the audit, from where: GetCallerIdentity's answer and the Region it came from."""
+    """The answer of GetCallerIdentity, and the Region it came from."""
 
     account: str
     arn: str
@@ -448,7 +478,7 @@ class Organization:
 
 @dataclass(frozen=True)
 class Scope:
-    """Which accounts the command line selects; an empty set selects all."""
+    """The accounts that the options select; an empty set selects all."""
 
     accounts: frozenset[str] = frozenset()
     exclude: frozenset[str] = frozenset()
@@ -457,13 +487,13 @@ class Scope:
 
     @property
     def needs_whole_list(self) -> bool:
-        """Whether it names accounts or units that must exist, which only the organization's whole list can tell."""
+        """Whether it names accounts or OUs, which must exist: only the complete list can tell."""
         return bool(self.accounts or self.ous)
 
 
 @dataclass(frozen=True)
 class Role:
-    """The role to assume in each account. `own_account` is read with the profile's own credentials instead."""
+    """The role to assume. `own_account` is read with the profile's own credentials instead."""
 
     name: str
     partition: str
@@ -477,22 +507,22 @@ class Role:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks of an audit."""
+    """What the options ask of an audit."""
 
     role: Role
     scope: Scope
     workers: int
-    report_timeout: float
+    report_timeout: float  # seconds
     production: re.Pattern[str]
     max_key_age: timedelta
+    event_names: tuple[str, ...]
     events_since: datetime | None  # None: CloudTrail is not asked
-    event_names: tuple[str, ...] = ()
-    events_out_of_reach: bool = False  # what was wanted began before CloudTrail's memory does
+    events_out_of_reach: bool  # CloudTrail no longer keeps the oldest events that were wanted
 
 
 @dataclass
 class Run:
-    """What a run has found so far, as its summary needs it. `controls` has each account in scope by its ID."""
+    """What a run has found so far. `controls` has every audited or failed account by its ID."""
 
     started: datetime
     folder: Path
@@ -512,7 +542,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """How far the run is: in-scope accounts listed so far, those that are done, and of them those that failed."""
+    """How many accounts in scope have been listed so far, are done, and have failed."""
 
     listed: int = 0
     done: int = 0
@@ -521,13 +551,13 @@ class Progress:
 
 
 class AuditError(Exception):
-    """The audit cannot start or go on; the text says what failed and what to do next."""
+    """The audit cannot start or go on. The text says what failed and what to do next."""
 
 
 class StepFailed(Exception):
-    """One account's audit cannot go on: the operation that failed, the error code and the message.
+    """A call failed for good: the operation, the error code and the message.
 
-    `kind` says what a repetition is good for: `throttled` and `transient` calls may yet succeed, `final` ones not.
+    `kind` says whether a repetition may help: `throttled` and `transient` do, `final` does not.
     """
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
@@ -536,13 +566,15 @@ class StepFailed(Exception):
 
 
 def parse_time(text: str) -> datetime:
-    """An ISO 8601 time of AWS (`...Z` or `...+00:00`; fromisoformat takes `Z` only from Python 3.11), in UTC."""
-    moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+    """An ISO 8601 time in UTC. AWS writes `Z` or `+00:00`; Python parses `Z` only from 3.11 on."""
+    if text.endswith(("Z", "z")):
+        text = text[:-1] + "+00:00"
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=timezone.utc)
     try:
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(
-            timezone.utc
-        )
-    except OverflowError as error:  # the first or last day there is, in another time zone
+        return moment.astimezone(timezone.utc)
+    except OverflowError as error:  # the calendar's first or last day, in another time zone
         raise ValueError(str(error)) from None
 
 
@@ -559,15 +591,13 @@ def iso(moment: datetime) -> str:
 
 
 def days_between(earlier: datetime, later: datetime) -> int:
-    """Whole days; a key made after the run's start is no day old."""
+    """Whole days; 0 for a key that was created after the run began."""
     return max(0, (later - earlier).days)
 
 
 def printable(text: str) -> str:
-    """The text without anything that could steer a terminal: control characters, escapes, reordering marks."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
-    )
+    """The text without what could steer a terminal, such as escapes and reordering marks."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def count(number: int, noun: str) -> str:
@@ -582,12 +612,12 @@ def clock(span: timedelta) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# AWS: permissions and every network call, one small function per operation
+# AWS: permissions with their reasons; every network call, its credentials, pace and repetition
 # --------------------------------------------------------------------------------------------------
 
-
+# Each action with the reason for it, as in README.md
 ROLE_READS = {
-    "iam:GenerateCredentialReport": "has IAM prepare the credential report; the one call that is no pure read",
+    "iam:GenerateCredentialReport": "has IAM prepare the credential report; not a pure read",
     "iam:GetCredentialReport": "passwords, their last use, and the root user",
     "iam:ListUsers": "the users there are now; the report may be four hours old",
     "iam:ListAccessKeys": "each user's access keys, their status and creation date",
@@ -597,24 +627,21 @@ ROLE_READS = {
     "iam:GetLoginProfile": "whether a user created after the report has a password",
 }
 CLOUDTRAIL_READS = {
-    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices; only with --cloudtrail",
+    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices",
 }
 CALLER_READS = {
-    "sts:GetCallerIdentity": "the caller's account and partition (AWS allows it without any permission)",
+    "sts:GetCallerIdentity": "the caller's account and partition (needs no permission)",
     "organizations:DescribeOrganization": "which account is the management account",
     "organizations:ListAccounts": "the accounts, their names, states and organizational units",
     "organizations:ListPolicies": "the service control policies (SCPs)",
     "organizations:DescribePolicy": "what an SCP says",
     "organizations:ListTargetsForPolicy": "where an SCP is attached",
-    "organizations:ListParents": "an account's organizational units, where ListAccounts does not tell",
-    "iam:ListOrganizationsFeatures": "whether root credentials of member accounts are managed centrally",
+    "organizations:ListParents": "an account's OUs, where ListAccounts does not give them",
+    "iam:ListOrganizationsFeatures": "whether root credentials are managed centrally",
 }
-POLICY_READS = (
-    "organizations:DescribePolicy",
-    "organizations:ListTargetsForPolicy",
-)  # the two that name a policy
-# What a user signed in without MFA needs to set it up: what AWS's own example of a self-managed MFA device leaves out
-# of its Deny, and the change of password that a first sign-in may demand.
+POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # on one SCP
+# What a user without MFA needs to set it up: the actions that AWS's example policy for self-managed
+# MFA devices leaves out of its Deny, and the change of password that the first sign-in may demand.
 MFA_SETUP = {
     "iam:ChangePassword": "a first sign-in may demand it",
     "iam:GetAccountPasswordPolicy": "the console shows the rules for the new password",
@@ -627,73 +654,48 @@ MFA_SETUP = {
     "iam:ResyncMFADevice": "a token whose clock is off",
     "sts:GetSessionToken": "an MFA session for access keys, where Bool becomes BoolIfExists",
 }
-SESSION_NAME = "iam-audit"
-# A profile without a Region still belongs to one partition; these are asked in turn until one knows the caller.
-PARTITION_REGIONS = ("us-east-1", "us-gov-west-1", "cn-north-1")
-# Where each partition's CloudTrail records what IAM does
-CLOUDTRAIL_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
+
+# Each partition's Region for IAM, where STS knows its credentials and CloudTrail records IAM
+IAM_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
+
+# --- the profile, its partition, the clients ---
+
 CONNECT_TIMEOUT = 10  # seconds
 READ_TIMEOUT = 30  # seconds
-ASSUME_ROLE_AT_ONCE = (
-    4  # one call an account: few connections do, and each new TLS connection costs CPU
-)
-TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
-THROTTLING_PATIENCE = 900  # seconds without any answer but throttling
-CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls in one account: AWS allows two a second
-CLOUDTRAIL_KEEPS = timedelta(days=90)
-# Before all else, so that the accounts' reports are generated side by side
-URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
-THROTTLED = {
-    "Throttling",
-    "ThrottlingException",
-    "ThrottledException",
-    "RequestThrottled",
-    "RequestThrottledException",
-    "RequestLimitExceeded",
-    "TooManyRequestsException",
-    "SlowDown",
-}
-TRANSIENT = {
-    "RequestTimeout",
-    "RequestTimeoutException",
-    "PriorRequestNotComplete",
-}  # and every 5xx
+ASSUME_ROLE_AT_ONCE = 4  # one call per account needs few connections, and each costs CPU
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
-SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+# So that no request of a shared client can be signed with the profile's credentials by mistake
+PLACEHOLDERS: Any = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
 
 
 def open_session(profile: str | None) -> boto3.Session:
-    """The SDK's session with its credentials resolved, so that the one MFA prompt there may be comes first of all.
+    """The SDK's session, its credentials resolved, so that a prompt for an MFA code comes first.
 
-    Raises AuditError for a profile that needs an MFA code where nobody can type one: botocore would wait on a pipe for
-    ever. Raises BotoCoreError for an unknown profile or missing credentials.
+    Raises AuditError for a profile that needs an MFA code where nobody can type one: botocore would
+    wait on a pipe forever. Raises BotoCoreError for an unknown profile or missing credentials.
     """
     core = botocore.session.Session(profile=profile)
     credentials = core.get_credentials()
     if credentials is None:
-        raise AuditError(
-            "No AWS credentials found: name a profile with --profile, or set AWS_PROFILE."
-        )
+        raise AuditError("No AWS credentials: name a profile with --profile, or set AWS_PROFILE.")
     if credentials.method == "assume-role" and asks_for_mfa_code(core) and not has_terminal():
         raise AuditError(
-            f"Profile {core.profile or 'default'} asks for an MFA code (mfa_serial), and there is no terminal to type "
-            "it on: run it from a terminal, or give cron a profile without mfa_serial."
+            f"Profile {core.profile or 'default'} asks for an MFA code (mfa_serial), and there is "
+            "no terminal to type it on: run it from a terminal, or give cron a profile without "
+            "mfa_serial."
         )
     credentials.get_frozen_credentials()
     session = boto3.Session(botocore_session=core)
-    # The SDK's own user agent, with ours at its end; made once, because left to itself the SDK makes it anew for each
-    # request, which costs a fifth of the whole call.
+    # The SDK's user agent with ours at its end, built once: otherwise the SDK builds it again for
+    # each request, which takes a fifth of the CPU time of a call.
     core.set_default_client_config(Config(user_agent=f"{core.user_agent()} iam-audit/{VERSION}"))
-    core.get_component("response_parser_factory").set_parser_defaults(
-        timestamp_parser=parse_timestamp
-    )
+    parsers = core.get_component("response_parser_factory")
+    parsers.set_parser_defaults(timestamp_parser=parse_timestamp)
     return session
 
 
 def parse_timestamp(value: Any) -> datetime:
-    """A timestamp in an answer. IAM and STS send ISO 8601; botocore's own parser, which guesses the format, takes ten
-    times as long for it and is left for whatever else there is."""
+    """IAM and STS send ISO 8601; botocore's parser guesses the format, ten times as slowly."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return parse_time(value)
@@ -701,7 +703,7 @@ def parse_timestamp(value: Any) -> datetime:
 
 
 def asks_for_mfa_code(core: botocore.session.Session) -> bool:
-    """Whether the profile, or one that it takes its credentials from, is a role with an mfa_serial."""
+    """Whether the profile, or one that it takes credentials from, is a role with an mfa_serial."""
     profiles: dict[str, dict[str, str]] = core.full_config["profiles"]
     name, seen = core.profile or "default", set[str]()
     while name in profiles and name not in seen:
@@ -713,7 +715,7 @@ def asks_for_mfa_code(core: botocore.session.Session) -> bool:
 
 
 def has_terminal() -> bool:
-    """Whether getpass can ask: it opens the controlling terminal, else it reads standard input."""
+    """Whether getpass can ask: it opens the controlling terminal, or else reads standard input."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | getattr(os, "O_NOCTTY", 0)))
         return True
@@ -722,16 +724,15 @@ def has_terminal() -> bool:
 
 
 def connect(session: boto3.Session, workers: int) -> Aws:
-    """Find out who the caller is, and make the clients for his partition.
+    """Identify the caller and create the clients for their partition.
 
-    A profile without a Region is looked for in each partition in turn; the caller's ARN tells which one it is.
+    If the profile names no Region, each partition is asked until one knows the caller.
     """
-    regions = [session.region_name] if session.region_name else list(PARTITION_REGIONS)
+    regions = [session.region_name] if session.region_name else list(IAM_REGIONS.values())
+    config = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=3)
     while True:
         region = regions.pop(0)
-        sts = session.client(
-            "sts", region_name=region, config=client_config(min(workers, ASSUME_ROLE_AT_ONCE), 3)
-        )
+        sts = session.client("sts", region_name=region, config=config)
         try:
             return Aws(session, sts, get_caller_identity(sts, region), workers)
         except ClientError as error:
@@ -741,165 +742,146 @@ def connect(session: boto3.Session, workers: int) -> Aws:
 
 def get_caller_identity(sts: Any, region: str) -> Caller:
     identity = sts.get_caller_identity()
-    return Caller(identity["Account"], identity["Arn"], identity["Arn"].split(":")[1], region)
+    partition = identity["Arn"].split(":")[1]
+    return Caller(identity["Account"], identity["Arn"], partition, region)
 
 
-def client_config(connections: int, total_max_attempts: int) -> Config:
+def client_config(*, connections: int, attempts: int) -> Config:
     return Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
         max_pool_connections=connections,
-        retries={"mode": "standard", "total_max_attempts": total_max_attempts},
+        retries={"mode": "standard", "total_max_attempts": attempts},
     )
 
 
 class Aws:
-    """The SDK's clients, made once for all accounts, and the threads their calls run in."""
+    """The SDK's clients, created once for all accounts, and the threads that make their calls.
+
+    All accounts share one IAM client: a client and TLS connections for each would cost more than
+    the calls. AccountSession signs and repeats its calls; botocore makes one attempt only, because
+    its retry quota belongs to the client, and one account would use up another's.
+    """
 
     def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
-        self.caller, self.workers = caller, workers
+        self.caller = caller
         self.threads = Threads(workers)
-        self._session = session
         self.sts = sts
-        self.organizations = session.client(
-            "organizations", region_name=caller.region, config=client_config(2, 10)
-        )
-        # What all accounts share. Its calls are repeated by AccountSession, which waits without holding a thread and
-        # lets no account eat the retries of another: botocore's retry quota belongs to the client. It has placeholders
-        # for credentials, so that no request can leave with the profile's by mistake.
-        shared = client_config(workers, 1)
-        self.iam = session.client(
-            "iam",
-            caller.region,
-            config=shared,
-            aws_access_key_id="none",
-            aws_secret_access_key="none",
-        )
-        self.iam.meta.events.register("before-sign.iam", sign_with_current_credentials)
+        config = client_config(connections=2, attempts=10)
+        self.organizations = session.client("organizations", caller.region, config=config)
+        shared = client_config(connections=workers, attempts=1)
+        self.iam = session.client("iam", caller.region, config=shared, **PLACEHOLDERS)
+        self.iam.meta.events.register("before-sign.iam", sign_as_account)
+        self._session, self._workers, self._shared = session, workers, shared
 
     @functools.cached_property
     def cloudtrail(self) -> Any:
-        """The like, made only for --cloudtrail, in the partition's Region that records what IAM does."""
-        region, shared = (
-            CLOUDTRAIL_REGIONS.get(self.caller.partition),
-            client_config(self.workers, 1),
-        )
-        client = self._session.client(
-            "cloudtrail",
-            region,
-            config=shared,
-            aws_access_key_id="none",
-            aws_secret_access_key="none",
-        )
-        client.meta.events.register("before-sign.cloudtrail", sign_with_current_credentials)
+        """The CloudTrail client, created on first use, in the partition's Region for IAM."""
+        region = IAM_REGIONS.get(self.caller.partition)
+        client = self._session.client("cloudtrail", region, config=self._shared, **PLACEHOLDERS)
+        client.meta.events.register("before-sign.cloudtrail", sign_as_account)
         return client
 
     @functools.cached_property
     def assume_role_gate(self) -> asyncio.Semaphore:
-        """Made when first used, in the event loop: Python 3.9 binds it to the loop there is."""
-        return asyncio.Semaphore(min(self.workers, ASSUME_ROLE_AT_ONCE))
+        """Created on first use, because Python 3.9 binds it to the current event loop."""
+        return asyncio.Semaphore(min(self._workers, ASSUME_ROLE_AT_ONCE))
 
     def profile_credentials(self) -> Credentials:
-        """The profile's own credentials, as fresh as the SDK has them."""
+        """The profile's own credentials; the SDK refreshes them if necessary."""
         found = self._session.get_credentials()
         frozen: Any = found.get_frozen_credentials() if found else None
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
-
-# All accounts share one IAM client, because a client and its TLS connections for each account cost more than the calls
-# themselves. Each request is signed with the credentials of the account it is for: `call_as` sets them for the thread
-# that makes the call, `sign_with_current_credentials` hands them to botocore's signer.
-SIGNING_CREDENTIALS: contextvars.ContextVar[Credentials] = contextvars.ContextVar(
-    "SIGNING_CREDENTIALS"
-)
-
-
-def call_as(
-    credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]
-) -> T:
-    """Call an operation of the shared IAM client with one account's credentials."""
-    before = SIGNING_CREDENTIALS.set(credentials)
-    try:
-        return operation(**parameters)
-    finally:
-        SIGNING_CREDENTIALS.reset(before)
+    async def ask(self, operation: Callable[..., T], *arguments: Any) -> T:
+        """Run one of the operations on the organization in a thread, or raise StepFailed."""
+        try:
+            return await self.threads.run(FIRST, functools.partial(operation, self, *arguments))
+        except SDK_ERRORS as error:
+            raise step_failed(operation.__name__.title().replace("_", ""), error) from None
 
 
-def sign_with_current_credentials(request: Any, **_: Any) -> None:
-    """Handler of botocore's `before-sign.iam` event. Outside `call_as` it raises LookupError: nothing is sent then."""
-    signing = request.context.get("signing", {})
-    request.context["signing"] = {**signing, "request_credentials": SIGNING_CREDENTIALS.get()}
+# --- one call: credentials, pace, repetition ---
+
+# The credentials that sign the current thread's request
+SIGNING: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING")
+# The operation that the current task began last: the step that failed if its answer is unexpected
+STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
+
+FIRST = (False, 0)  # the highest place in the queue for threads
+# Steps that jump the queue, so that all reports are generated in parallel
+URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
+TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
+CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls: AWS allows two per second and account
 
 
 class AccountSession:
-    """The calls for one account: its credentials, its pace, its repeated attempts.
+    """The calls for one account: their credentials, their pace, their repetition.
 
-    `turn` is the account's place in the queue for threads: urgent steps first, and the rest of older accounts first.
+    `turn` is the account's place in the queue for threads: urgent steps first, then the accounts in
+    the order in which they were begun.
     """
 
     def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
         self.aws, self.account, self.role = aws, account, role
-        self._turn = turn
         self.log = log
+        self._turn = turn
         self._logged = set[str]()
         self._pace = Pace()
-        self._cloudtrail_pace = Pace(CLOUDTRAIL_GAP)
+        self._cloudtrail_pace = Pace(least_gap=CLOUDTRAIL_GAP)
         self._renewal = asyncio.Lock()
         self._credentials: Credentials | None = None
 
     async def sign_in(self) -> None:
-        """Get this account's credentials: the role's, or the profile's own where the account is the profile's."""
+        """Get credentials: the role's or, in the profile's own account, the profile's."""
         if self.role.own_account == self.account.id:
-            self._credentials = await self._attempt(
-                "AssumeRole", self.aws.profile_credentials, self._pace
-            )
-            return
-        request = functools.partial(assume_role, self.aws, self.role, self.account.id)
-        self._credentials = await self._attempt(
-            "AssumeRole", request, self._pace, self.aws.assume_role_gate
-        )
+            read = self.aws.profile_credentials
+            self._credentials = await self._repeat(PROFILE_CREDENTIALS, read, self._pace)
+        else:
+            assume = functools.partial(assume_role, self.aws, self.role, self.account.id)
+            gate = self.aws.assume_role_gate
+            self._credentials = await self._repeat("AssumeRole", assume, self._pace, gate)
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
-        """An operation of a shared client, in this account; an expired session is renewed once a call."""
+        """Call an operation of a shared client in this account, or raise StepFailed.
+
+        A session that has expired is renewed once.
+        """
+        client = operation.__self__  # type: ignore[attr-defined]
+        step = client.meta.method_to_api_mapping[operation.__name__]
+        pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
         used = self._credentials
         try:
-            return await self._signed(operation, parameters)
+            request = functools.partial(call_as, used, operation, parameters)
+            return await self._repeat(step, request, pace)
         except StepFailed as failure:
             if failure.code not in SESSION_EXPIRED:
                 raise
         async with self._renewal:
-            if (
-                self._credentials is used
-            ):  # else another call of this account has renewed it meanwhile
+            if self._credentials is used:  # no other call of this account has renewed it meanwhile
                 await self.sign_in()
-        return await self._signed(operation, parameters)
+        request = functools.partial(call_as, self._credentials, operation, parameters)
+        return await self._repeat(step, request, pace)
 
-    async def _signed(self, operation: Callable[..., T], parameters: Mapping[str, Any]) -> T:
-        if self._credentials is None:
-            raise LookupError("sign_in comes first")
-        client = operation.__self__  # type: ignore[attr-defined]
-        step = client.meta.method_to_api_mapping[operation.__name__]
-        pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
-        return await self._attempt(
-            step, functools.partial(call_as, self._credentials, operation, parameters), pace
-        )
-
-    async def _attempt(
-        self, step: str, call: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
+    async def _repeat(
+        self, step: str, request: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
     ) -> T:
-        """Make a call in a thread: wait out throttling, repeat what is transient, raise StepFailed for the rest.
+        """Make a request in a thread until it is answered or a repetition cannot help.
 
-        The gate is passed for each attempt alone: who pauses holds up no other account.
+        Only the attempts pass the gate, not the pauses: a throttled account holds up no other.
         """
-        self._begin(step)
+        STEP.set(step)
+        if step not in self._logged:
+            self._logged.add(step)
+            self.log(f"{self.account.id} {self.account.name}: {step}")
         urgency = (step not in URGENT_STEPS, self._turn)
         attempts = 0
         while True:
             await pace.turn()
             try:
                 async with gate or contextlib.AsyncExitStack():
-                    answer = await self.aws.threads.run(urgency, call)
-            except (ClientError, BotoCoreError, ResponseParserError) as error:
+                    answer = await self.aws.threads.run(urgency, request)
+            except SDK_ERRORS as error:
                 failure = step_failed(step, error)
             else:
                 pace.answered()
@@ -911,23 +893,40 @@ class AccountSession:
                 raise failure
             await asyncio.sleep(random.uniform(0.25, 0.5) * 2**attempts)
 
-    def _begin(self, step: str) -> None:
-        STEP.set(step)
-        if step not in self._logged:
-            self._logged.add(step)
-            self.log(f"{self.account.id} {self.account.name}: {step}")
+
+def call_as(
+    credentials: Credentials | None, operation: Callable[..., T], parameters: Mapping[str, Any]
+) -> T:
+    """Call an operation of a shared client, signed with these credentials, in this thread."""
+    if credentials is None:
+        raise LookupError("sign_in comes first")
+    before = SIGNING.set(credentials)
+    try:
+        return operation(**parameters)
+    finally:
+        SIGNING.reset(before)
 
 
-# The operation that the current task has begun last, for the message about an answer that is not what AWS documents.
-STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
+def sign_as_account(request: Any, **_: Any) -> None:
+    """Handler of botocore's `before-sign` event: sign with the credentials that `call_as` has set.
+
+    Outside `call_as` it raises LookupError, and nothing is sent.
+    """
+    signing = request.context.get("signing", {})
+    request.context["signing"] = {**signing, "request_credentials": SIGNING.get()}
 
 
 class Pace:
-    """Spaces one account's calls as its throttling demands, all in the event loop's thread.
+    """Spaces one account's calls as its throttling demands, in the event loop's thread.
 
-    Each throttled call widens the gap by a quarter, each answered one narrows it by 3 %: the two balance where about
-    one call in eight is throttled, just above what the account allows, so that none of its rate is lost.
+    A throttled call widens the gap by a quarter, an answered one narrows it by 3 %. They balance
+    where about one call in eight is throttled: just above the account's limit, to use all of it.
     """
+
+    WIDEN, NARROW = 1.25, 0.97
+    FIRST_GAP, LONGEST_GAP = 0.02, 5.0  # seconds
+    NO_GAP = 0.005  # seconds; what is shorter is none
+    PATIENCE = 900.0  # seconds without any answer but throttling
 
     def __init__(self, least_gap: float = 0.0) -> None:
         self._least_gap = self._gap = least_gap
@@ -943,111 +942,107 @@ class Pace:
 
     def answered(self) -> None:
         self._throttled_since = None
-        self._gap = max(self._gap * 0.97 if self._gap > 0.005 else 0.0, self._least_gap)
+        narrowed = self._gap * self.NARROW if self._gap > self.NO_GAP else 0.0
+        self._gap = max(narrowed, self._least_gap)
 
     def throttled(self) -> bool:
-        """Slow down; False once the account has answered nothing else for too long."""
+        """Slow down; False if the account has only throttled for too long."""
         now = time.monotonic()
         self._throttled_since = self._throttled_since or now
-        self._gap = min(max(self._gap * 1.25, 0.02), 5.0)
-        return now - self._throttled_since < THROTTLING_PATIENCE
+        self._gap = min(max(self._gap * self.WIDEN, self.FIRST_GAP), self.LONGEST_GAP)
+        return now - self._throttled_since < self.PATIENCE
 
 
 class Threads:
     """Threads that make the calls, the most urgent first.
 
-    The standard library's executor has no priorities, and at exit it waits for its threads: one that hangs in a read
-    would keep an interrupted program alive. These are daemons.
+    The standard library's executor has no priorities, and at exit it waits for its threads: one
+    that hangs in a read would keep an interrupted program alive. These are daemons.
     """
 
     def __init__(self, size: int) -> None:
-        self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], asyncio.Future[Any]]]
+        self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], Future[Any]]]
         self._calls = queue.PriorityQueue()
         self._order = itertools.count()
         stay_on_one_cpu()
         for _ in range(size):
             threading.Thread(target=self._work, daemon=True).start()
 
-    async def run(self, urgency: tuple[int, int], call: Callable[[], T]) -> T:
-        """Make the call in a thread once its turn has come; the lowest `urgency` goes first."""
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    async def run(self, urgency: tuple[bool, int], call: Callable[[], T]) -> T:
+        """Make a call in a thread when its turn has come; the lowest `urgency` goes first."""
+        answer: Future[T] = Future()
         self._calls.put((urgency, next(self._order), call, answer))
-        return await answer
+        return await asyncio.wrap_future(answer)
 
     def _work(self) -> None:
         while True:
             _, _, call, answer = self._calls.get()
-            if answer.cancelled():
-                continue
-            try:
-                settle = functools.partial(_settle, answer, call(), None)
-            except (
-                BaseException
-            ) as error:  # whatever it is belongs to the caller, not to this thread
-                settle = functools.partial(_settle, answer, None, error)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                answer.get_loop().call_soon_threadsafe(settle)
-
-
-def _settle(answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if answer.cancelled():
-        return
-    if error is None:
-        answer.set_result(result)
-    else:
-        answer.set_exception(error)
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(call())
+                except BaseException as error:  # it belongs to the caller, not to this thread
+                    answer.set_exception(error)
 
 
 def stay_on_one_cpu() -> None:
-    """Keep this thread, and those it starts, on one of the CPUs it may use, where the system can do that.
+    """Keep this thread and those that it starts on one CPU, where the system allows it.
 
-    Python runs one of them at a time in any case. On several CPUs they wake each other across caches at every turn,
-    which makes a run cost a fifth more CPU and take longer.
+    Python runs one of them at a time anyway. On several CPUs they wake each other across caches at
+    every turn: a run then costs a fifth more CPU and takes longer.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # some containers do not allow it
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
 
 
+# --- operations with the profile's credentials ---
+
+SESSION_NAME = "iam-audit"
+
+
 def describe_organization(aws: Aws) -> Organization:
     organization = aws.organizations.describe_organization()["Organization"]
-    return Organization(
-        organization["Id"], organization["MasterAccountId"], organization.get("FeatureSet", "ALL")
-    )
+    feature_set = organization.get("FeatureSet", "ALL")
+    return Organization(organization["Id"], organization["MasterAccountId"], feature_set)
 
 
 async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
-    """All accounts, page by page as they come; a page may be empty."""
+    """All accounts, page by page as they arrive; a page may be empty."""
     pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
     seen = set[str]()
-    while (page := await aws.threads.run((0, 0), lambda: next(pages, None))) is not None:
+    while (page := await aws.threads.run(FIRST, lambda: next(pages, None))) is not None:
         for entry in page["Accounts"]:
-            if (
-                entry["Id"] not in seen
-            ):  # accounts that join while pages are read can shift one to the next page
+            # An account that joins meanwhile may shift another to the next page.
+            if entry["Id"] not in seen:
                 seen.add(entry["Id"])
                 yield account_of(entry)
 
 
 def account_of(entry: Mapping[str, Any]) -> Account:
-    """An entry of ListAccounts. State replaced Status, which AWS retired on 2026-09-09."""
+    """An entry of ListAccounts. State replaces Status, which AWS retired on 2026-09-09."""
     state = entry.get("State") or entry.get("Status")
     if not state:
         raise AuditError(
-            f"ListAccounts told no State for account {entry['Id']}: botocore {botocore.__version__} may be too old to "
-            "know it (1.40.27 is the first that does). Upgrade boto3 and botocore."
+            f"ListAccounts gave no State for account {entry['Id']}: botocore "
+            f"{botocore.__version__} may be too old (1.40.27 is the first that knows it). Upgrade "
+            "boto3 and botocore."
         )
-    return Account(
-        entry["Id"], entry.get("Name", ""), state, next(iter(entry.get("Paths") or ()), None)
+    paths = entry.get("Paths") or [None]
+    return Account(entry["Id"], entry.get("Name", ""), state, paths[0])
+
+
+def paths_missing() -> AuditError:
+    return AuditError(
+        f"--ou: ListAccounts gave no Paths: botocore {botocore.__version__} may be too old to know "
+        "them. Upgrade boto3 and botocore."
     )
 
 
 def list_policies(aws: Aws) -> list[tuple[str, str]]:
     """The ID and name of each service control policy."""
-    pages = aws.organizations.get_paginator("list_policies").paginate(
-        Filter="SERVICE_CONTROL_POLICY"
-    )
-    return [(policy["Id"], policy["Name"]) for page in pages for policy in page["Policies"]]
+    pages = aws.organizations.get_paginator("list_policies")
+    found = pages.paginate(Filter="SERVICE_CONTROL_POLICY").build_full_result()
+    return [(policy["Id"], policy["Name"]) for policy in found["Policies"]]
 
 
 def describe_policy(aws: Aws, policy_id: str) -> str:
@@ -1057,36 +1052,39 @@ def describe_policy(aws: Aws, policy_id: str) -> str:
 
 def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
     """The IDs of the root, organizational units and accounts that the policy is attached to."""
-    pages = aws.organizations.get_paginator("list_targets_for_policy").paginate(PolicyId=policy_id)
-    return frozenset(target["TargetId"] for page in pages for target in page["Targets"])
+    pages = aws.organizations.get_paginator("list_targets_for_policy")
+    found = pages.paginate(PolicyId=policy_id).build_full_result()
+    return frozenset(target["TargetId"] for target in found["Targets"])
 
 
 def list_parents(aws: Aws, child_id: str) -> str:
-    """The root or organizational unit right above an account or organizational unit."""
+    """The root or organizational unit directly above an account or organizational unit."""
     return aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"]
 
 
 def list_organizations_features(aws: Aws) -> bool:
-    """Whether root credentials of member accounts are managed centrally; asked with the profile's credentials."""
+    """Whether root credentials of member accounts are managed centrally."""
     features = call_as(aws.profile_credentials(), aws.iam.list_organizations_features, {})
     return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
 
 
 def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
-    external_id: Any = {} if role.external_id is None else {"ExternalId": role.external_id}
-    issued = aws.sts.assume_role(
-        RoleArn=role.arn(account_id),
-        RoleSessionName=SESSION_NAME,
-        Policy=role.session_policy,
-        **external_id,
-    )["Credentials"]
+    request = {"RoleArn": role.arn(account_id), "RoleSessionName": SESSION_NAME}
+    if role.external_id is not None:
+        request["ExternalId"] = role.external_id
+    issued = aws.sts.assume_role(Policy=role.session_policy, **request)["Credentials"]
     return Credentials(issued["AccessKeyId"], issued["SecretAccessKey"], issued["SessionToken"])
 
 
 def session_policy(actions: Sequence[str]) -> str:
-    """The inline policy of each session: it gets what both the role and this allow, and no more."""
+    """The policy of each session, which gets only what both the role and this policy allow."""
     statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
     return json.dumps({"Version": "2012-10-17", "Statement": [statement]}, separators=(",", ":"))
+
+
+# --- operations in one account ---
+
+LastUsed = tuple[Union[datetime, None], str]
 
 
 async def generate_credential_report(session: AccountSession) -> bool:
@@ -1095,20 +1093,17 @@ async def generate_credential_report(session: AccountSession) -> bool:
 
 
 async def get_credential_report(session: AccountSession) -> tuple[bytes, datetime]:
-    """The report's CSV and when it was generated."""
+    """The report's CSV, and when it was generated."""
     answer = await session.call(session.aws.iam.get_credential_report)
     return answer["Content"], answer["GeneratedTime"]
 
 
-async def list_users(session: AccountSession) -> list[Mapping[str, Any]]:
-    operation = session.aws.iam.list_users
-    return [
-        user async for page in pages(session, operation, MaxItems=1000) for user in page["Users"]
-    ]
+async def list_users(session: AccountSession) -> list[Any]:
+    return await list_all(session, session.aws.iam.list_users, "Users", MaxItems=1000)
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
-    """Whether the user has a password. A user who is gone has none; ListMFADevices then says that he is gone."""
+    """Whether the user has a password. A deleted user has none; ListMFADevices then says so."""
     try:
         await session.call(session.aws.iam.get_login_profile, UserName=user_name)
         return True
@@ -1118,20 +1113,14 @@ async def get_login_profile(session: AccountSession, user_name: str) -> bool:
         raise
 
 
-async def list_access_keys(session: AccountSession, user_name: str) -> list[Mapping[str, Any]]:
+async def list_access_keys(session: AccountSession, user_name: str) -> list[Any]:
     operation = session.aws.iam.list_access_keys
-    return [
-        key
-        async for page in pages(session, operation, UserName=user_name)
-        for key in page["AccessKeyMetadata"]
-    ]
+    return await list_all(session, operation, "AccessKeyMetadata", UserName=user_name)
 
 
-async def get_access_key_last_used(
-    session: AccountSession, access_key_id: str
-) -> tuple[datetime | None, str]:
+async def get_access_key_last_used(session: AccountSession, key_id: str) -> LastUsed:
     """When the key was last used (None: never) and for which service (N/A: none)."""
-    answer = await session.call(session.aws.iam.get_access_key_last_used, AccessKeyId=access_key_id)
+    answer = await session.call(session.aws.iam.get_access_key_last_used, AccessKeyId=key_id)
     last_used = answer["AccessKeyLastUsed"]
     if "LastUsedDate" not in last_used:
         return None, NOT_APPLICABLE
@@ -1141,33 +1130,40 @@ async def get_access_key_last_used(
 async def list_mfa_devices(session: AccountSession, user_name: str) -> list[str]:
     """The serial numbers of the user's MFA devices."""
     operation = session.aws.iam.list_mfa_devices
-    return [
-        device["SerialNumber"]
-        async for page in pages(session, operation, UserName=user_name)
-        for device in page["MFADevices"]
-    ]
+    devices = await list_all(session, operation, "MFADevices", UserName=user_name)
+    return [device["SerialNumber"] for device in devices]
 
 
 async def list_virtual_mfa_devices(session: AccountSession) -> list[str]:
-    """The ARNs of the users (root among them) that a virtual MFA device is assigned to."""
+    """The ARNs of the users, root included, to whom a virtual MFA device is assigned."""
     operation = session.aws.iam.list_virtual_mfa_devices
-    return [
-        device.get("User", {}).get("Arn", "")
-        async for page in pages(session, operation, AssignmentStatus="Assigned")
-        for device in page["VirtualMFADevices"]
-    ]
+    devices = await list_all(session, operation, "VirtualMFADevices", AssignmentStatus="Assigned")
+    return [device.get("User", {}).get("Arn", "") for device in devices]
+
+
+async def list_all(
+    session: AccountSession, operation: Callable[..., Any], member: str, **parameters: Any
+) -> list[Any]:
+    """All items of an IAM list. botocore's paginator cannot go on after a throttled page."""
+    items: list[Any] = []
+    while True:
+        page = await session.call(operation, **parameters)
+        items += page[member]
+        if not page.get("IsTruncated"):
+            return items
+        parameters["Marker"] = page["Marker"]
 
 
 async def lookup_events(session: AccountSession, name: str, since: datetime) -> list[Event]:
     """The account's successful IAM events of that name."""
-    lookup, found = session.aws.cloudtrail.lookup_events, list[Event]()
     request: dict[str, Any] = {
         "LookupAttributes": [{"AttributeKey": "EventName", "AttributeValue": name}],
         "StartTime": since,
         "MaxResults": 50,
     }
+    found = []
     while True:
-        answer = await session.call(lookup, **request)
+        answer = await session.call(session.aws.cloudtrail.lookup_events, **request)
         for entry in answer["Events"]:
             event = event_of(json.loads(entry["CloudTrailEvent"]))
             if event is not None and event.time >= since:
@@ -1177,91 +1173,106 @@ async def lookup_events(session: AccountSession, name: str, since: datetime) -> 
         request["NextToken"] = answer["NextToken"]
 
 
-def event_of(detail: Mapping[str, Any]) -> Event | None:
-    """An event from CloudTrail's record of it; None if the call failed, or if it was made to another service (Transfer
-    Family, for one, has a CreateUser too). What was acted on stands in the request and the response; the attributes
-    that LookupEvents itself gives are the caller's.
+def event_of(record: Mapping[str, Any]) -> Event | None:
+    """The event of a CloudTrail record; None if the call failed or was not IAM's.
 
-    https://docs.aws.amazon.com/awscloudtrail/latest/userguide/cloudtrail-event-reference-record-contents.html
+    Transfer Family, for example, also has a CreateUser. What was acted on is in the request and the
+    response; the attributes that LookupEvents itself gives are those of the caller. See "CloudTrail
+    record contents" in the CloudTrail User Guide.
     """
-    if detail.get("errorCode") or not str(detail.get("eventSource", "")).startswith("iam."):
+    if record.get("errorCode") or not str(record.get("eventSource", "")).startswith("iam."):
         return None
-    identity = detail.get("userIdentity") or {}
-    request = detail.get("requestParameters") or {}
-    created_key = (detail.get("responseElements") or {}).get("accessKey") or {}
+    identity = record.get("userIdentity") or {}
+    request = record.get("requestParameters") or {}
+    created_key = (record.get("responseElements") or {}).get("accessKey") or {}
     named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
-    caller_itself = ROOT if identity.get("type") == "Root" else identity.get("userName")
+    actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
+    the_caller = ROOT if identity.get("type") == "Root" else identity.get("userName")
     return Event(
-        time=to_second(parse_time(detail["eventTime"])),
-        name=str(detail["eventName"]),
-        user=str(named or caller_itself or created_key.get("userName") or ""),
+        time=to_second(parse_time(record["eventTime"])),
+        name=str(record["eventName"]),
+        user=str(named or the_caller or created_key.get("userName") or ""),
         key_id=str(request.get("accessKeyId") or created_key.get("accessKeyId") or ""),
         status=str(request.get("status") or ""),
-        actor=str(
-            identity.get("arn") or identity.get("invokedBy") or identity.get("principalId") or ""
-        ),
-        source_ip=str(detail.get("sourceIPAddress") or ""),
-        user_agent=str(detail.get("userAgent") or ""),
-        id=str(detail.get("eventID") or ""),
+        actor=str(actor or ""),
+        source_ip=str(record.get("sourceIPAddress") or ""),
+        user_agent=str(record.get("userAgent") or ""),
+        id=str(record.get("eventID") or ""),
     )
 
 
-async def pages(
-    session: AccountSession, operation: Callable[..., Any], **parameters: Any
-) -> AsyncIterator[Any]:
-    """The pages of an IAM list. botocore's paginator is a generator: it would end at the first throttled page."""
-    while True:
-        page = await session.call(operation, **parameters)
-        yield page
-        if not page.get("IsTruncated"):
-            return
-        parameters["Marker"] = page["Marker"]
+# --- errors ---
+
+SDK_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
+# As is every HTTP status from 500
+TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
+# botocore's own text quotes the answer, which may hold credentials.
+NOT_UNDERSTOOD = "AWS's answer could not be understood"
+SIGN_IN_AGAIN = "Sign in again (aws sso login, for one)."
+CANNOT_START = {
+    "AWSOrganizationsNotInUseException": "The profile must belong to an account of an "
+    "organization.",
+    "AccessDenied": "The profile needs the permissions that README.md lists.",
+    "AccessDeniedException": "The profile must belong to the management account or to a delegated "
+    "administrator, and have the permissions that README.md lists.",
+    "ExpiredToken": SIGN_IN_AGAIN,
+    "ExpiredTokenException": SIGN_IN_AGAIN,
+}
 
 
 def step_failed(step: str, error: Exception) -> StepFailed:
-    """What a failed call means for the account it was made for."""
-    if isinstance(
-        error, ResponseParserError
-    ):  # its text quotes the answer, which may hold credentials
-        return StepFailed(
-            step, "ResponseParserError", "AWS's answer could not be understood", "transient"
-        )
+    """What an error of the SDK means for the account that the call was made for."""
+    kind = "final"
     if isinstance(error, ClientError):
-        code, message = error_code(error), str(error.response.get("Error", {}).get("Message", ""))
+        code, message = error_code(error), error_message(error)
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        throttled, transient = (
-            code in THROTTLED or status == 429,
-            code in TRANSIENT or status >= 500,
-        )
-    else:
-        code, message = type(error).__name__, str(error)
-        throttled, transient = False, isinstance(error, (HTTPClientError, ConnectionError))
-    kind = "throttled" if throttled else "transient" if transient else "final"
-    return StepFailed(step, code, without_secrets(message), kind)
+        if code in THROTTLED or status == 429:
+            kind = "throttled"
+        elif code in TRANSIENT or status >= 500:
+            kind = "transient"
+        return StepFailed(step, code, message, kind)
+    code, message = type(error).__name__, without_secrets(str(error))
+    if isinstance(error, ResponseParserError):
+        message = NOT_UNDERSTOOD
+    if isinstance(error, (ResponseParserError, HTTPClientError, ConnectionError)):
+        kind = "transient"
+    return StepFailed(step, code, message, kind)
 
 
 def error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def reason_of(step: str, error: Exception) -> str:
-    """Why something was not checked, whatever the error is."""
-    if isinstance(error, (ClientError, BotoCoreError, ResponseParserError)):
-        return str(step_failed(step, error))
-    return f"{step}: {type(error).__name__}"
+def error_message(error: ClientError) -> str:
+    return without_secrets(str(error.response.get("Error", {}).get("Message", "")))
+
+
+def sdk_error_in_words(error: Exception) -> str:
+    """What an error of the SDK means for somebody who cannot start; empty for any other error."""
+    if isinstance(error, ClientError):
+        code = error_code(error)
+        words = f"{error.operation_name}: {code}: {error_message(error)}"
+        return f"{words} {CANNOT_START[code]}" if code in CANNOT_START else words
+    if isinstance(error, botocore.exceptions.ProfileNotFound):
+        return f"{error}: `aws configure list-profiles` shows the ones there are."
+    if isinstance(error, ResponseParserError):
+        return f"{NOT_UNDERSTOOD}: is a proxy in between?"
+    if isinstance(error, BotoCoreError):
+        return f"{type(error).__name__}: {without_secrets(str(error))}"
+    return ""
 
 
 def without_secrets(message: str) -> str:
-    """An error message's first line, without anything that looks like a signature or a session token.
+    """An error message's first line without what looks like a signature or a session token.
 
-    SignatureDoesNotMatch, for one, goes on to quote the signed request, token included.
+    SignatureDoesNotMatch, for example, goes on to quote the signed request with the token.
     """
     first_line = message.strip().split("\n", 1)[0]
     return re.sub(r"[0-9a-f]{64}|[A-Za-z0-9+/=%]{100,}", "***", first_line)[:500]
 
 
 def frames_of(error: BaseException) -> list[str]:
-    """The traceback without the errors' own texts, which may quote a signed request or an answer with credentials."""
+    """The traceback without the errors' texts, which may quote a signed request or credentials."""
     return "".join(traceback.format_tb(error.__traceback__)).splitlines()
 
 
@@ -1269,119 +1280,88 @@ def frames_of(error: BaseException) -> list[str]:
 # Audit: one account from AssumeRole to its users; the organization as many of these side by side
 # --------------------------------------------------------------------------------------------------
 
-
-# IAM throttles an account: more at a time gains nothing and disturbs its owner. With the report's own, 8 calls.
-READERS_PER_ACCOUNT = 7
-ACCOUNTS_PER_WORKER = (
-    8  # accounts in hand, most of them waiting for their report, which takes no thread
-)
-REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
-REPORT_LONGEST_PAUSE = 10.0  # seconds
-REPORT_PAUSE_GROWTH = 1.1
-CLOCK_SKEW = timedelta(
-    minutes=15
-)  # more between our clock and AWS's, and no signature would be valid
-# botocore retries none of these for IAM's report, and rightly: they mean "not yet".
-REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
-REPORT_COLUMNS = {
-    "user",
-    "arn",
-    "user_creation_time",
-    "password_enabled",
-    "password_last_used",
-    "mfa_active",
-    *(
-        f"access_key_{slot}_{what}"
-        for slot in (1, 2)
-        for what in ("active", "last_rotated", "last_used_date", "last_used_service")
-    ),
-}
-REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
-
-
-class CredentialReport(NamedTuple):
-    """When it was generated, and its rows by user name."""
-
-    generated: datetime
-    rows: Mapping[str, Mapping[str, str]]
+ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
+# IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
+READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
 
 
 async def audit_organization(
-    aws: Aws, organization: Organization, plan: Plan, progress: Progress, log: Log
-) -> AsyncIterator[Outcome]:
-    """Each account's outcome as soon as there is one; accounts are audited while more are still being listed."""
-    outcomes: asyncio.Queue[Any] = asyncio.Queue()
+    aws: Aws, run: Run, progress: Progress, finish: Callable[[Outcome], None], log: Log
+) -> None:
+    """Audit the accounts, the first of them while others are still being listed.
+
+    `finish` gets each outcome as soon as there is one. If it raises, the audit ends with its error.
+    """
+    organization, plan = run.organization, run.plan
     slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER)
+    audits: list[asyncio.Task[None]] = []
 
     async def audit(account: Account, turn: int) -> None:
-        session = AccountSession(aws, account, plan.role, turn, log)
-        outcomes.put_nowait(await audit_account(session, plan))
-        slots.release()
+        async with slots:
+            session = AccountSession(aws, account, plan.role, turn, log)
+            finish(await audit_account(session, plan))
 
-    async def audit_all() -> None:
-        running: list[asyncio.Task[None]] = []
-        async for account in read_ahead(
-            accounts_in_question(aws, organization, plan.scope, progress)
-        ):
-            if (left_out := leave_out(account, organization, plan.scope)) is not None:
-                outcomes.put_nowait(left_out)
-                continue
-            await slots.acquire()
-            running.append(asyncio.create_task(audit(account, len(running))))
-        await asyncio.gather(*running)
-
-    async for outcome in until_done(outcomes, audit_all()):
-        yield outcome
+    async for account in accounts_in_question(aws, organization, plan.scope, progress):
+        left_out = leave_out(account, organization, plan.scope)
+        if left_out is not None:
+            finish(left_out)
+        else:
+            audits.append(asyncio.create_task(audit(account, len(audits))))
+    await asyncio.gather(*audits)
 
 
 async def accounts_in_question(
     aws: Aws, organization: Organization, scope: Scope, progress: Progress
 ) -> AsyncIterator[Account]:
-    """The organization's accounts as they are listed, or all at once where the scope must be checked against them."""
+    """The accounts as they are listed; all at the end if the scope must be checked against them."""
     listed = []
     async for account in list_accounts(aws):
-        progress.listed += leave_out(account, organization, scope) is None
-        listed.append(account)
-        if not scope.needs_whole_list:
+        if leave_out(account, organization, scope) is None:
+            progress.listed += 1
+        if scope.needs_whole_list:
+            listed.append(account)
+        else:
             yield account
     progress.all_listed = True
     if scope.needs_whole_list:
         check_scope(scope, organization, listed)
-        for account in listed:
-            yield account
+    for account in listed:
+        yield account
 
 
 def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Account]) -> None:
-    """Raises AuditError for what was asked for and is not there: an audit that leaves it out would look complete."""
-    if unknown := scope.accounts.difference(account.id for account in accounts):
-        raise AuditError(
-            f"--accounts: not in organization {organization.id}: {', '.join(sorted(unknown))}"
-        )
-    if organization.management_account in scope.accounts and not scope.include_management:
-        raise AuditError(
-            f"--accounts: {organization.management_account} is the management account: add --include-management."
-        )
-    if scope.ous and any(account.path is None for account in accounts):
-        raise AuditError(
-            f"--ou: ListAccounts told no Paths: botocore {botocore.__version__}, which is installed, may be too old to "
-            "know them. Upgrade boto3 and botocore."
-        )
-    below = {part for account in accounts for part in (account.path or "").split("/")}
-    if unknown := scope.ous - below:
-        raise AuditError(
-            f"--ou: no account of organization {organization.id} lies below {', '.join(sorted(unknown))}"
-        )
+    """Raise AuditError for what does not exist: without it, the audit would look complete."""
     by_id = {account.id: account for account in accounts}
-    if outside := {
-        each for each in scope.accounts if scope.ous and not is_below(by_id[each], scope.ous)
-    }:
-        raise AuditError(f"--accounts: not below --ou: {', '.join(sorted(outside))}")
+    if unknown := scope.accounts - by_id.keys():
+        ids = ", ".join(sorted(unknown))
+        raise AuditError(f"--accounts: not in organization {organization.id}: {ids}")
+    management = organization.management_account
+    if management in scope.accounts and not scope.include_management:
+        reason = "is the management account: add --include-management."
+        raise AuditError(f"--accounts: {management} {reason}")
+    if not scope.ous:
+        return
+    places = set[str]()
+    for account in accounts:
+        if account.path is None:
+            raise paths_missing()
+        places.update(account.path.split("/"))
+    if unknown := scope.ous - places:
+        ids = ", ".join(sorted(unknown))
+        raise AuditError(f"--ou: no account of organization {organization.id} lies below {ids}")
+    for account_id in sorted(scope.accounts):
+        if not is_below(by_id[account_id], scope.ous):
+            raise AuditError(f"--accounts: not below --ou: {account_id}")
+
+
+def is_below(account: Account, ous: frozenset[str]) -> bool:
+    return not ous.isdisjoint((account.path or "").split("/"))
 
 
 def leave_out(
     account: Account, organization: Organization, scope: Scope
 ) -> SkippedAccount | OutOfScopeAccount | None:
-    """The outcome of an account that is not to be audited; None for one that is."""
+    """The outcome of an account that is not audited; None if it is."""
     in_scope = (
         (scope.include_management or account.id != organization.management_account)
         and (not scope.accounts or account.id in scope.accounts)
@@ -1393,36 +1373,8 @@ def leave_out(
     return None if account.state == "ACTIVE" else SkippedAccount(account)
 
 
-def is_below(account: Account, ous: frozenset[str]) -> bool:
-    return not ous.isdisjoint((account.path or "").split("/"))
-
-
-async def until_done(
-    items: asyncio.Queue[Any], producer: Coroutine[Any, Any, None]
-) -> AsyncIterator[Any]:
-    """What the producer puts into the queue until it is done; what stops it is raised here."""
-    end = object()
-    task = asyncio.create_task(producer)
-    task.add_done_callback(lambda _: items.put_nowait(end))
-    while (item := await items.get()) is not end:
-        yield item
-    await task
-
-
-async def read_ahead(source: AsyncIterator[T]) -> AsyncIterator[T]:
-    """The source's items, fetched as fast as it has them even while the consumer is busy."""
-    items: asyncio.Queue[T] = asyncio.Queue()
-
-    async def fetch() -> None:
-        async for item in source:
-            items.put_nowait(item)
-
-    async for item in until_done(items, fetch()):
-        yield item
-
-
 async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
-    """Read one account in full, or say what could not be read: nothing that happens here stops the other accounts."""
+    """Read one account in full, or say why not. No error here stops the other accounts."""
     try:
         return await naming_the_step(session, functools.partial(read_account, session, plan))
     except StepFailed as failure:
@@ -1430,7 +1382,7 @@ async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount |
 
 
 async def naming_the_step(session: AccountSession, work: Callable[[], Awaitable[T]]) -> T:
-    """The work's result; any error of it becomes a StepFailed with the step that the current task was at."""
+    """The result of the work. Any error becomes a StepFailed of the task's last operation."""
     try:
         return await work()
     except StepFailed:
@@ -1438,123 +1390,220 @@ async def naming_the_step(session: AccountSession, work: Callable[[], Awaitable[
     except Exception as error:
         for line in frames_of(error):
             session.log(line)
-        raise StepFailed(STEP.get(), type(error).__name__, without_secrets(str(error))) from None
-
-
-async def all_or_none(
-    session: AccountSession, works: Iterable[Callable[[], Awaitable[None]]]
-) -> None:
-    """Do them side by side; when one fails, stop the others."""
-    tasks = [asyncio.create_task(naming_the_step(session, work)) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+        message = without_secrets(str(error))
+        raise StepFailed(STEP.get(), type(error).__name__, message) from None
 
 
 async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
-    """Root, from the credential report alone, and all users there are now, sorted by name.
-
-    While the report is waited for, users are begun with: only their passwords and MFA need it.
-    """
+    """All users there are now, and root from the credential report."""
     await session.sign_in()
-    report: asyncio.Future[CredentialReport] = asyncio.get_running_loop().create_future()
-    users_may_start = asyncio.Event()
-    users: dict[str, User] = {}
-
-    async def read_report_and_root() -> None:
-        report.set_result(await credential_report(session, plan.report_timeout, users_may_start))
-        users_may_start.set()
-        if (row := report.result().rows.get(ROOT)) is not None:
-            users[ROOT] = await read_root(session, row)
-
-    async def read_others() -> None:
-        await users_may_start.wait()
+    # Nothing else is asked until IAM has accepted this: a role that may read nothing fails here.
+    first_answer = await ask_for_report(session)
+    # The users are read while IAM generates the report: only their passwords and MFA wait for it.
+    wait = functools.partial(wait_for_report, session, first_answer, plan.report_timeout)
+    report = asyncio.create_task(naming_the_step(session, wait))
+    try:
         asked = utc_now()
         listed = await list_users(session)
-        users.update(await read_users(session, listed, report))
-        if unlisted := created_since_listed((await asyncio.shield(report)).rows, listed, asked):
-            entries = [
-                entry for entry in await list_users(session) if entry["UserName"] in unlisted
-            ]
+        users = await read_users(session, listed, report)
+        # A user of the report whom that list lacks was created meanwhile, and is listed once more.
+        rows = (await report).rows
+        if unlisted := created_since_listed(rows, listed, asked):
+            again = [entry for entry in await list_users(session) if entry["UserName"] in unlisted]
             for name in unlisted:
-                users.pop(name, None)  # somebody else, who had that name before
-            users.update(await read_users(session, entries, report))
+                users.pop(name, None)  # somebody else, who had the name before
+            users.update(await read_users(session, again, report))
+    finally:
+        report.cancel()
+        await asyncio.gather(report, return_exceptions=True)  # what it raises now comes second
+    in_order = [users[name] for name in sorted(users)]
+    if ROOT in rows:
+        in_order.insert(0, await read_root(session, rows[ROOT]))
+    trail = None
+    if plan.events_since is not None:
+        trail = await read_trail(session, plan.event_names, plan.events_since)
+    generated = to_second(report.result().generated)
+    return AuditedAccount(session.account, generated, tuple(in_order), trail)
 
-    await all_or_none(session, [read_report_and_root, read_others])
-    trail = (
-        await read_trail(session, plan.event_names, plan.events_since)
-        if plan.events_since
-        else None
-    )
-    in_order = sorted(users.values(), key=lambda user: (user.name != ROOT, user.name))
-    return AuditedAccount(
-        session.account, to_second(report.result().generated), tuple(in_order), trail
-    )
+
+# --- the credential report ---
+
+REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
+REPORT_LONGEST_PAUSE = 10.0  # seconds
+REPORT_PAUSE_GROWTH = 1.1
+# botocore retries none of these, and rightly: they mean "not yet".
+REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
+REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
+# fmt: off
+REPORT_COLUMNS = {
+    "user", "arn", "user_creation_time", "password_enabled", "password_last_used", "mfa_active",
+    "access_key_1_active", "access_key_1_last_rotated",
+    "access_key_1_last_used_date", "access_key_1_last_used_service",
+    "access_key_2_active", "access_key_2_last_rotated",
+    "access_key_2_last_used_date", "access_key_2_last_used_service",
+}
+# fmt: on
+ReportRow = Mapping[str, str]
 
 
-async def credential_report(
-    session: AccountSession, timeout: float, users_may_start: asyncio.Event
+class CredentialReport(NamedTuple):
+    """When the report was generated, and its rows by user name."""
+
+    generated: datetime
+    rows: Mapping[str, ReportRow]
+
+
+class NotYet(NamedTuple):
+    """There is no report yet: the operation that said so, and what it said."""
+
+    step: str
+    reason: str
+
+
+async def ask_for_report(session: AccountSession) -> CredentialReport | NotYet:
+    """Have IAM generate the report, and get it if it is complete."""
+    try:
+        if await generate_credential_report(session):
+            content, generated = await get_credential_report(session)
+            return CredentialReport(generated, parse_report(content, session.account.id))
+    except StepFailed as failure:
+        if failure.code not in REPORT_NOT_YET:
+            raise
+        return NotYet(failure.step, f"{failure.step} last answered {failure.code}")
+    return NotYet("GenerateCredentialReport", "it was not COMPLETE")
+
+
+async def wait_for_report(
+    session: AccountSession, answer: CredentialReport | NotYet, timeout: float
 ) -> CredentialReport:
-    """Have the report generated and get it; whatever means "not yet" is waited out until the deadline.
-
-    `users_may_start` is set at the first pause.
-    """
-    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
-    while True:
-        step, not_yet = "GenerateCredentialReport", "it was not COMPLETE"
-        try:
-            if await generate_credential_report(session):
-                content, generated = await get_credential_report(session)
-                return CredentialReport(generated, parse_report(content, session.account.id))
-        except StepFailed as failure:
-            if failure.code not in REPORT_NOT_YET:
-                raise
-            step, not_yet = failure.step, f"{failure.step} last answered {failure.code}"
+    """Ask for the report until it is complete. Raises StepFailed after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    pause = REPORT_FIRST_PAUSE
+    while isinstance(answer, NotYet):
         left = deadline - time.monotonic()
         if left <= 0:
-            raise StepFailed(
-                step, "ReportTimeout", f"no credential report after {timeout:g} s: {not_yet}"
-            )
-        users_may_start.set()
+            message = f"no credential report after {timeout:g} s: {answer.reason}"
+            raise StepFailed(answer.step, "ReportTimeout", message)
         await asyncio.sleep(min(pause, left))
         pause = min(pause * REPORT_PAUSE_GROWTH, REPORT_LONGEST_PAUSE)
+        answer = await ask_for_report(session)
+    return answer
+
+
+def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
+    """The credential report's rows by user name.
+
+    Raises StepFailed if it is not a credential report or if a row is of another account: all
+    accounts share one client, and this makes a mix-up impossible to miss.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise damaged_report(f"it is no CSV ({error})") from None
+    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
+        raise damaged_report(f"it lacks the columns {', '.join(sorted(missing))}")
+    by_user: dict[str, ReportRow] = {}
+    for row in rows:
+        if None in row or None in row.values():
+            raise damaged_report(f"a row does not have as many cells as the header ({row['user']})")
+        check_account(row["arn"], account_id, "GetCredentialReport")
+        if row["user"] in by_user:
+            raise damaged_report("it has two rows of one user")
+        by_user[row["user"]] = row
+    return by_user
+
+
+def damaged_report(why: str) -> StepFailed:
+    message = f"the answer is no credential report: {why}"
+    return StepFailed("GetCredentialReport", "DamagedReport", message)
+
+
+def check_account(arn: str, account_id: str, step: str) -> None:
+    """Raise StepFailed if the ARN does not carry the ID of the account that was asked."""
+    if arn.split(":")[4:5] != [account_id]:
+        raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
+
+
+def report_date(row: ReportRow, column: str) -> datetime | None:
+    text = row[column]
+    if text.lower() in REPORT_NO_DATE:
+        return None
+    try:
+        return to_second(parse_time(text))
+    except ValueError:
+        raise damaged_report(f"{column} of {row['user']} is {text!r}") from None
+
+
+def report_flag(row: ReportRow, column: str) -> bool:
+    text = row[column].lower()
+    if text not in {"true", "false"}:
+        raise damaged_report(f"{column} of {row['user']} is {row[column]!r}")
+    return text == "true"
+
+
+def has_password(row: ReportRow) -> bool:
+    """Older reports have `not_supported` for root, which then has a password."""
+    text = row["password_enabled"].lower()
+    return text == "not_supported" or report_flag(row, "password_enabled")
+
+
+# --- users ---
+
+CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger difference to its clock
+
+
+def created_since_listed(
+    rows: Mapping[str, ReportRow], listed: Sequence[Mapping[str, Any]], asked: datetime
+) -> set[str]:
+    """Users of the report who may have been created after ListUsers was asked."""
+    known = {(entry["UserName"], to_second(entry["CreateDate"])) for entry in listed}
+    found = set()
+    for name, row in rows.items():
+        created = None if name == ROOT else report_date(row, "user_creation_time")
+        if created and created >= asked - CLOCK_SKEW and (name, created) not in known:
+            found.add(name)
+    return found
 
 
 async def read_users(
     session: AccountSession,
     entries: Sequence[Mapping[str, Any]],
-    report: asyncio.Future[CredentialReport],
+    report: asyncio.Task[CredentialReport],
 ) -> dict[str, User]:
     """The users of these entries of ListUsers by name, a few read at a time."""
     users: dict[str, User] = {}
     remaining = iter(entries)
 
-    async def one_after_the_other() -> None:
+    async def read_one_after_another() -> None:
         for entry in remaining:
             user = await read_user(session, entry, report)
             if user is not None:
                 users[user.name] = user
 
-    await all_or_none(session, [one_after_the_other] * min(READERS_PER_ACCOUNT, len(entries)))
+    readers: list[asyncio.Task[None]] = []
+    for _ in range(min(READERS_PER_ACCOUNT, len(entries))):
+        reader = naming_the_step(session, read_one_after_another)
+        readers.append(asyncio.create_task(reader))
+    try:
+        await asyncio.gather(*readers)
+    finally:  # after an error, nothing more is read
+        for task in readers:
+            task.cancel()
     return users
 
 
 async def read_user(
-    session: AccountSession, entry: Mapping[str, Any], report: asyncio.Future[CredentialReport]
+    session: AccountSession, entry: Mapping[str, Any], report: asyncio.Task[CredentialReport]
 ) -> User | None:
-    """One user; None if he has been deleted meanwhile."""
+    """One user; None if they have been deleted meanwhile."""
     name = entry["UserName"]
     check_account(entry["Arn"], session.account.id, "ListUsers")
     try:
         keys = await read_access_keys(session, name)
-        row = (await asyncio.shield(report)).rows.get(
-            name
-        )  # one reader that is cancelled must not cancel it for all
-        if row is not None and report_date(row, "user_creation_time") != to_second(
-            entry["CreateDate"]
-        ):
+        row = (await report).rows.get(name)
+        created = to_second(entry["CreateDate"])
+        if row is not None and report_date(row, "user_creation_time") != created:
             row = None  # deleted and created again since the report
         if row is None:
             password, may_have_mfa = await get_login_profile(session, name), True
@@ -1572,81 +1621,65 @@ async def read_user(
 
 
 async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
-    """The user's keys. One that is deleted meanwhile is left out; NoSuchEntity is raised if the user is."""
+    """The user's keys, without those deleted meanwhile; NoSuchEntity if the user is deleted."""
     keys = []
     for entry in await list_access_keys(session, user_name):
+        key_id, created = entry["AccessKeyId"], to_second(entry["CreateDate"])
         try:
-            last_used, service = await get_access_key_last_used(session, entry["AccessKeyId"])
+            last_used, service_name = await get_access_key_last_used(session, key_id)
         except StepFailed as failure:
             if failure.code != "NoSuchEntity":
                 raise
-            await list_access_keys(
-                session, user_name
-            )  # raises NoSuchEntity too if it is the user who is gone
+            await list_access_keys(session, user_name)  # raises NoSuchEntity if the user is deleted
             continue
-        keys.append(
-            AccessKey(
-                entry["AccessKeyId"],
-                entry["Status"],
-                to_second(entry["CreateDate"]),
-                last_used,
-                service,
-            )
-        )
+        keys.append(AccessKey(key_id, entry["Status"], created, last_used, service_name))
+    return by_creation(keys)
+
+
+def by_creation(keys: Iterable[AccessKey]) -> tuple[AccessKey, ...]:
     return tuple(sorted(keys, key=lambda key: (key.created, key.id)))
 
 
 def mfa_kind(serial: str) -> str:
-    """The kind of an MFA device by its serial number; whatever is no ARN is a hardware TOTP token.
+    """The kind of an MFA device by its serial number; what is not an ARN is a hardware TOTP token.
 
     https://docs.aws.amazon.com/IAM/latest/APIReference/API_MFADevice.html
     """
     if not serial.startswith("arn:"):
         return "Hardware"
     kinds = {"mfa": "Virtual", "u2f": "Security key", "sms-mfa": "SMS"}
-    resource_type, _, _ = serial.split(":", 5)[-1].partition("/")
+    resource_type = serial.split(":", 5)[-1].partition("/")[0]
     return kinds.get(resource_type, "Unknown")
 
 
-def created_since_listed(
-    rows: Mapping[str, Mapping[str, str]], listed: Iterable[Mapping[str, Any]], asked: datetime
-) -> set[str]:
-    """Users of the report who may have been created after ListUsers was asked: not listed, and young enough."""
-    known = {(entry["UserName"], to_second(entry["CreateDate"])) for entry in listed}
-    created = {
-        name: report_date(row, "user_creation_time") for name, row in rows.items() if name != ROOT
-    }
-    return {
-        name
-        for name, at in created.items()
-        if at and at >= asked - CLOCK_SKEW and (name, at) not in known
-    }
-
-
-async def read_root(session: AccountSession, row: Mapping[str, str]) -> User:
-    """Root as the report shows it; whether its MFA device is a virtual one is asked only if it has one."""
+async def read_root(session: AccountSession, row: ReportRow) -> User:
+    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA."""
     password = has_password(row)
+    last_used = report_date(row, "password_last_used") if password else None
     mfa: tuple[str, ...] = ()
     if report_flag(row, "mfa_active"):
+        # A role cannot list root's other devices: what is not virtual is a token or a security key.
         virtual = row["arn"] in await list_virtual_mfa_devices(session)
-        mfa = (
-            ("Virtual",) if virtual else ("Hardware",)
-        )  # root's other devices cannot be listed from a role
-    keys = [key for slot in (1, 2) if (key := root_access_key(row, slot))]
-    last_used = report_date(row, "password_last_used") if password else None
-    return User(
-        ROOT, password, last_used, mfa, tuple(sorted(keys, key=lambda key: (key.created, key.id)))
-    )
+        mfa = ("Virtual",) if virtual else ("Hardware",)
+    keys = []
+    for slot in (1, 2):
+        key = root_access_key(row, slot)
+        if key is not None:
+            keys.append(key)
+    return User(ROOT, password, last_used, mfa, by_creation(keys))
 
 
-def root_access_key(row: Mapping[str, str], slot: int) -> AccessKey | None:
-    """Root's access key of that slot. `active` is false for no key as well as for an inactive one; only
-    `last_rotated` tells them apart, and it is the creation date as far as the report knows it."""
+def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
+    """Root's access key in that slot.
+
+    `active` is false both for no key and for an inactive key. Only `last_rotated` tells them apart,
+    and it is the creation date as far as the report knows it.
+    """
     active = report_flag(row, f"access_key_{slot}_active")
     created = report_date(row, f"access_key_{slot}_last_rotated")
     if created is None:
         if active:
-            raise no_report(f"root's access key {slot} is active and has no last_rotated")
+            raise damaged_report(f"root's access key {slot} is active and has no last_rotated")
         return None
     last_used = report_date(row, f"access_key_{slot}_last_used_date")
     service = row[f"access_key_{slot}_last_used_service"] if last_used else NOT_APPLICABLE
@@ -1654,76 +1687,16 @@ def root_access_key(row: Mapping[str, str], slot: int) -> AccessKey | None:
     return AccessKey(ROOT_ACCESS_KEYS[slot - 1], status, created, last_used, service)
 
 
-def has_password(row: Mapping[str, str]) -> bool:
-    """`not_supported` stands for root in older reports; root then has a password."""
-    return row["password_enabled"].lower() == "not_supported" or report_flag(
-        row, "password_enabled"
-    )
-
-
-def parse_report(content: bytes, account_id: str) -> dict[str, dict[str, str]]:
-    """The credential report's rows by user name.
-
-    Raises StepFailed if it is no credential report, or if any row is of another account: all accounts share one
-    client, so this is what makes a mix-up impossible to miss.
-    """
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-        rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise no_report(f"it is no CSV ({error})") from None
-    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
-        raise no_report(f"it lacks the columns {', '.join(sorted(missing))}")
-    for row in rows:
-        if None in row or None in row.values():
-            raise no_report(f"a row does not have as many cells as the header ({row['user']})")
-        check_account(row["arn"], account_id, "GetCredentialReport")
-    by_user = {row["user"]: row for row in rows}
-    if len(by_user) < len(rows):
-        raise no_report("it has two rows of one user")
-    return by_user
-
-
-def report_date(row: Mapping[str, str], column: str) -> datetime | None:
-    text = row[column]
-    if text.lower() in REPORT_NO_DATE:
-        return None
-    try:
-        return to_second(parse_time(text))
-    except ValueError:
-        raise no_report(f"{column} of {row['user']} is {text!r}") from None
-
-
-def report_flag(row: Mapping[str, str], column: str) -> bool:
-    text = row[column].lower()
-    if text not in {"true", "false"}:
-        raise no_report(f"{column} of {row['user']} is {row[column]!r}")
-    return text == "true"
-
-
-def no_report(why: str) -> StepFailed:
-    return StepFailed(
-        "GetCredentialReport", "DamagedReport", f"the answer is no credential report: {why}"
-    )
-
-
-def check_account(arn: str, account_id: str, step: str) -> None:
-    if arn.split(":")[4:5] != [account_id]:
-        raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
-
-
 async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
-    """What CloudTrail knows of the account. Its refusal costs the changes their witness, not the account its audit."""
+    """CloudTrail's events of the account. A refusal costs the changes their witness, no more."""
+    events = []
     try:
-        events = [event for name in names for event in await lookup_events(session, name, since)]
+        for name in names:
+            events += await lookup_events(session, name, since)
     except StepFailed as failure:
         return Trail(error=f"{failure.step}: {failure.code}: {failure.message}")
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as error:  # a record that is not what AWS documents
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # a record that is not what AWS documents
         return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")
     return Trail(tuple(sorted(events)))
 
@@ -4443,6 +4416,16 @@ def columns_of(terminal: TextIO) -> int:
     with contextlib.suppress(OSError):
         return os.get_terminal_size(terminal.fileno()).columns or 80
     return 80
+
+
+def change_order(change):
+    return change[:8]
+
+
+def reason_of(step: str, error: Exception) -> str:
+    if isinstance(error, SDK_ERRORS):
+        return str(step_failed(step, error))
+    return f"{step}: {type(error).__name__}"
 
 
 if __name__ == "__main__":

@@ -382,7 +382,7 @@ LESS_PATIENT = """
 import os, sys
 sys.path.insert(0, os.path.dirname(os.environ["PROGRAM"]))
 import iam_audit
-iam_audit.THROTTLING_PATIENCE, iam_audit.READ_TIMEOUT, iam_audit.TRANSIENT_ATTEMPTS = 0.5, 0.2, 2
+iam_audit.Pace.PATIENCE, iam_audit.READ_TIMEOUT, iam_audit.TRANSIENT_ATTEMPTS = 0.5, 0.2, 2
 raise SystemExit(iam_audit.main())
 """
 

@@ -1,0 +1,159 @@
+"""The order of iam_audit.py: its sections, what each of them may use, and where the network is."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import iam_audit
+
+SOURCE = Path(iam_audit.__file__).read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+MAY_USE = {
+    "run": {
+        "data",
+        "AWS",
+        "audit",
+        "files",
+        "assess",
+        "track",
+        "enforce",
+        "terminal",
+        "documents",
+        "options",
+    },
+    "data": set[str](),
+    "AWS": {"data"},
+    "audit": {"data", "AWS"},
+    "files": {"data"},
+    "assess": {"data", "files"},
+    "track": {"data", "files", "assess"},
+    "enforce": {"data", "AWS"},
+    "terminal": {"data", "files", "assess", "track", "enforce"},
+    "documents": {"data", "AWS"},
+    "options": {"data", "documents"},
+}
+NETWORK = {"boto3", "botocore", "socket", "ssl", "urllib", "urllib3", "http"}
+
+
+def sections() -> dict[str, int]:
+    """The line of each section's banner by the section's name."""
+    rule = "# " + "-" * 98
+    found = {}
+    for number, line in enumerate(LINES):
+        if line == rule and LINES[number + 2] == rule:
+            found[LINES[number + 1].removeprefix("# ").partition(":")[0]] = number + 2
+    return {name if name == "AWS" else name.lower(): number for name, number in found.items()}
+
+
+def section_of(line: int) -> str:
+    """The section that a line is in; `contract` before the first."""
+    current = "contract"
+    for name, begins in sections().items():
+        if begins <= line:
+            current = name
+    return current
+
+
+def defined_names(node: ast.stmt) -> set[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {
+            name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+        }
+    return set()
+
+
+def imported_names() -> dict[str, str]:
+    """The package that each imported name comes from."""
+    found = {}
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found[(alias.asname or alias.name).partition(".")[0]] = alias.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                found[alias.asname or alias.name] = (node.module or "").partition(".")[0]
+    return found
+
+
+class Used(ast.NodeVisitor):
+    """The names that code uses when it runs: annotations do not count."""
+
+    def __init__(self) -> None:
+        self.names = set[str]()
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.names.add(node.id)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        pass
+
+    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        for part in (*node.decorator_list, node.args, *node.body):
+            self.visit(part)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = _function
+
+
+def test_the_sections_stand_in_the_order_of_the_contract() -> None:
+    contract = ast.get_docstring(TREE, clean=False) or ""
+    listed = re.findall(r"^  (\w+) {2,}\w.*$", contract[contract.index("Sections") :], re.MULTILINE)
+    assert list(sections()) == listed == list(MAY_USE)
+
+
+def test_the_contract_names_the_reading_path() -> None:
+    contract = " ".join((iam_audit.__doc__ or "").split())
+    assert "To trust it with a role, read the run, AWS and audit: about 1,100 lines." in contract
+    assert "Nothing else opens a connection." in contract
+
+
+@pytest.mark.parametrize("section", MAY_USE)
+def test_a_section_uses_only_what_it_may(section: str) -> None:
+    home = {name: section_of(node.lineno) for node in TREE.body for name in defined_names(node)}
+    forbidden = set()
+    for node in TREE.body:
+        if section_of(node.lineno) == section and not isinstance(node, ast.If):
+            used = Used()
+            used.visit(node)
+            for name in used.names & home.keys():
+                if home[name] not in MAY_USE[section] | {section}:
+                    forbidden.add(f"{name} of {home[name]}")
+    assert home["main"] == "run"
+    assert home["assume_role"] == "AWS"
+    assert not forbidden
+
+
+def test_only_the_aws_section_names_the_sdk_or_a_socket() -> None:
+    origin = imported_names()
+    found = set()
+    for node in ast.walk(TREE):
+        name = node.id if isinstance(node, ast.Name) else ""
+        if name in NETWORK or origin.get(name) in NETWORK:
+            found.add(section_of(node.lineno))
+    assert found == {"AWS"}
+
+
+def test_the_story_comes_first() -> None:
+    names = [name for node in TREE.body for name in sorted(defined_names(node))]
+    story = [name for name in names if name in ("main", "run_audit", "audit_into")]
+    assert story == ["main", "run_audit", "audit_into"]
+    assert next(node.lineno for node in TREE.body if "main" in defined_names(node)) < 120
+
+
+def test_no_line_is_wider_than_100_columns() -> None:
+    assert not [number for number, line in enumerate(LINES, 1) if len(line) > 100]
+
+
+def test_the_file_stays_below_its_ceiling() -> None:
+    assert len(LINES) <= 4500
