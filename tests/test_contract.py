@@ -49,9 +49,10 @@ def test_exit_codes() -> None:
         iam_audit.EXIT_NOT_DONE,
         iam_audit.EXIT_USAGE,
         iam_audit.EXIT_ACCOUNTS_FAILED,
+        iam_audit.EXIT_FAIL_ON,
         iam_audit.EXIT_SIGNAL,
     )
-    assert codes == (0, 1, 2, 3, 128)
+    assert codes == (0, 1, 2, 3, 4, 128)
 
 
 def test_imports_nothing_but_the_standard_library_and_the_sdk() -> None:
@@ -181,7 +182,7 @@ def test_help_shows_two_examples_and_the_exit_codes(program: Program) -> None:
     shown = help_text(program)
     assert shown.startswith("usage: iam_audit.py")
     assert shown.count("  python iam_audit.py --") >= 2
-    for code in ("0", "1", "2", "3", "130", "143"):
+    for code in ("0", "1", "2", "3", "4", "130", "143"):
         assert re.search(rf"\b{code}\b.*[a-z]{{4}}", shown)
 
 
