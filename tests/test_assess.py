@@ -1,14 +1,12 @@
 """Assess, from users and keys to gaps, levels and findings: tables of cases for every rule and every boundary.
 
-All of it is pure, so the clock stands still here; the helpers at the top serve the tests of the summary too.
+All of it is pure, so the clock stands still here.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import itertools
 import random
 import re
 import shlex
@@ -16,10 +14,25 @@ import stat
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timedelta, timezone
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
+from builders import (
+    CALLER,
+    DAY,
+    MANAGEMENT,
+    NOW,
+    PAYMENTS,
+    SANDBOX,
+    SECOND,
+    audited,
+    failed,
+    key,
+    organizations,
+    plan,
+    run_of,
+    user,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,78 +50,22 @@ from iam_audit import (
     AccountFigures,
     AuditedAccount,
     Caller,
-    FailedAccount,
     Finding,
     Gaps,
     OldestKey,
-    Organization,
     Outcome,
-    Plan,
-    Run,
     SkippedAccount,
-    Tracking,
     User,
     assess,
-    controls_of_account,
     finding_row,
     findings_of,
     is_production,
-    keep,
     most_urgent_first,
     organization_level,
-    parse_arguments,
     phase1_level,
-    plan_of,
     recommendation,
     total_gaps,
 )
-
-NOW = datetime(2026, 11, 23, 20, 50, tzinfo=timezone.utc)
-DAY, SECOND = timedelta(days=1), timedelta(seconds=1)
-MANAGEMENT = "999999999999"
-CALLER = Caller(MANAGEMENT, f"arn:aws:iam::{MANAGEMENT}:user/auditor", "aws", "us-east-1")
-ORGANIZATION = Organization("o-test123456", MANAGEMENT, "ALL")
-SANDBOX = Account("111111111111", "sandbox", "ACTIVE", "o-test123456/r-ab12/ou-ab12-sandboxes/111111111111/")
-PAYMENTS = Account("222222222222", "payments-prod", "ACTIVE", "o-test123456/r-ab12/ou-ab12-workloads/222222222222/")
-
-
-@functools.cache
-def plan(*arguments: str, caller: Caller = CALLER) -> Plan:
-    """The plan that these arguments make, so that defaults are the program's own."""
-    return plan_of(parse_arguments(["--role", "Audit", *arguments]), caller, ORGANIZATION, Tracking(), NOW)
-
-
-def key(
-    old: timedelta, unused: timedelta | None = None, *, status: str = "Active", key_id: str = "AKIA0000000000000001"
-) -> AccessKey:
-    """A key created that long ago and last used that long ago (None: never)."""
-    if unused is None:
-        return AccessKey(key_id, status, NOW - old, None, "N/A")
-    return AccessKey(key_id, status, NOW - old, NOW - unused, "s3")
-
-
-def user(name: str, *keys: AccessKey, password: bool = False, mfa: Iterable[str] = ()) -> User:
-    return User(name, password, None, tuple(mfa), keys)
-
-
-def audited(*users: User, account: Account = SANDBOX) -> AuditedAccount:
-    return AuditedAccount(account, NOW - timedelta(hours=1), users)
-
-
-def failed(account_id: str = "444444444444", name: str = "locked") -> FailedAccount:
-    return FailedAccount(Account(account_id, name, "ACTIVE"), "AssumeRole", "AccessDenied", "not authorized")
-
-
-def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER) -> Run:
-    """What a run has found once these are its accounts' outcomes, where no policy prevents anything."""
-    found = Run(NOW, Path("reports/20261123T205000Z"), plan(*arguments, caller=caller), caller, ORGANIZATION)
-    for outcome in outcomes:
-        keep(found, outcome)
-    prevented = controls_of_account([], [], is_management=False)
-    ids = [*(one.account.id for one in found.audited), *(one.account.id for one in found.failed)]
-    found.controls = dict.fromkeys(ids, prevented)
-    found.findings.sort(key=most_urgent_first)
-    return found
 
 
 def gaps(*users: User, arguments: Sequence[str] = ()) -> Gaps:
@@ -785,45 +742,6 @@ def test_recommendation_is_the_rows_last_cell() -> None:
 
 
 # --- properties -------------------------------------------------------------------------------------------------------
-
-BOUNDARIES = [timedelta(days=days) for days in (0, 1, 30, 45, 90, 91, 365, 366, 2000)]
-SPANS = st.builds(
-    lambda span, seconds: max(span + seconds * SECOND, timedelta(0)), st.sampled_from(BOUNDARIES), st.integers(-1, 1)
-)
-NAMES = st.sampled_from(["web", "payments-prod", "Production EU", "nonprod", "data"])
-USER_NAMES = st.sampled_from(["ann", "bob", "eve"])
-
-
-@st.composite
-def organizations(
-    draw: st.DrawFn, names: st.SearchStrategy[str] = NAMES, user_names: st.SearchStrategy[str] = USER_NAMES
-) -> list[Outcome]:
-    """Accounts of all outcomes; IDs of accounts and keys, and an account's user names, are unique as AWS's are."""
-    numbers = itertools.count(1)
-
-    def a_key() -> AccessKey:
-        old = draw(SPANS)
-        unused = draw(st.none() | SPANS)
-        status = draw(st.sampled_from(["Active", "Active", "Inactive", "Expired"]))
-        return key(old, unused, status=status, key_id=f"AKIA{next(numbers):016}")
-
-    def a_user(name: str) -> User:
-        mfa = draw(st.sampled_from([(), (), ("Virtual",), ("Security key", "Virtual")]))
-        return user(name, *(a_key() for _ in range(draw(st.integers(0, 2)))), password=draw(st.booleans()), mfa=mfa)
-
-    outcomes: list[Outcome] = []
-    for index in range(draw(st.integers(0, 4))):
-        account = Account(f"{100_000_000_000 + index}", draw(names), "ACTIVE")
-        kind = draw(st.sampled_from(["audited", "audited", "audited", "failed", "skipped"]))
-        if kind == "failed":
-            outcomes.append(FailedAccount(account, "ListUsers", "AccessDenied", draw(names)))
-        elif kind == "skipped":
-            outcomes.append(SkippedAccount(dataclasses.replace(account, state="SUSPENDED")))
-        else:
-            known = draw(st.lists(user_names, unique=True, max_size=3))
-            roots = [ROOT] if draw(st.booleans()) else []
-            outcomes.append(audited(*(a_user(name) for name in roots + known if name), account=account))
-    return outcomes
 
 
 def all_users(outcomes: Iterable[Outcome]) -> list[tuple[Account, User]]:

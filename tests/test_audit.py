@@ -7,16 +7,15 @@ import io
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+from builders import FIVE, FOUR, MANAGEMENT, ONE, THREE, TWO, in_units, summary_of
 from conftest import Program, Result, Serve
 from endpoint import ACCOUNT_DEFAULTS, Json, account, credential_report, key, root, root_key, rule, user
 
 pytestmark = pytest.mark.program
 
-ONE, TWO, THREE, FOUR, FIVE = ("111111111111", "222222222222", "333333333333", "444444444444", "555555555555")
-MANAGEMENT = "999999999999"
 ARN = f"arn:aws:iam::{ONE}:"
 OLDER, OLDER_CELL = "2023-05-06T07:08:09Z", "2023-05-06T07:08:09+00:00"
 OLD, OLD_CELL = "2024-05-06T07:08:09Z", "2024-05-06T07:08:09+00:00"
@@ -314,17 +313,12 @@ def test_a_report_without_root_is_told(roots: Result) -> None:
 UNIT, NESTED, OTHER = "ou-test-aaaaaaaa", "ou-test-bbbbbbbb", "ou-test-cccccccc"
 
 
-def in_unit(account_id: str, name: str, *units: str, **options: Any) -> Json:
-    path = "/".join(["o-test123456", "r-test", *units, account_id, ""])
-    return account(account_id, name, paths=[path], **options)
-
-
 ORGANIZATION = [
-    in_unit(ONE, "one", UNIT),
-    in_unit(TWO, "two", UNIT, NESTED),
-    in_unit(THREE, "three", OTHER),
-    in_unit(FOUR, "four"),
-    in_unit(FIVE, "five", UNIT, state="SUSPENDED"),
+    in_units(ONE, "one", UNIT),
+    in_units(TWO, "two", UNIT, NESTED),
+    in_units(THREE, "three", OTHER),
+    in_units(FOUR, "four"),
+    in_units(FIVE, "five", UNIT, state="SUSPENDED"),
 ]
 SCOPES: dict[str, tuple[list[str], set[str], set[str]]] = {  # options, audited, skipped
     "all": ([], {ONE, TWO, THREE, FOUR}, {FIVE}),
@@ -397,8 +391,7 @@ def test_status_is_read_where_there_is_no_state(serve: Serve, run_program: Progr
 
 def test_the_management_account_left_out_is_named(serve: Serve, run_program: Program) -> None:
     result = run_program(serve(account(ONE, "one")).env())
-    assert result.summary is not None
-    assert MANAGEMENT in json.dumps(result.summary["out_of_scope"])
+    assert MANAGEMENT in json.dumps(summary_of(result)["out_of_scope"])
     assert MANAGEMENT in result.stdout
 
 

@@ -12,14 +12,11 @@ from typing import Any
 import boto3
 import pytest
 from botocore.credentials import Credentials
+from builders import MANAGEMENT, ONE, TWO, numbered, profile_env, reach
 from conftest import Program, Serve
 from endpoint import Endpoint, Json, access_key_id, account, generate, key, root, rule, secret_of, user, world
 
 import iam_audit
-
-ONE, TWO = "111111111111", "222222222222"
-MANAGEMENT = "999999999999"
-
 
 # --- whose credentials ------------------------------------------------------------------------------------------------
 
@@ -28,9 +25,7 @@ MANAGEMENT = "999999999999"
 def in_this_process(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> Endpoint:
     """The endpoint with two accounts, and the environment in which the SDK finds it here."""
     endpoint = serve(account(ONE, "one", users=[user("ana")]), account(TWO, "two", users=[user("bea"), user("cleo")]))
-    for name, value in endpoint.env().items():
-        monkeypatch.setenv(name, value)
-    return endpoint
+    return reach(endpoint, monkeypatch)
 
 
 async def connected(workers: int = 4) -> iam_audit.Aws:
@@ -111,10 +106,6 @@ def test_a_system_that_does_not_let_it_choose_a_cpu(
 
 
 # --- how many requests ------------------------------------------------------------------------------------------------
-
-
-def numbered(number: int) -> str:
-    return f"1000000{number:05d}"
 
 
 def busy_account(number: int, report_delay: float = 0) -> Json:
@@ -320,10 +311,7 @@ def test_a_key_that_no_partition_knows(serve: Serve, run_program: Program) -> No
 def test_region_of_the_profile(serve: Serve, run_program: Program, tmp_path: Path) -> None:
     """It is where STS is asked; IAM and Organizations have one place for the whole partition."""
     endpoint = serve(account(ONE, "one"))
-    env = {name: value for name, value in endpoint.env().items() if "REGION" not in name}
-    config = tmp_path / "config"
-    secrets = (f"{name.lower()} = {env[name]}\n" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
-    config.write_text("[profile mgmt]\nregion = eu-central-1\n" + "".join(secrets), encoding="utf-8")
-    result = run_program({**env, "AWS_CONFIG_FILE": str(config)}, "--profile", "mgmt")
+    env = profile_env(endpoint, tmp_path, "[profile base]\nregion = eu-central-1\n")
+    result = run_program({name: value for name, value in env.items() if "REGION" not in name}, "--profile", "base")
     assert result.exit_code == 0, result
     assert {scope.partition("/")[0]: scope for scope in endpoint.stats()["scopes"]}["sts"] == "sts/eu-central-1"

@@ -1,12 +1,12 @@
-"""The command line: what it refuses and when, what it prints where, and what a terminal shows."""
+"""The program on the command line: what it prints where, and what a terminal shows of its progress."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
+from builders import ONE, THREE, TWO, reach
 from conftest import TRACEBACK, Program, Result, Serve, screen
 from endpoint import account, generate, key, root, rule, user
 
@@ -14,114 +14,15 @@ import iam_audit
 
 pytestmark = pytest.mark.program
 
-ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-WRONG: list[tuple[list[str], str]] = [  # options, what stderr quotes
-    (["--profile", ""], "--profile"),
-    (["--role", ""], "--role"),
-    (["--role", "arn:aws:iam::111111111111:role/Audit"], "arn:aws:iam::111111111111:role/Audit"),
-    (["--role", "Au dit"], "Au dit"),
-    (["--role", "/Audit"], "/Audit"),
-    (["--role", "path/"], "path/"),
-    (["--role", "x" * 65], "x" * 65),
-    (["--role", "Audit\n"], "Audit"),
-    (["--output-dir", ""], "--output-dir"),
-    (["--accounts", ""], "--accounts"),
-    (["--accounts", "12345678901"], "12345678901"),
-    (["--accounts", "1234567890123"], "1234567890123"),
-    (["--accounts", f"{ONE},abc"], "abc"),
-    (["--accounts", f"{ONE},"], "--accounts"),
-    (["--accounts", "11111111111\N{ARABIC-INDIC DIGIT ONE}"], "11111111111\N{ARABIC-INDIC DIGIT ONE}"),
-    (["--exclude", "one"], "one"),
-    (["--exclude", f"{ONE};{TWO}"], f"{ONE};{TWO}"),
-    (["--accounts", f"{ONE},{TWO}", "--exclude", ONE], ONE),
-    (["--ou", "r-test"], "r-test"),
-    (["--ou", "ou-ab12"], "ou-ab12"),
-    (["--ou", "ou-ab12-CDEFGH34"], "ou-ab12-CDEFGH34"),
-    (["--ou", "ou-ab12-cdefgh34,x"], "x"),
-    (["--external-id", "x"], "x"),
-    (["--external-id", ""], "--external-id"),
-    (["--external-id", "with space"], "with space"),
-    (["--external-id", "y" * 1225], "yyy"),
-    (["--workers", "0"], "0"),
-    (["--workers", "257"], "257"),
-    (["--workers", "-1"], "-1"),
-    (["--workers", "many"], "many"),
-    (["--workers", "1.5"], "1.5"),
-    (["--report-timeout", "0"], "0"),
-    (["--report-timeout", "-5"], "-5"),
-    (["--report-timeout", "nan"], "nan"),
-    (["--report-timeout", "inf"], "inf"),
-    (["--report-timeout", "soon"], "soon"),
-    (["--print", "scp-deny-access-keys", "--exempt-role", ",".join(f"{'x' * 60}{n}" for n in range(80))], "5,120"),
-    (["--print", "scp-deny-access-keys", "--exempt-role", "*/Admin"], "--print"),
-    (["--print", "scp-deny-access-keys", "--exempt-role", "${aws:PrincipalTag/x}/y"], "--print"),
-    (["--print", "caller-policy", "--role", "?/Audit"], "--print"),
-    (["--unknown-option"], "--unknown-option"),
-    (["--work", "3"], "--work"),  # no abbreviations: a later option may make one ambiguous
-    (["surplus"], "surplus"),
-]
-
-
-@pytest.mark.parametrize(("options", "quoted"), WRONG, ids=[" ".join(options)[:40] for options, _ in WRONG])
-def test_wrong_values_are_refused(
-    options: list[str], quoted: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In this process, where nothing has been asked of AWS or written yet, as the two tests below show."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    role = [] if "--role" in options else ["--role", "Audit"]
-    with pytest.raises(SystemExit) as ended:
-        iam_audit.main([*role, *options])
-    shown = capsys.readouterr()
-    assert (ended.value.code, shown.out) == (2, "")
-    assert quoted in shown.err
-    assert options[0] in shown.err or not options[0].startswith("--")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("options", [["--workers", "0"], ["--accounts", "12"], []])
-def test_what_is_refused_costs_no_request(serve: Serve, run_program: Program, options: list[str]) -> None:
-    """Without --role too."""
-    endpoint = serve(account(ONE, "one"))
-    result = run_program(endpoint.env(), *options, role="Audit" if options else None)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert (options or ["--role"])[-1] in result.stderr
-    assert endpoint.stats()["requests"] == {}
-    assert not result.output_dir.exists()
-
-
-def test_accepted_values(serve: Serve, run_program: Program) -> None:
-    """The edges of what is allowed; and main() gives back the exit code."""
-    endpoint = serve(account(ONE, "one"))
-    options = ["--workers", "256", "--report-timeout", "0.5", "--external-id", "ab", "--exclude", f" {TWO}, {THREE}"]
-    result = run_program(endpoint.env(), *options, role="a/b+=,.@-/" + "x" * 64)
-    assert (result.exit_code, result.csvs) == (0, {ONE}), result.stderr
-
-
-def test_version(program: Program) -> None:
-    shown = subprocess.run([program.python, program.path, "--version"], capture_output=True, text=True, check=True)
-    assert iam_audit.VERSION in shown.stdout
-
 
 def test_main_gives_back_the_exit_code(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in serve(account(ONE, "one"), account(TWO, "two", role="denied")).env().items():
-        monkeypatch.setenv(name, value)
+    reach(serve(account(ONE, "one"), account(TWO, "two", role="denied")), monkeypatch)
     assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "a"), "--accounts", ONE]) == 0
     assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "b")]) == 3
     assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "c"), "--accounts", THREE]) == 1
     assert THREE in capsys.readouterr().err
-
-
-def test_reports_is_the_default_folder(serve: Serve, program: Program, tmp_path: Path) -> None:
-    command = [program.python, program.path, "--role", "Audit"]
-    done = subprocess.run(command, env=serve(account(ONE, "one")).env(), cwd=tmp_path, capture_output=True, check=True)
-    assert done.returncode == 0
-    assert [path.stem for path in tmp_path.glob("reports/*/accounts/*.csv")] == [ONE]
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

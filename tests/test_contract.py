@@ -13,12 +13,12 @@ from pathlib import Path
 import botocore.session
 import pytest
 from botocore import xform_name
+from builders import ONE
 from conftest import Program, Serve
 from endpoint import account, key, root, user
 
 import iam_audit
 
-ONE = "111111111111"
 SOURCE = Path(iam_audit.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -10,20 +10,18 @@ import re
 import resource
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import MANAGEMENT, ONE, THREE, TWO, numbered, profile_env, until
 from conftest import TRACEBACK, Program, Result, Serve, check_what_always_holds, screen
-from endpoint import Endpoint, Json, access_key_id, account, generate, key, root, rule, secret_of, user
+from endpoint import Json, access_key_id, account, generate, key, root, rule, secret_of, user
 
 pytestmark = pytest.mark.program
 
-ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
-MANAGEMENT = "999999999999"
 MFA_SERIAL = f"arn:aws:iam::{MANAGEMENT}:mfa/auditor"
 ROLE_ACTIONS = [
     *("GenerateCredentialReport", "GetCredentialReport", "ListUsers", "ListAccessKeys", "GetAccessKeyLastUsed"),
@@ -37,10 +35,6 @@ def full(account_id: str, name: str, **options: Any) -> Json:
     ana = user("ana", password=True, mfa=["GAHT12345678"], keys=[key(f"AKIA{account_id}0ANA")])
     new = user("new", in_report=False)
     return account(account_id, name, users=[ana, new], root=root(password=True, virtual=True), **options)
-
-
-def numbered(number: int) -> str:
-    return f"1000000{number:05d}"
 
 
 def for_each_action(options: Callable[[str], Json]) -> tuple[list[Json], dict[str, str]]:
@@ -489,16 +483,6 @@ def test_listing_breaks_off(serve: Serve, run_program: Program) -> None:
     assert "ListAccounts" in result.stderr
 
 
-def profile_env(endpoint: Endpoint, folder: Path, config: str) -> dict[str, str]:
-    """An environment in which profiles alone give credentials; `base` in that configuration has the caller's."""
-    env = endpoint.env()
-    base = [f"{name.lower()} = {env.pop(name)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-    (folder / "credentials").write_text("\n".join(["[base]", *base, ""]), encoding="utf-8")
-    (folder / "config").write_text(config, encoding="utf-8")
-    files = {"AWS_CONFIG_FILE": str(folder / "config"), "AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials")}
-    return {**env, **files, "HOME": str(folder)}
-
-
 def role_profile(name: str, *, source: str = "source_profile = base", mfa: bool = True) -> str:
     serial = f"mfa_serial = {MFA_SERIAL}\n" if mfa else ""
     return f"[{name}]\nrole_arn = arn:aws:iam::{MANAGEMENT}:role/Operator\n{source}\n{serial}"
@@ -639,13 +623,6 @@ def test_disk_full(serve: Serve, run_program: Program) -> None:
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
-
-
-def until(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,13 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from builders import MANAGEMENT, ONE, THREE, TWO, reach, summary_of
 from conftest import Program, Serve
 from endpoint import account, key, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import iam_audit
-
-ONE, TWO = "111111111111", "222222222222"
 
 cells = st.text(st.one_of(st.sampled_from("='\"+-@\t\r\n,; a"), st.characters(exclude_categories=["Cs"])), max_size=8)
 
@@ -96,8 +95,7 @@ def test_the_summary_is_written_last(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder without it is one of a run that did not finish."""
-    for name, value in serve(account(ONE, "one"), account(TWO, "two")).env().items():
-        monkeypatch.setenv(name, value)
+    reach(serve(account(ONE, "one"), account(TWO, "two")), monkeypatch)
     put_in_place: list[str] = []
 
     def replace(source: str, target: Path, rename: Callable[[str, Path], None] = os.replace) -> None:
@@ -166,25 +164,24 @@ def test_summary_says_what_was_done(serve: Serve, run_program: Program) -> None:
     endpoint = serve(
         account(ONE, "one", users=users, report_time="2026-01-02T03:04:05Z", paths=["o-test123456/r-test/ou-1/1/"]),
         account(TWO, "two", role="denied"),
-        account("333333333333", "three", state="SUSPENDED"),
+        account(THREE, "three", state="SUSPENDED"),
     )
     before = datetime.now(timezone.utc).replace(microsecond=0)
     result = run_program(endpoint.env(), role="audit/Role")
-    summary = result.summary
-    assert summary is not None
+    summary = summary_of(result)
     assert isinstance(summary["format"], int)
     assert (summary["version"], summary["role"]) == (iam_audit.VERSION, "audit/Role")
     started, finished = (datetime.fromisoformat(summary[name]) for name in ("started", "finished"))
     assert before <= started <= finished <= datetime.now(timezone.utc)
-    assert summary["caller"]["account"] == "999999999999"
+    assert summary["caller"]["account"] == MANAGEMENT
     assert summary["organization"]["id"] == "o-test123456"
-    assert summary["organization"]["management_account"] == "999999999999"
+    assert summary["organization"]["management_account"] == MANAGEMENT
     assert [summary["totals"][name] for name in ("audited", "failed", "skipped", "users")] == [1, 1, 1, 2]
     entries = {one: (entry["name"], entry["state"], entry["result"]) for one, entry in result.accounts.items()}
     assert entries == {
         ONE: ("one", "ACTIVE", "audited"),
         TWO: ("two", "ACTIVE", "failed"),
-        "333333333333": ("three", "SUSPENDED", "skipped"),
+        THREE: ("three", "SUSPENDED", "skipped"),
     }
     audited, failed = result.accounts[ONE], result.accounts[TWO]
     assert audited["report_generated"] == "2026-01-02T03:04:05+00:00"

@@ -8,8 +8,9 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import pytest
+from builders import ABSENT, ENFORCED, NOT_CHECKED, ONE, PARTIAL, THREE, TWO, in_units, summary_of
 from conftest import Program, Result, Serve
-from endpoint import account, key, policy, rule, user
+from endpoint import Json, key, policy, rule, user
 from organization import (
     DEFAULT_ROLE,
     VIRTUAL,
@@ -27,7 +28,6 @@ import iam_audit
 
 pytestmark = pytest.mark.program
 
-ENFORCED, PARTIAL, ABSENT, NOT_CHECKED = "enforced", "partial", "absent", "not checked"
 REQUIRE_MFA = iam_audit.print_document("scp-require-mfa")
 DENY_KEYS = iam_audit.print_document("scp-deny-access-keys")
 ONLY_AT_NIGHT = {
@@ -82,11 +82,6 @@ def controls(result: Result, account_id: str) -> tuple[str, str]:
     return found["mfa-required"]["verdict"], found["new-keys-prevented"]["verdict"]
 
 
-def summary(result: Result) -> dict[str, Any]:
-    assert result.summary is not None, result.stderr
-    return result.summary
-
-
 def test_each_account_is_under_the_policies_above_it(enforced: Enforced) -> None:
     assert enforced.result.exit_code == 0
     assert {one: controls(enforced.result, one) for one in enforced.result.accounts} == {
@@ -109,11 +104,11 @@ def test_phase_1_is_advanced_where_mfa_is_complete_and_enforced(enforced: Enforc
         "100000000005": "Complete",
         enforced.made.management.id: "Complete",
     }
-    assert summary(enforced.result)["maturity"]["phase1"]["accounts"]["Advanced"] == 2
+    assert summary_of(enforced.result)["maturity"]["phase1"]["accounts"]["Advanced"] == 2
 
 
 def test_the_summary_counts_and_names(enforced: Enforced) -> None:
-    found = summary(enforced.result)["enforcement"]
+    found = summary_of(enforced.result)["enforcement"]
     assert found["accounts"]["mfa-required"] == {ENFORCED: 3, NOT_CHECKED: 0, PARTIAL: 0, ABSENT: 3}
     assert found["accounts"]["new-keys-prevented"] == {ENFORCED: 1, NOT_CHECKED: 0, PARTIAL: 4, ABSENT: 1}
     assert (found["why_not_checked"], found["root_credentials_managed_centrally"]) == (None, True)
@@ -135,12 +130,10 @@ def test_the_extra_calls_are_two_a_policy_and_one_for_their_list(enforced: Enfor
 
 
 FULL = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}}
-ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
 
 
-def placed(account_id: str, *units: str, **options: Any) -> dict[str, Any]:
-    path = "/".join(("o-test123456", "r-test", *units, account_id, ""))
-    return account(account_id, f"a{account_id[0]}", paths=[path], **options)
+def placed(account_id: str, *units: str, **options: Any) -> Json:
+    return in_units(account_id, f"a{account_id[0]}", *units, **options)
 
 
 def test_without_paths_each_parent_is_asked_once(serve: Serve, run_program: Program) -> None:
@@ -180,7 +173,7 @@ def test_accounts_that_could_not_be_audited_are_under_policies_too(serve: Serve,
     result = run_program(serve(placed(ONE), placed(TWO, role="denied"), policies=policies).env())
     assert result.failures.keys() == {TWO}
     assert {controls(result, one) for one in (ONE, TWO)} == {(ENFORCED, PARTIAL)}
-    assert summary(result)["enforcement"]["accounts"]["mfa-required"][ENFORCED] == 2
+    assert summary_of(result)["enforcement"]["accounts"]["mfa-required"][ENFORCED] == 2
     assert result.accounts[TWO]["maturity"]["phase1"] == "Not Started"
 
 
@@ -216,7 +209,7 @@ def test_what_is_denied_is_not_checked_and_claims_nothing(serve: Serve, run_prog
     result = run_program(endpoint.env())
     assert (result.exit_code, controls(result, ONE)) == (0, (NOT_CHECKED, NOT_CHECKED))
     assert result.accounts[ONE]["maturity"]["phase1"] == "Complete"
-    assert "AccessDeniedException" in summary(result)["enforcement"]["why_not_checked"]
+    assert "AccessDeniedException" in summary_of(result)["enforcement"]["why_not_checked"]
     assert "not checked: service control policies: AccessDeniedException" in result.stdout
 
 
@@ -224,7 +217,7 @@ def test_policies_that_are_off_are_not_checked(serve: Serve, run_program: Progra
     endpoint = serve(placed(ONE), policies=[policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, [])])
     result = run_program(endpoint.env())
     assert (result.exit_code, controls(result, ONE)) == (0, (NOT_CHECKED, NOT_CHECKED))
-    assert "are off" in summary(result)["enforcement"]["why_not_checked"]
+    assert "are off" in summary_of(result)["enforcement"]["why_not_checked"]
 
 
 def test_a_policy_that_is_not_understood_is_named(serve: Serve, run_program: Program) -> None:
@@ -239,13 +232,13 @@ def test_root_credentials_are_not_checked_where_that_is_denied(serve: Serve, run
     denied = rule("ListOrganizationsFeatures", error="AccessDenied", message="not authorized", status=403)
     policies = [policy("p-fullawsaccess", "FullAWSAccess", FULL, ["r-test"])]
     result = run_program(serve(placed(ONE), policies=policies, rules=[denied]).env())
-    found = summary(result)["enforcement"]
+    found = summary_of(result)["enforcement"]
     assert (result.exit_code, found["root_credentials_managed_centrally"]) == (0, None)
     assert "AccessDenied" in found["root_credentials_why_not_checked"]
 
 
 def test_the_accounts_with_neither_control_and_most_keys_come_first(serve: Serve, run_program: Program) -> None:
-    def with_keys(account_id: str, number: int, *units: str) -> dict[str, Any]:
+    def with_keys(account_id: str, number: int, *units: str) -> Json:
         users = [user(f"u{n}", keys=[key(f"AKIA{account_id[0]}{n:015d}")]) for n in range(number)]
         return placed(account_id, *units, users=users)
 
