@@ -253,7 +253,7 @@ def test_coverage_is_rounded_down_so_that_100_means_everyone(users: int, without
     assert Gaps(console_users=users, console_users_without_mfa=without).mfa_coverage_percent == pytest.approx(expected)
 
 
-def test_the_oldest_active_key_and_whose_it_is() -> None:
+def test_the_oldest_active_key_is_found_with_its_owner() -> None:
     """Neither an older key that is inactive nor the younger ones of another account count."""
     first = audited(
         user("alice", key(500 * DAY, status="Inactive", key_id="A1"), key(200 * DAY, key_id="A2")),
@@ -297,7 +297,7 @@ LEVEL_CASES: dict[str, tuple[list[User], str, str]] = {
 
 
 @pytest.mark.parametrize(("users", "phase1", "phase2"), LEVEL_CASES.values(), ids=LEVEL_CASES)
-def test_an_accounts_levels(users: list[User], phase1: str, phase2: str) -> None:
+def test_what_decides_an_accounts_levels(users: list[User], phase1: str, phase2: str) -> None:
     figures = assess(audited(*users), plan(), NOW)
     assert (figures.phase1, figures.phase2) == (phase1, phase2)
 
@@ -461,7 +461,7 @@ def finding(priority: int, production: bool, age: timedelta | None, where: str) 
     return Finding(priority, "x", Account(account_id, "x", "ACTIVE"), production, name, one, None, ("x",))
 
 
-def test_order_priority_then_production_then_oldest_then_account_and_name() -> None:
+def test_findings_go_by_priority_production_age_account_and_name() -> None:
     expected = [
         finding(1, True, 9 * DAY, "3/z/k"),
         finding(1, True, None, "1/a/"),  # users have no age: after what has one
@@ -485,7 +485,7 @@ def test_order_priority_then_production_then_oldest_then_account_and_name() -> N
         assert sorted(mixed, key=most_urgent_first) == expected
 
 
-def test_the_columns_of_findings_csv() -> None:
+def test_findings_csv_has_these_columns() -> None:
     assert ",".join(FINDINGS_COLUMNS) == (
         "priority,finding,account_id,account_name,production,username,access_key_id,age_days,last_used_date,"
         "service_name,reasons,recommendation"
@@ -497,7 +497,7 @@ def rows(*outcomes: Outcome, caller: Caller = CALLER) -> list[dict[str, str]]:
     return [dict(zip(FINDINGS_COLUMNS, finding_row(one, found), strict=True)) for one in found.findings]
 
 
-def test_the_row_of_a_key() -> None:
+def test_the_row_of_a_key_says_whose_it_is_and_how_old() -> None:
     (row,) = rows(audited(user("alice", key(400 * DAY, 12 * timedelta(hours=1))), account=PAYMENTS))
     assert "aws iam update-access-key" in row.pop("recommendation")
     assert row == {
@@ -515,7 +515,7 @@ def test_the_row_of_a_key() -> None:
     }
 
 
-def test_the_row_of_a_user() -> None:
+def test_the_row_of_a_user_says_that_no_key_is_meant() -> None:
     (row,) = rows(audited(User("alice", True, NOW - DAY, (), ())))
     assert "aws iam delete-login-profile" in row.pop("recommendation")
     assert row == {
@@ -545,7 +545,7 @@ def test_what_was_never_used_is_said_in_the_words_of_the_accounts_csv() -> None:
     [(90 * DAY, "90"), (91 * DAY - SECOND, "90"), (DAY - SECOND, "0"), (-60 * SECOND, "0")],
     ids=["whole days", "days are full ones", "first day", "created since the run began"],
 )
-def test_age_in_days(old: timedelta, expected: str) -> None:
+def test_age_counts_whole_days(old: timedelta, expected: str) -> None:
     (row,) = rows(audited(user("alice", key(old, status="Inactive"))))
     assert row["age_days"] == expected
 
@@ -736,7 +736,7 @@ def test_an_ordinary_user_of_the_management_account_is_no_special_case() -> None
     assert "update-access-key" in text
 
 
-def test_recommendation_is_the_rows_last_cell() -> None:
+def test_the_recommendation_is_the_rows_last_cell() -> None:
     found = run_of([audited(user("alice", key(91 * DAY)))])
     assert finding_row(found.findings[0], found)[-1] == recommendation(found.findings[0], found)
 

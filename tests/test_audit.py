@@ -332,7 +332,7 @@ SCOPES: dict[str, tuple[list[str], set[str], set[str]]] = {  # options, audited,
 
 
 @pytest.mark.parametrize("name", SCOPES)
-def test_scope(serve: Serve, run_program: Program, name: str) -> None:
+def test_exactly_the_accounts_in_scope_are_entered(serve: Serve, run_program: Program, name: str) -> None:
     options, audited, skipped = SCOPES[name]
     endpoint = serve(*ORGANIZATION)
     result = run_program(endpoint.env(), *options)
@@ -362,7 +362,9 @@ def test_what_is_not_there_is_refused_before_any_account(
     assert endpoint.stats()["assumed"] == {}
 
 
-def test_units_need_paths(serve: Serve, run_program: Program, program_versions: dict[str, str]) -> None:
+def test_ou_is_refused_where_accounts_have_no_paths(
+    serve: Serve, run_program: Program, program_versions: dict[str, str]
+) -> None:
     result = run_program(serve(*ORGANIZATION, omit=["Paths"]).env(), "--ou", UNIT)
     assert result.exit_code == 1
     assert "Paths" in result.stderr

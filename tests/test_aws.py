@@ -51,7 +51,7 @@ def test_botocore_signs_with_the_credentials_that_the_handler_gives_it(in_this_p
     assert (by_account[ONE], by_account[TWO]) == ({"ListUsers": 1}, {"ListUsers": 1})
 
 
-def test_credentials_are_of_one_call_in_one_thread(in_this_process: Endpoint) -> None:
+def test_each_call_has_credentials_of_its_own_whichever_thread_makes_it(in_this_process: Endpoint) -> None:
     aws = asyncio.run(connected())
     both_ready = threading.Barrier(2, timeout=10)
 
@@ -86,13 +86,13 @@ def test_nothing_is_sent_without_an_accounts_credentials(in_this_process: Endpoi
     assert in_this_process.stats()["requests"] == {"ListUsers": 1, "ListAccessKeys": 1}
 
 
-def test_time_outs_of_every_client(in_this_process: Endpoint) -> None:
+def test_every_client_waits_10_s_for_a_connection_and_30_s_for_an_answer(in_this_process: Endpoint) -> None:
     aws = asyncio.run(connected())
     configs: list[Any] = [client.meta.config for client in (aws.sts, aws.organizations, aws.iam)]
     assert {(config.connect_timeout, config.read_timeout) for config in configs} == {(10, 30)}
 
 
-def test_a_system_that_does_not_let_it_choose_a_cpu(
+def test_the_audit_runs_where_it_may_not_choose_a_cpu(
     in_this_process: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is for speed only, and some sandboxes forbid it."""
@@ -204,7 +204,9 @@ def test_without_a_report_that_can_be_started_nothing_else_is_asked(serve: Serve
 
 @pytest.mark.program
 @pytest.mark.parametrize(("accounts", "pages"), [(19, 1), (20, 2)])
-def test_requests_for_the_organization(serve: Serve, run_program: Program, accounts: int, pages: int) -> None:
+def test_the_organization_is_asked_once_and_listed_20_accounts_a_page(
+    serve: Serve, run_program: Program, accounts: int, pages: int
+) -> None:
     """20 accounts a page, the management account among them."""
     endpoint = serve(generate=generate(accounts, 0))
     result = run_program(endpoint.env(), "--exclude", ",".join(str(100000000001 + n) for n in range(accounts)))
@@ -260,7 +262,7 @@ def test_cloudtrail_shows_who_asked(serve: Serve, run_program: Program) -> None:
 
 
 @pytest.mark.program
-def test_external_id(serve: Serve, run_program: Program) -> None:
+def test_the_external_id_opens_the_roles_that_ask_for_it(serve: Serve, run_program: Program) -> None:
     endpoint = serve(account(ONE, "one", external_id="x-1:2/3"), account(TWO, "two", external_id="other"))
     result = run_program(endpoint.env(), "--external-id", "x-1:2/3")
     assert result.csvs == {ONE}
@@ -277,7 +279,9 @@ def test_external_id(serve: Serve, run_program: Program) -> None:
         ("aws-cn", "cn-north-1", True),
     ],
 )
-def test_partitions(serve: Serve, run_program: Program, partition: str, region: str, named: bool) -> None:
+def test_a_run_stays_in_the_partition_that_knows_the_caller(
+    serve: Serve, run_program: Program, partition: str, region: str, named: bool
+) -> None:
     """Without a Region each partition is asked in turn who the caller is, until one knows him."""
     unknown = ["us-east-1", "us-gov-west-1", "cn-north-1"].index(region)
     nobody = rule("GetCallerIdentity", error="InvalidClientTokenId", status=403, times=0 if named else unknown)
@@ -298,7 +302,7 @@ def test_partitions(serve: Serve, run_program: Program, partition: str, region: 
 
 
 @pytest.mark.program
-def test_a_key_that_no_partition_knows(serve: Serve, run_program: Program) -> None:
+def test_a_key_that_no_partition_knows_stops_the_run(serve: Serve, run_program: Program) -> None:
     endpoint = serve(rules=[rule("GetCallerIdentity", error="InvalidClientTokenId", status=403)])
     env = {name: value for name, value in endpoint.env().items() if "REGION" not in name}
     result = run_program(env)
@@ -308,7 +312,7 @@ def test_a_key_that_no_partition_knows(serve: Serve, run_program: Program) -> No
 
 
 @pytest.mark.program
-def test_region_of_the_profile(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_sts_is_asked_in_the_region_of_the_profile(serve: Serve, run_program: Program, tmp_path: Path) -> None:
     """It is where STS is asked; IAM and Organizations have one place for the whole partition."""
     endpoint = serve(account(ONE, "one"))
     env = profile_env(endpoint, tmp_path, "[profile base]\nregion = eu-central-1\n")

@@ -141,7 +141,7 @@ def test_progress_fits_a_narrow_terminal(serve: Serve, program: Program) -> None
     assert max(map(len, drawn)) <= 30
 
 
-def test_progress_on_a_terminal_that_knows_no_width(serve: Serve, program: Program) -> None:
+def test_progress_shows_on_a_terminal_that_knows_no_width(serve: Serve, program: Program) -> None:
     """A new pseudo-terminal, as a container may give, has 0 columns."""
     endpoint = serve(generate=generate(8, 1, missing_roles=0.25), latency=0.1)
     result = program.in_terminal(endpoint.env(), "--workers", "2", columns=0)
@@ -149,7 +149,7 @@ def test_progress_on_a_terminal_that_knows_no_width(serve: Serve, program: Progr
     assert not any(screen(result.terminal)), screen(result.terminal)
 
 
-def test_the_total_may_still_grow(serve: Serve, program: Program) -> None:
+def test_no_total_is_claimed_while_accounts_are_listed(serve: Serve, program: Program) -> None:
     """While accounts are listed, the line does not claim to know how many there are."""
     slow = rule("ListAccounts", fields={"NextToken": "4"}, delay=1.5)
     endpoint = serve(generate=generate(6, 1), page=4, rules=[slow])
@@ -161,7 +161,7 @@ def test_the_total_may_still_grow(serve: Serve, program: Program) -> None:
 
 
 @pytest.mark.parametrize(("options", "variables"), [(["--quiet"], {}), ([], {"TERM": "dumb"})], ids=["quiet", "dumb"])
-def test_terminals_without_a_progress_line(
+def test_quiet_and_dumb_terminals_show_no_progress_line(
     serve: Serve, program: Program, options: list[str], variables: dict[str, str]
 ) -> None:
     endpoint = serve(account(ONE, "one"), latency=0.1)

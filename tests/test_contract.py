@@ -39,11 +39,11 @@ ROLE_ACTIONS = {
 }
 
 
-def test_columns() -> None:
+def test_the_eleven_columns_stand_in_their_order() -> None:
     assert ",".join(iam_audit.CSV_COLUMNS) == HEADER
 
 
-def test_exit_codes() -> None:
+def test_exit_codes_are_the_ones_that_scripts_rely_on() -> None:
     codes = (
         iam_audit.EXIT_OK,
         iam_audit.EXIT_NOT_DONE,
@@ -137,7 +137,7 @@ def test_every_action_is_a_read() -> None:
         assert re.search(r":(Get|List|Describe|Lookup)", action), action
 
 
-def test_what_the_role_needs() -> None:
+def test_the_role_needs_these_eight_actions_each_for_a_reason() -> None:
     assert set(iam_audit.ROLE_READS) == ROLE_ACTIONS
     assert all(iam_audit.ROLE_READS.values()), "an action without its reason"
     assert all(iam_audit.CALLER_READS.values())

@@ -148,7 +148,7 @@ def test_signatures_tokens_and_expiry_are_verified(endpoint: Endpoint) -> None:
     assert client(endpoint, "iam", **wrong_secret).list_users()["Users"]
 
 
-def test_organization_pages(endpoint: Endpoint) -> None:
+def test_accounts_are_listed_page_by_page(endpoint: Endpoint) -> None:
     organizations = client(endpoint, "organizations")
     assert organizations.describe_organization()["Organization"]["MasterAccountId"] == "999999999999"
     endpoint.update({"generate": generate(45, 0), "empty_page": 1})
@@ -167,7 +167,7 @@ def test_organization_pages(endpoint: Endpoint) -> None:
     assert refused(organizations.list_accounts)[0] == "AWSOrganizationsNotInUseException"
 
 
-def test_service_control_policies(endpoint: Endpoint) -> None:
+def test_policies_are_listed_with_their_content_targets_and_parents(endpoint: Endpoint) -> None:
     organizations = client(endpoint, "organizations")
     default = organizations.list_policies(Filter="SERVICE_CONTROL_POLICY")["Policies"]
     assert [(one["Name"], one["AwsManaged"]) for one in default] == [("FullAWSAccess", True)]
@@ -209,7 +209,7 @@ def report(endpoint: Endpoint, account_id: str = ONE) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(iam.get_credential_report()["Content"].decode())))
 
 
-def test_report_rows(endpoint: Endpoint) -> None:
+def test_a_report_has_a_row_for_root_and_each_user(endpoint: Endpoint) -> None:
     rows = report(endpoint)
     assert [row["user"] for row in rows] == ["<root_account>", ALICE["name"], "bob", "gone"]
     nobody, alice, bob, _ = rows
@@ -230,7 +230,7 @@ def test_report_rows(endpoint: Endpoint) -> None:
     )  # fmt: skip
 
 
-def test_report_overrides(endpoint: Endpoint) -> None:
+def test_a_world_can_replace_the_report(endpoint: Endpoint) -> None:
     old_root = root(password="not_supported")
     odd = account(ONE, "one", report={"account": TWO, "extra_columns": ["additional_credentials_info"]}, root=old_root)
     raw = account(TWO, "two", report="no report", report_time="2024-05-06T07:08:09Z")
@@ -244,7 +244,7 @@ def test_report_overrides(endpoint: Endpoint) -> None:
     assert (answer["Content"], iso(answer["GeneratedTime"])) == (b"no report", "2024-05-06T07:08:09Z")
 
 
-def test_iam_lists(endpoint: Endpoint) -> None:
+def test_iam_lists_what_the_world_holds(endpoint: Endpoint) -> None:
     iam = member(endpoint)
     listed = iam.list_users()["Users"]
     assert [one["UserName"] for one in listed] == [ALICE["name"], "bob", "new"]
@@ -272,7 +272,7 @@ def test_iam_lists(endpoint: Endpoint) -> None:
     assert client(endpoint, "iam").list_organizations_features()["EnabledFeatures"] == ["RootCredentialsManagement"]
 
 
-def test_list_users_pages(endpoint: Endpoint) -> None:
+def test_users_are_listed_page_by_page(endpoint: Endpoint) -> None:
     endpoint.update({"accounts": [account(ONE, "one", users=[user(f"user-{n}") for n in range(250)])]})
     iam = member(endpoint)
     pages = list(iam.get_paginator("list_users").paginate())
@@ -340,7 +340,7 @@ def test_faults_come_by_chance_and_are_the_same_every_time(endpoint: Endpoint) -
     assert first == outcomes()
 
 
-def test_lookup_events(endpoint: Endpoint) -> None:
+def test_events_are_looked_up_by_name_and_time(endpoint: Endpoint) -> None:
     recent = [event("CreateAccessKey", NOW - timedelta(minutes=n), user="bob", key=f"AKIA{n}") for n in range(120)]
     others = [
         event("CreateAccessKey", NOW - timedelta(days=91), user="bob", key="AKIAOLD"),
@@ -377,7 +377,7 @@ def test_lookup_events(endpoint: Endpoint) -> None:
     assert refused(trail.lookup_events) == ("ThrottlingException", 400)
 
 
-def test_statistics(endpoint: Endpoint) -> None:
+def test_statistics_tell_what_was_asked_since_the_last_reset(endpoint: Endpoint) -> None:
     endpoint.update({"record": True})
     iam = member(endpoint)
     iam.list_users()

@@ -193,7 +193,7 @@ MFA_CASES = [
 @pytest.mark.parametrize(
     ("statement", "verdict", "conditions"), [case[1:] for case in MFA_CASES], ids=[case[0] for case in MFA_CASES]
 )
-def test_mfa_required(statement: dict[str, Any], verdict: str, conditions: tuple[str, ...]) -> None:
+def test_which_statements_require_mfa(statement: dict[str, Any], verdict: str, conditions: tuple[str, ...]) -> None:
     judgement = judged(policy(statement), "mfa-required")
     assert (judgement.verdict, judgement.conditions) == (verdict, conditions)
 
@@ -275,7 +275,9 @@ KEY_CASES = [
 @pytest.mark.parametrize(
     ("statement", "verdict", "conditions"), [case[1:] for case in KEY_CASES], ids=[case[0] for case in KEY_CASES]
 )
-def test_new_keys_prevented(statement: dict[str, Any], verdict: str, conditions: tuple[str, ...]) -> None:
+def test_which_statements_prevent_new_keys(
+    statement: dict[str, Any], verdict: str, conditions: tuple[str, ...]
+) -> None:
     judgement = judged(policy(statement), "new-keys-prevented")
     assert (judgement.verdict, judgement.conditions) == (verdict, conditions)
 
@@ -331,7 +333,9 @@ EXEMPTIONS = [
 
 
 @pytest.mark.parametrize(("operator", "key", "values", "on_mfa", "on_keys"), EXEMPTIONS)
-def test_exemptions(operator: str, key: str, values: list[str], on_mfa: str, on_keys: str) -> None:
+def test_a_condition_on_the_principal_exempts_or_narrows(
+    operator: str, key: str, values: list[str], on_mfa: str, on_keys: str
+) -> None:
     exempt = {operator: {key: values}}
     mfa = judged(policy(deny("*", {**NO_MFA, **exempt})), "mfa-required")
     keys = judged(policy(deny(KEY, exempt)), "new-keys-prevented")
@@ -466,7 +470,9 @@ AWS_EXAMPLES = [
 @pytest.mark.parametrize(
     ("statement", "on_mfa", "on_keys"), [case[1:] for case in AWS_EXAMPLES], ids=[case[0] for case in AWS_EXAMPLES]
 )
-def test_examples_that_aws_documents(statement: dict[str, Any], on_mfa: str, on_keys: str) -> None:
+def test_examples_that_aws_documents_are_judged_by_what_they_do(
+    statement: dict[str, Any], on_mfa: str, on_keys: str
+) -> None:
     judgements = audit.judge_policy(policy(statement))
     assert {control: judgement.verdict for control, judgement in judgements.items()} == {
         "mfa-required": on_mfa,

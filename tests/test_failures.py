@@ -47,7 +47,7 @@ def for_each_action(options: Callable[[str], Json]) -> tuple[list[Json], dict[st
 # --- an account cannot be read ----------------------------------------------------------------------------------------
 
 
-def test_role_denied(serve: Serve, run_program: Program) -> None:
+def test_a_denied_role_fails_its_account_and_says_what_to_look_at(serve: Serve, run_program: Program) -> None:
     """AWS does not say why; the person is told what to look at."""
     result = run_program(serve(account(ONE, "one"), account(TWO, "no role", role="denied")).env())
     assert (result.exit_code, result.csvs) == (3, {ONE})
@@ -57,7 +57,7 @@ def test_role_denied(serve: Serve, run_program: Program) -> None:
         assert word in result.stdout
 
 
-def test_each_action_denied(serve: Serve, run_program: Program) -> None:
+def test_a_denied_action_fails_its_account_and_is_named(serve: Serve, run_program: Program) -> None:
     accounts, actions = for_each_action(lambda action: {"deny": [action]})
     result = run_program(serve(*accounts).env())
     assert (result.exit_code, result.csvs) == (3, {ONE})
@@ -66,7 +66,7 @@ def test_each_action_denied(serve: Serve, run_program: Program) -> None:
         assert f"iam:{action}" in result.stdout
 
 
-def test_an_error_nobody_has_thought_of(serve: Serve, run_program: Program) -> None:
+def test_an_error_nobody_has_thought_of_fails_its_account_at_once(serve: Serve, run_program: Program) -> None:
     """It fails the account at once, whichever action it is."""
     accounts, actions = for_each_action(lambda _: {})
     rules = [
@@ -148,7 +148,7 @@ def damaged_reports(one: str) -> dict[str, str | Json]:
     }
 
 
-def test_reports_that_are_none(serve: Serve, run_program: Program) -> None:
+def test_what_is_no_report_of_its_account_fails_it(serve: Serve, run_program: Program) -> None:
     cases = [*damaged_reports(""), "not UTF-8", "not base64", "no content"]
     ids = {numbered(number): name for number, name in enumerate(cases)}
     ana = user("ana", keys=[key("AKIA0000000000000ANA")])
@@ -167,7 +167,7 @@ def test_reports_that_are_none(serve: Serve, run_program: Program) -> None:
     assert codes["another account's"] != codes["nothing"]
 
 
-def test_users_of_another_account(serve: Serve, run_program: Program) -> None:
+def test_users_of_another_account_fail_the_account(serve: Serve, run_program: Program) -> None:
     """Whatever mixes accounts up must show."""
     member = (
         f"<member><Path>/</Path><UserName>ana</UserName><UserId>1</UserId><Arn>arn:aws:iam::{THREE}:user/ana</Arn>"
@@ -181,7 +181,7 @@ def test_users_of_another_account(serve: Serve, run_program: Program) -> None:
     assert result.failures[TWO][0] == "ListUsers"
 
 
-def test_a_report_that_is_never_ready(serve: Serve, run_program: Program) -> None:
+def test_a_report_that_is_never_ready_is_given_up_at_the_deadline(serve: Serve, run_program: Program) -> None:
     """Asked for after 2 s at first, then less and less often, and at the deadline no more."""
     expired = rule("GetCredentialReport", THREE, error="ReportExpired", status=410)
     accounts = [account(ONE, "one"), account(TWO, "two", report_delay=None), account(THREE, "three")]
@@ -221,7 +221,7 @@ def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
     assert {counts[one]["GenerateCredentialReport"] for one in result.csvs} == {2}
 
 
-def test_users_and_keys_deleted_meanwhile(serve: Serve, run_program: Program) -> None:
+def test_users_deleted_meanwhile_are_left_out_and_one_who_lost_a_key_is_not(serve: Serve, run_program: Program) -> None:
     """A user who is gone is left out, whenever he went; one who only lost a key is not."""
     gone: Json = {"error": "NoSuchEntity", "status": 404}
     users = [
@@ -253,7 +253,7 @@ def list_of_users(*users: tuple[str, str]) -> str:
     return answer_of("ListUsers", f"<Users>{members}</Users><IsTruncated>false</IsTruncated>")
 
 
-def test_a_user_created_while_the_report_is_generated(serve: Serve, run_program: Program) -> None:
+def test_a_user_created_while_the_report_is_generated_is_read(serve: Serve, run_program: Program) -> None:
     """Users are listed before the report is there; it can know one who was not listed yet."""
     now = datetime.now(timezone.utc)
     young = user("young", password=True, created=now, keys=[key("AKIA0000000000YOUNG1", created=now)])
@@ -272,7 +272,7 @@ def test_a_user_created_while_the_report_is_generated(serve: Serve, run_program:
 
 
 @pytest.mark.parametrize("then", ["is there", "is gone when read", "is gone when listed once more"])
-def test_a_user_deleted_and_created_again_while_the_report_is_generated(
+def test_keys_and_password_are_of_the_same_user_though_another_had_the_name(
     serve: Serve, run_program: Program, then: str
 ) -> None:
     """The keys of the one and the password of the other must not stand side by side, be he still there or not."""
@@ -290,7 +290,7 @@ def test_a_user_deleted_and_created_again_while_the_report_is_generated(
     ]
 
 
-def test_a_creation_date_that_differs_costs_nobody_his_row(serve: Serve, run_program: Program) -> None:
+def test_a_creation_date_that_differs_costs_nobody_their_row(serve: Serve, run_program: Program) -> None:
     """Years ago, by a second: neither was he created meanwhile, nor may he vanish."""
     ana = user("ana", created="2024-01-31T12:00:01Z", keys=[key("AKIA00000000000ANA01")])
     listed = rule("ListUsers", ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")))
@@ -310,7 +310,7 @@ def test_the_step_is_the_one_that_failed(serve: Serve, run_program: Program) -> 
     assert run_program(endpoint.env()).failures == {ONE: ("GetCredentialReport", "KeyError")}
 
 
-def test_a_key_whose_last_use_is_another_accounts_secret(serve: Serve, run_program: Program) -> None:
+def test_a_key_whose_last_use_is_denied_fails_the_account(serve: Serve, run_program: Program) -> None:
     """AWS may answer AccessDenied for a key that is no longer there: the account fails, it does not look clean."""
     denied = rule("GetAccessKeyLastUsed", ONE, error="AccessDenied", status=403)
     result = run_program(serve(full(ONE, "one"), rules=[denied]).env())
@@ -330,7 +330,7 @@ TROUBLES: dict[str, Json] = {
 }
 
 
-def test_trouble_with_each_action_of_the_role(serve: Serve, run_program: Program) -> None:
+def test_trouble_with_any_action_of_the_role_is_waited_out(serve: Serve, run_program: Program) -> None:
     """Of every kind, each in an account of its own: all are audited, at the cost of the repeated call alone."""
     cases = [(trouble, action) for trouble in TROUBLES for action in [*ROLE_ACTIONS, "AssumeRole"]]
     ids = {numbered(number): case for number, case in enumerate(cases)}
@@ -352,7 +352,7 @@ def test_trouble_with_each_action_of_the_role(serve: Serve, run_program: Program
 
 
 @pytest.mark.parametrize("trouble", ["Throttling", "503 in HTML", "dropped"])
-def test_trouble_with_each_action_of_the_caller(serve: Serve, run_program: Program, trouble: str) -> None:
+def test_trouble_with_any_action_of_the_caller_is_waited_out(serve: Serve, run_program: Program, trouble: str) -> None:
     rules = [rule(action, **TROUBLES[trouble] | {"times": 1}) for action in CALLER_ACTIONS]
     endpoint = serve(account(ONE, "one"), rules=rules)
     result = run_program(endpoint.env())
@@ -399,14 +399,14 @@ def test_a_session_that_expires_is_renewed(serve: Serve, run_program: Program) -
     assert (counts["AssumeRole"], counts["ListAccessKeys"]) == (2, 27)
 
 
-def test_sessions_that_are_always_expired(serve: Serve, run_program: Program) -> None:
+def test_a_session_that_stays_expired_is_renewed_once_and_fails_the_account(serve: Serve, run_program: Program) -> None:
     endpoint = serve(account(ONE, "one"), rules=[rule("ListUsers", ONE, error="ExpiredToken", status=403)])
     result = run_program(endpoint.env())
     assert result.failures == {ONE: ("ListUsers", "ExpiredToken")}
     assert endpoint.stats()["by_account"][ONE]["AssumeRole"] == 2
 
 
-def test_the_callers_own_session_ends_in_the_middle(serve: Serve, run_program: Program) -> None:
+def test_accounts_fail_once_the_callers_own_session_has_ended(serve: Serve, run_program: Program) -> None:
     ended = rule("AssumeRole", error="ExpiredToken", status=403, skip=1)
     result = run_program(
         serve(account(ONE, "one"), account(TWO, "two"), account(THREE, "three"), rules=[ended]).env(), "--workers", "1"
@@ -456,7 +456,7 @@ STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stder
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_the_audit_cannot_start(
+def test_what_keeps_the_audit_from_starting_is_said_in_a_line(
     serve: Serve, run_program: Program, program_versions: dict[str, str], stop: str
 ) -> None:
     options, said = STOPS[stop]
@@ -473,7 +473,7 @@ def test_the_audit_cannot_start(
         assert program_versions["botocore"] in result.stderr
 
 
-def test_listing_breaks_off(serve: Serve, run_program: Program) -> None:
+def test_where_listing_breaks_off_what_is_finished_is_kept(serve: Serve, run_program: Program) -> None:
     """What has been finished is kept; nothing says that it is all."""
     denied = rule("ListAccounts", error="AccessDenied", fields={"NextToken": "3"}, delay=1.5)
     result = run_program(
@@ -488,7 +488,7 @@ def role_profile(name: str, *, source: str = "source_profile = base", mfa: bool 
     return f"[{name}]\nrole_arn = arn:aws:iam::{MANAGEMENT}:role/Operator\n{source}\n{serial}"
 
 
-def test_unknown_profile(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_an_unknown_profile_is_refused_before_any_request(serve: Serve, run_program: Program, tmp_path: Path) -> None:
     endpoint = serve(account(ONE, "one"))
     result = run_program(profile_env(endpoint, tmp_path, ""), "--profile", "nowhere")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -496,7 +496,7 @@ def test_unknown_profile(serve: Serve, run_program: Program, tmp_path: Path) -> 
     assert endpoint.stats()["requests"] == {}
 
 
-def test_no_credentials(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_without_credentials_nothing_is_asked(serve: Serve, run_program: Program, tmp_path: Path) -> None:
     endpoint = serve(account(ONE, "one"))
     result = run_program(profile_env(endpoint, tmp_path, ""))
     assert (result.exit_code, result.stdout) == (1, "")
@@ -505,14 +505,16 @@ def test_no_credentials(serve: Serve, run_program: Program, tmp_path: Path) -> N
     assert endpoint.stats()["requests"] == {}
 
 
-def test_half_the_credentials(serve: Serve, run_program: Program) -> None:
+def test_half_the_credentials_are_none(serve: Serve, run_program: Program) -> None:
     env = {name: value for name, value in serve(account(ONE, "one")).env().items() if name != "AWS_SECRET_ACCESS_KEY"}
     result = run_program(env)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "credentials" in result.stderr.lower()
 
 
-def test_expired_sso_session(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_an_expired_sso_session_stops_the_run_before_any_request(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     config = (
         "[profile sso]\nsso_session = corp\nsso_account_id = 999999999999\nsso_role_name = Admin\nregion = us-east-1\n"
         "[sso-session corp]\nsso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
@@ -537,7 +539,9 @@ MFA_PROFILES = {
 
 
 @pytest.mark.parametrize("which", MFA_PROFILES)
-def test_mfa_without_a_terminal(serve: Serve, program: Program, tmp_path: Path, which: str) -> None:
+def test_mfa_is_refused_where_no_terminal_can_ask_for_the_code(
+    serve: Serve, program: Program, tmp_path: Path, which: str
+) -> None:
     """Standard input is a pipe that never ends, as under some job runners: reading from it would hang."""
     config, profile, variables = MFA_PROFILES[which]
     endpoint = serve(account(ONE, "one"))
@@ -554,7 +558,7 @@ def test_mfa_without_a_terminal(serve: Serve, program: Program, tmp_path: Path, 
     assert not list(output_dir.glob("*"))
 
 
-def test_mfa_profile_that_is_not_used(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_an_mfa_profile_that_is_not_used_asks_for_nothing(serve: Serve, program: Program, tmp_path: Path) -> None:
     """Credentials of the environment go before AWS_PROFILE: nobody is asked anything."""
     endpoint = serve(account(ONE, "one"))
     env = {**endpoint.env(), "AWS_PROFILE": "mgmt", "AWS_CONFIG_FILE": str(tmp_path / "config")}
@@ -563,7 +567,7 @@ def test_mfa_profile_that_is_not_used(serve: Serve, program: Program, tmp_path: 
     assert (result.exit_code, result.csvs) == (0, {ONE}), result.stderr
 
 
-def test_mfa_with_a_terminal(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_the_mfa_code_is_asked_for_once_before_anything_else(serve: Serve, program: Program, tmp_path: Path) -> None:
     """One prompt, before anything else is asked of AWS; and role chaining goes on to work."""
     code = {"SerialNumber": MFA_SERIAL, "TokenCode": "246810"}
     rules = [
@@ -587,7 +591,7 @@ def test_mfa_with_a_terminal(serve: Serve, program: Program, tmp_path: Path) -> 
     assert endpoint.stats()["requests"]["AssumeRole"] == 3
 
 
-def test_interrupted_at_the_prompt(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_ctrl_c_at_the_prompt_ends_the_run(serve: Serve, program: Program, tmp_path: Path) -> None:
     endpoint = serve(account(ONE, "one"))
     env = profile_env(endpoint, tmp_path, role_profile("profile mgmt"))
     result = program.in_terminal(env, "--profile", "mgmt", answer=lambda shown: "\x03" if "MFA code" in shown else "")
@@ -598,7 +602,9 @@ def test_interrupted_at_the_prompt(serve: Serve, program: Program, tmp_path: Pat
 # --- files cannot be written ------------------------------------------------------------------------------------------
 
 
-def test_output_folder_that_cannot_be(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_made_is_refused_before_any_request(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     endpoint = serve(account(ONE, "one"))
     for output_dir in (tmp_path / "file", tmp_path / "file" / "reports", Path("/proc/reports")):
@@ -608,7 +614,7 @@ def test_output_folder_that_cannot_be(serve: Serve, run_program: Program, tmp_pa
     assert endpoint.stats()["requests"] == {}
 
 
-def test_disk_full(serve: Serve, run_program: Program) -> None:
+def test_a_full_disk_ends_the_run_and_leaves_no_half_file(serve: Serve, run_program: Program) -> None:
     """A limit on the size of files stands for it: write() fails in the middle of a file in either case."""
     large = account(TWO, "large", users=[user(f"user-{n:03d}") for n in range(120)])
     endpoint = serve(account(ONE, "one"), large, rules=[rule("GetCredentialReport", TWO, delay=1.0)])
@@ -635,7 +641,7 @@ def test_disk_full(serve: Serve, run_program: Program) -> None:
         ("ListAccessKeys", signal.SIGINT),
     ],
 )
-def test_interrupted_while_a_server_does_not_answer(
+def test_a_signal_ends_the_run_though_a_server_does_not_answer(
     serve: Serve, program: Program, action: str, signum: signal.Signals
 ) -> None:
     second_page = {"NextToken": "5"} if action == "ListAccounts" else {}
@@ -654,7 +660,7 @@ def test_interrupted_while_a_server_does_not_answer(
     assert TWO not in result.csvs or action == "ListAccounts"
 
 
-def test_interrupted_while_waiting_for_a_report_and_again_while_ending(serve: Serve, program: Program) -> None:
+def test_ctrl_c_ends_the_wait_for_a_report_and_a_second_one_disturbs_nothing(serve: Serve, program: Program) -> None:
     endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=None))
     with program.start(endpoint.env()) as (process, output_dir):
         until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
@@ -716,7 +722,7 @@ runpy.run_path(os.environ["PROGRAM"], run_name="__main__")
         *(("queue.Queue.put", number) for number in (94, 186)),
     ],
 )
-def test_interrupted_at_the_worst_moment(
+def test_a_signal_at_the_worst_moment_ends_the_run(
     serve: Serve, program: Program, tmp_path: Path, function: str, number: int
 ) -> None:
     """A signal can come between any two steps of the main thread; here it always comes at the same one."""
@@ -731,7 +737,7 @@ def test_interrupted_at_the_worst_moment(
     assert (result.exit_code, result.summary) == (143, None)
 
 
-def test_the_reader_of_stdout_goes_away(serve: Serve, program: Program) -> None:
+def test_the_files_are_written_though_the_reader_of_stdout_goes_away(serve: Serve, program: Program) -> None:
     """`iam_audit.py | head`: the files are written, and nobody gets a traceback."""
     endpoint = serve(account(ONE, "one"))
     with program.start(endpoint.env()) as (process, output_dir):
@@ -743,7 +749,7 @@ def test_the_reader_of_stdout_goes_away(serve: Serve, program: Program) -> None:
     assert list(output_dir.glob("*/summary.json"))
 
 
-def test_stdout_is_full(serve: Serve, program: Program) -> None:
+def test_a_full_stdout_ends_with_1_and_costs_no_file(serve: Serve, program: Program) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full_disk:
         result = program(serve(account(ONE, "one")).env(), stdout=full_disk)
     assert (result.exit_code, result.csvs) == (1, {ONE})
@@ -778,7 +784,7 @@ def broken_assume_role(account_id: str, token: str) -> str:
     )
 
 
-def test_no_secrets_in_accounts_that_fail(serve: Serve, run_program: Program) -> None:
+def test_no_secret_is_told_of_accounts_that_fail(serve: Serve, run_program: Program) -> None:
     """conftest.py looks for them in everything that a run writes; here are the answers that hold some."""
     mismatch: Json = {"error": "SignatureDoesNotMatch", "status": 403}
     whole = broken_assume_role(THREE, TOKEN)
@@ -807,14 +813,16 @@ def test_no_secrets_in_accounts_that_fail(serve: Serve, run_program: Program) ->
 
 @pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=["terse", "verbose"])
 @pytest.mark.parametrize("action", ["GetCallerIdentity", "ListAccounts"])
-def test_no_secrets_when_the_caller_fails(serve: Serve, run_program: Program, action: str, verbose: list[str]) -> None:
+def test_no_secret_is_told_when_the_caller_fails(
+    serve: Serve, run_program: Program, action: str, verbose: list[str]
+) -> None:
     mismatch = rule(action, error="SignatureDoesNotMatch", status=403, message=signature_does_not_match(TOKEN))
     result = run_program(serve(account(ONE, "one"), rules=[mismatch]).env(), "--verbose")
     assert result.exit_code == 1
     assert action in result.stderr
 
 
-def test_no_secrets_when_the_profiles_own_role_fails(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_no_secret_is_told_when_the_profiles_own_role_fails(serve: Serve, run_program: Program, tmp_path: Path) -> None:
     broken = rule("AssumeRole", MANAGEMENT, raw=broken_assume_role(MANAGEMENT, TOKEN))
     endpoint = serve(account(MANAGEMENT, "management"), rules=[broken])
     env = profile_env(endpoint, tmp_path, role_profile("profile mgmt", mfa=False))

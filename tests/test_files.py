@@ -119,7 +119,9 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.program
-def test_modes_whatever_the_umask(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_new_folders_are_the_owners_alone_whatever_the_umask(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     """What is in the folders is checked after every run, by conftest.py."""
     output_dir = tmp_path / "a" / "b" / "reports"
     result = run_program(serve(account(ONE, "one")).env(), output_dir=output_dir, preexec_fn=lambda: os.umask(0))
@@ -139,7 +141,7 @@ def test_a_folder_that_is_there_is_left_as_it_is(serve: Serve, run_program: Prog
 
 
 @pytest.mark.program
-def test_two_runs_in_the_same_second(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_two_runs_in_the_same_second_get_a_folder_each(serve: Serve, program: Program, tmp_path: Path) -> None:
     """Whichever second it starts in, another run has begun in it already."""
     now = datetime.now(timezone.utc)
     taken = {f"{now + timedelta(seconds=n):%Y%m%dT%H%M%SZ}" for n in range(60)}

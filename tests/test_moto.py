@@ -245,19 +245,25 @@ def test_twelve_accounts_give_eleven_csvs(
         assert result.table(made.id) == table(made, expected.rows), made.name
 
 
-def test_with_the_management_account(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_the_management_account_is_read_without_a_role(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     result = run_program(server.env(), "--include-management", role=DEFAULT_ROLE)
     assert (result.exit_code, result.csvs) == (0, IDS | {MANAGEMENT_ID}), result.stderr
     assert result.table(MANAGEMENT_ID) == table(organization.management, BOSS_ROWS)
     assert (MANAGEMENT_ID, "AssumeRole") not in server.counts()
 
 
-def test_units(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_ou_takes_the_accounts_below_it(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     result = run_program(server.env(), "--ou", organization.ous["Workloads",], role=DEFAULT_ROLE)
     assert (result.exit_code, result.csvs) == (0, {"100000000009", "100000000010"})
 
 
-def test_a_role_that_does_not_exist(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_a_role_that_does_not_exist_fails_every_account(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     result = run_program(server.env(), role="NoSuchRole")
     assert (result.exit_code, result.csvs) == (3, set())
     assert result.failures == dict.fromkeys(IDS, ("AssumeRole", "AccessDenied"))
@@ -278,14 +284,16 @@ def requests(made: MadeAccount) -> dict[str, int]:
     }
 
 
-def test_requests(audited: tuple[Result, Mapping[tuple[str, str], int]], organization: MadeOrganization) -> None:
+def test_an_account_costs_the_requests_it_must_and_no_other(
+    audited: tuple[Result, Mapping[tuple[str, str], int]], organization: MadeOrganization
+) -> None:
     _, counted = audited
     for made in organization.accounts.values():
         of_account = {action: number for (one, action), number in counted.items() if one == made.id}
         assert of_account == {action: number for action, number in requests(made).items() if number}, made.name
 
 
-def test_a_user_created_since_the_report(
+def test_users_are_those_of_now_and_not_of_the_report(
     server: MotoServer, organization: MadeOrganization, run_program: Program
 ) -> None:
     """And one deleted: the list is live, the report is not."""
@@ -304,7 +312,7 @@ def test_a_user_created_since_the_report(
     assert [row["username"] for row in deleted.rows(account_id)] == ["<root_account>", "ana"]
 
 
-def test_reports_that_are_not_there_yet(
+def test_a_report_that_is_not_there_yet_is_waited_for(
     server: MotoServer, organization: MadeOrganization, run_program: Program
 ) -> None:
     server.expire_reports()
@@ -313,7 +321,9 @@ def test_reports_that_are_not_there_yet(
     assert server.counts()["100000000009", "GenerateCredentialReport"] == 2
 
 
-def test_throttling_and_errors(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_throttling_is_waited_out_and_a_denied_call_fails_its_account(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     server.fail("ListAccessKeys", "Throttling", account="100000000009", times=3)
     server.fail("ListUsers", "ServiceFailure", 500, account="100000000002", times=1)
     server.fail("GetAccessKeyLastUsed", "AccessDenied", 403, account="100000000003")

@@ -157,7 +157,7 @@ def test_a_wrong_value_ends_the_process_with_2(serve: Serve, program: Program) -
 
 
 @pytest.mark.program
-def test_accepted_values(serve: Serve, run_program: Program) -> None:
+def test_the_edges_of_what_is_allowed_are_accepted(serve: Serve, run_program: Program) -> None:
     """The edges of what is allowed; and main() gives back the exit code."""
     endpoint = serve(account(ONE, "one"))
     options = ["--workers", "256", "--report-timeout", "0.5", "--external-id", "ab", "--exclude", f" {TWO}, {THREE}"]
@@ -166,7 +166,7 @@ def test_accepted_values(serve: Serve, run_program: Program) -> None:
 
 
 @pytest.mark.program
-def test_version(program: Program) -> None:
+def test_version_shows_the_version(program: Program) -> None:
     shown = subprocess.run([program.python, program.path, "--version"], capture_output=True, text=True, check=True)
     assert iam_audit.VERSION in shown.stdout
 

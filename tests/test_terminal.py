@@ -145,7 +145,7 @@ def test_the_table_of_gaps_has_every_figure_in_its_place() -> None:
     assert table == {label: (f"{organization[name]:,}", f"{production[name]:,}") for label, name in GAP_LABELS.items()}
 
 
-def test_coverage_of_the_organization_and_of_production() -> None:
+def test_coverage_is_given_for_the_organization_and_for_production() -> None:
     users = [user(name, password=True, mfa=["Virtual"]) for name in ("ann", "bob")]
     found = run_of([audited(*users, user("eve", password=True)), audited(users[0], account=PAYMENTS)])
     assert gap_table(shown(found))["MFA coverage"] == ("75.0 %", "100.0 %")
@@ -159,7 +159,7 @@ def test_no_console_users_reads_as_such_and_counts_as_100_percent() -> None:
     assert document(found)["gaps"]["organization"]["mfa_coverage_percent"] == 100
 
 
-def test_both_phases_with_level_number_and_accounts_at_each_level() -> None:
+def test_both_phases_show_level_number_and_accounts_at_each_level() -> None:
     outcomes: list[Outcome] = [
         audited(user("a", key(91 * DAY), password=True), user("b", password=True, mfa=["SMS"])),
         audited(user("c", key(DAY)), account=PAYMENTS),
@@ -185,7 +185,7 @@ def test_both_phases_with_level_number_and_accounts_at_each_level() -> None:
         ([audited(), failed()], "In Progress"),
     ],
 )
-def test_the_organizations_level_of_phase_1(outcomes: list[Outcome], level: str) -> None:
+def test_what_decides_the_organizations_level_of_phase_1(outcomes: list[Outcome], level: str) -> None:
     found = run_of(outcomes)
     assert f"  {level}  " in only(shown(found), "Phase 1")
     assert document(found)["maturity"]["phase1"]["level"] == level
@@ -242,14 +242,14 @@ def test_the_five_accounts_with_the_largest_gaps_hold_the_organization_back() ->
     assert "Held back most by" not in shown(run_of([of_size("3", 0)]))
 
 
-def test_how_many_accounts_count_as_production() -> None:
+def test_it_is_said_how_many_accounts_count_as_production() -> None:
     live = Account("333333333333", "live", "ACTIVE")
     found = run_of([audited(), audited(account=PAYMENTS), audited(account=live)])
     assert "3 accounts (2 production)" in only(shown(found), "Audited")
     assert document(found)["totals"]["production"] == 2
 
 
-def test_the_oldest_active_key_and_its_owner() -> None:
+def test_the_oldest_active_key_is_shown_with_its_owner() -> None:
     found = run_of([audited(user("bob", key(1234 * DAY, key_id="AKIA00000000OLDEST01")))])
     line = only(shown(found), "oldest active key")
     for part in ("1,234 days", "AKIA00000000OLDEST01", "bob", SANDBOX.id, SANDBOX.name):
@@ -257,7 +257,7 @@ def test_the_oldest_active_key_and_its_owner() -> None:
     assert not [line for line in shown(run_of([audited(user("bob"))])) if line.startswith("oldest active key")]
 
 
-def test_ten_findings_with_their_reasons_and_how_many_there_are() -> None:
+def test_ten_findings_are_shown_with_their_reasons_and_the_rest_is_counted() -> None:
     outcomes = [*many(12), audited(user("bob", key(400 * DAY, DAY)), account=PAYMENTS)]
     found = run_of(outcomes)
     lines = shown(found)
@@ -370,7 +370,7 @@ def test_the_columns_of_findings_align() -> None:
 # --- summary.json -----------------------------------------------------------------------------------------------------
 
 
-def test_every_figure_of_an_account_and_in_total() -> None:
+def test_every_figure_is_given_per_account_and_in_total() -> None:
     alice = user("alice", key(400 * DAY, DAY, key_id="A1"), key(DAY, key_id="A2"), password=True)
     made = document(
         run_of(
@@ -433,7 +433,7 @@ def test_every_figure_of_an_account_and_in_total() -> None:
     assert made["findings"] == {"1": 1, "2": 1, "3": 0, "4": 0, "5": 1, "6": 0, "7": 2}
 
 
-def test_the_settings_that_decided() -> None:
+def test_the_settings_that_decided_are_in_the_summary() -> None:
     made = document(run_of([], "--production", "^pay|live$", "--max-key-age", "45"))
     assert (made["production_pattern"], made["max_key_age_days"]) == ("^pay|live$", 45)
 
@@ -623,7 +623,7 @@ def whole(serve: Serve, program: Program) -> Result:
 
 
 @pytest.mark.program
-def test_findings_csv_of_a_whole_run(whole: Result) -> None:
+def test_findings_csv_has_every_finding_of_a_run(whole: Result) -> None:
     rows = findings_csv(whole)
     assert essence(rows) == EXPECTED
     assert {(row["account_id"], row["account_name"], row["production"]) for row in rows} == {
@@ -638,7 +638,7 @@ def test_findings_csv_of_a_whole_run(whole: Result) -> None:
 
 
 @pytest.mark.program
-def test_summary_json_of_a_whole_run(whole: Result) -> None:
+def test_summary_json_has_gaps_levels_and_findings_of_a_run(whole: Result) -> None:
     made = summary_of(whole)
     assert made["gaps"]["organization"] == {
         "console_users": 5,
@@ -687,7 +687,7 @@ def test_summary_json_of_a_whole_run(whole: Result) -> None:
 
 
 @pytest.mark.program
-def test_the_terminal_of_a_whole_run(whole: Result) -> None:
+def test_the_terminal_shows_gaps_and_findings_of_a_run(whole: Result) -> None:
     assert whole.exit_code == 3
     lines = whole.stdout.splitlines()
     assert gap_table(lines)["without MFA"] == ("3", "2")
@@ -718,7 +718,7 @@ def test_quiet_prints_the_findings_of_priority_1(serve: Serve, program: Program)
         (CLEAN, "findings", 0),
     ],
 )
-def test_fail_on_and_quiet_without_a_finding_of_priority_1(
+def test_fail_on_counts_what_quiet_does_not_print(
     account_id: str, what: str, code: int, serve: Serve, program: Program
 ) -> None:
     result = program(serve(*WORLD).env(), "--accounts", account_id, "--quiet", "--fail-on", what)

@@ -180,7 +180,7 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
 
 
 @pytest.mark.parametrize("name", TRANSITIONS)
-def test_changes_between_two_states(name: str) -> None:
+def test_what_counts_as_a_change_between_two_states(name: str) -> None:
     before, after, expected = TRANSITIONS[name]
     found = list(iam_audit.changes_between(ACCOUNT, before, after))
     assert ["|".join(change[2:7]) for change in found] == expected
@@ -241,7 +241,7 @@ EXPLANATIONS = {
 
 
 @pytest.mark.parametrize("kind", EXPLANATIONS)
-def test_the_witness_of_a_change(kind: str) -> None:
+def test_a_change_is_confirmed_by_the_last_event_that_explains_it(kind: str) -> None:
     """What explains it, whatever else happened; only without that, what contradicts it; never what is about another."""
     explains, set_to, contradicts, set_back = EXPLANATIONS[kind]
     key = "K" if kind.startswith("access-key") else ""
@@ -311,7 +311,7 @@ CREATED, DELETED = happened("CreateAccessKey", 1, key_id="K"), happened("DeleteA
         ({}, {}, Trail((CREATED, happened("UpdateAccessKey", 2, key_id="K", status="Inactive"))), []),
     ],
 )
-def test_keys_that_came_and_went(
+def test_a_key_that_came_and_went_shows_in_the_events_alone(
     before: dict[str, UserState], after: dict[str, UserState], trail: Trail | None, expected: list[Event]
 ) -> None:
     found = list(iam_audit.came_and_went(ACCOUNT, before, after, trail))
@@ -399,7 +399,7 @@ RECORDS: dict[str, tuple[Json, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_an_event_from_its_record(name: str) -> None:
+def test_an_event_is_read_from_its_record(name: str) -> None:
     changed, expected = RECORDS[name]
     found = iam_audit.event_of({**RECORD, **changed})
     assert found is not None
@@ -414,7 +414,7 @@ def test_an_event_from_its_record(name: str) -> None:
     [{"errorCode": "AccessDenied"}, {"errorCode": "NoSuchEntityException", "errorMessage": "gone"}]
     + [{"eventSource": source} for source in ("transfer.amazonaws.com", "identitystore.amazonaws.com", "iamx.example")],
 )
-def test_records_that_are_no_event_of_iam_or_failed(changed: Json) -> None:
+def test_failed_calls_and_other_services_are_no_events(changed: Json) -> None:
     assert iam_audit.event_of({**RECORD, **changed}) is None
 
 

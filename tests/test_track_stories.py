@@ -380,12 +380,12 @@ def test_the_first_run_is_the_baseline(story: Story) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_changes_of_a_user(story: Story, name: str) -> None:
+def test_a_users_changes_are_lines_with_their_witness(story: Story, name: str) -> None:
     rows = [each for each in changes_of(story.second, ONE) if each.split("|")[0] == name]
     assert rows == CASES[name].rows
 
 
-def test_no_change_but_those(story: Story) -> None:
+def test_nothing_else_counts_as_a_change(story: Story) -> None:
     assert len(changes_of(story.second, ONE)) == sum(len(case.rows) for case in CASES.values())
 
 
@@ -444,14 +444,14 @@ def test_only_those_accounts_lack_a_witness(story: Story) -> None:
     assert set(summary_of(story.second)["cloudtrail"]["unavailable"]) == {TWO, DAMAGED}
 
 
-def test_all_pages_of_a_throttled_account(story: Story) -> None:
+def test_all_pages_are_read_though_the_account_is_throttled(story: Story) -> None:
     """The explaining event is on the third page; one request is throttled, one answered with an error of AWS's own."""
     assert changes_of(story.second, BUSY) == [row("crowd-000", "", "user-created", "", "", "confirmed", seen=CROWD[0])]
     assert story.second_stats["by_account"][BUSY]["LookupEvents"] == 9 + 2 + 1 + 1
     assert sum(each.startswith(BUSY) for each in lines(story.second.folder / "events.csv")) == 120
 
 
-def test_one_event_name_at_a_time(story: Story) -> None:
+def test_events_are_asked_for_one_name_at_a_time(story: Story) -> None:
     """Nine names, one request each where a page holds all; none in an account that cannot be entered."""
     asked = {one: made.get("LookupEvents", 0) for one, made in story.second_stats["by_account"].items()}
     assert asked[ONE] == asked[TEN] == asked[MANAGEMENT] == 9
@@ -498,7 +498,7 @@ def test_at_most_two_lookups_a_second_in_an_account_and_accounts_side_by_side(st
     assert story.second_stats["errors"].get("ThrottlingException", 0) <= 1 + 2
 
 
-def test_events_csv(story: Story) -> None:
+def test_events_csv_has_every_event_that_counts_oldest_first(story: Story) -> None:
     """All events but those left out; oldest first, over all accounts."""
     header, *rows = lines(story.second.folder / "events.csv")
     assert header == (
@@ -525,7 +525,7 @@ def test_events_csv(story: Story) -> None:
         ("mfa-added", 0, f"EnableMFADevice|mfa-added||{ALICE}|198.51.100.7|aws-cli/2.31.0"),
     ],
 )  # fmt: skip
-def test_a_line_of_events_csv(story: Story, case: str, number: int, expected: str) -> None:
+def test_a_line_of_events_csv_says_who_did_what_to_whom(story: Story, case: str, number: int, expected: str) -> None:
     made = CASES[case].events[number]
     [found] = [each for each in lines(story.second.folder / "events.csv") if each.endswith(made["EventId"])]
     when = made["EventTime"].replace("Z", "+00:00")
@@ -547,7 +547,7 @@ def test_hostile_text_is_shown_without_its_control_characters(story: Story) -> N
     assert "\N{REPLACEMENT CHARACTER}[31mmallory" in story.text
 
 
-def test_what_the_summary_counts(story: Story) -> None:
+def test_the_summary_counts_changes_and_witnesses(story: Story) -> None:
     summary = summary_of(story.second)
     found = summary["changes"]
     assert found["since"] == EARLIER.isoformat()
@@ -582,7 +582,7 @@ def test_what_the_summary_counts(story: Story) -> None:
     }
 
 
-def test_what_the_terminal_says(story: Story) -> None:
+def test_the_terminal_names_counts_and_new_keys(story: Story) -> None:
     found = summary_of(story.second)["changes"]
     assert "without MFA: 4 fixed, 3 new" in story.text
     assert "access keys: 6 deleted, 1 deactivated, 6 created" in story.text
@@ -710,7 +710,7 @@ def test_the_summary_says_that_cloudtrail_does_not_reach_back_to_the_earlier_run
 
 
 @pytest.mark.parametrize("name", ["first run", "since after the earlier run"])
-def test_else_the_summary_does_not_say_so(looked: Looked, name: str) -> None:
+def test_the_summary_does_not_blame_cloudtrail_for_what_since_leaves_out(looked: Looked, name: str) -> None:
     """Where --since leaves days out, it is not CloudTrail that has forgotten them."""
     assert "90 days" not in looked.jobs[name].stdout.partition("CloudTrail")[2]
 
@@ -825,7 +825,7 @@ def then_and_now(then: str, now: str) -> dict[str, str]:
     return {"then": then, "now": now, "compared_then": then, "compared_now": now}
 
 
-def test_levels_then_and_now(nights: Nights) -> None:
+def test_levels_are_shown_then_and_now(nights: Nights) -> None:
     levels = summary_of(nights.runs[2])["changes"]["maturity"]
     assert levels == {
         "phase1": then_and_now("In Progress", "In Progress"),
@@ -834,7 +834,7 @@ def test_levels_then_and_now(nights: Nights) -> None:
     assert "phase 2: In Progress, now Complete" in nights.named.stdout
 
 
-def test_previous_names_another_run(nights: Nights) -> None:
+def test_previous_compares_with_the_run_it_names(nights: Nights) -> None:
     """And new keys alone do not count where --fail-on asks for findings."""
     assert Path(summary_of(nights.named)["changes"]["folder"]).name == nights.runs[0].folder.name
     assert [each.split("|", 7)[:7] for each in changes(nights.named)] == [
@@ -843,7 +843,7 @@ def test_previous_names_another_run(nights: Nights) -> None:
     assert nights.named.exit_code == 0
 
 
-def test_new_keys_are_asked_for_and_there_is_no_earlier_run(nights: Nights) -> None:
+def test_no_key_is_new_where_there_is_no_earlier_run(nights: Nights) -> None:
     assert nights.runs[0].exit_code == 0  # though there is a key, of 200 days
 
 
@@ -1002,7 +1002,7 @@ Not compared, because the earlier run had not audited them: 2 accounts
     assert again(program, endpoint.env(), reports, "--quiet").stdout == ""
 
 
-def test_new_keys_where_nothing_could_be_compared(
+def test_new_keys_are_told_by_their_dates_where_nothing_could_be_compared(
     serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Their own dates tell: a key created while an account failed, or in one that joined, must not slip through."""
@@ -1038,7 +1038,7 @@ Not compared""")
     assert again(program, endpoint.env(), reports, "--quiet", "--fail-on", "new-keys").exit_code == 0
 
 
-def test_levels_that_only_other_accounts_or_another_age_explain(
+def test_a_level_says_whether_other_accounts_or_another_age_explain_it(
     serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     reports = tmp_path_factory.mktemp("levels")
@@ -1057,7 +1057,7 @@ def test_levels_that_only_other_accounts_or_another_age_explain(
     assert "--max-key-age was" not in result.stdout
 
 
-def test_levels_where_no_account_is_compared(
+def test_no_level_is_compared_where_no_account_is(
     serve: Serve, program: Program, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     reports = tmp_path_factory.mktemp("none-compared")
@@ -1071,7 +1071,7 @@ def test_levels_where_no_account_is_compared(
 
 
 # --- against moto -----------------------------------------------------------------------------------------------------
-def test_an_organization_on_moto_that_changes(program: Program, tmp_path: Path) -> None:
+def test_what_an_administrator_changes_on_moto_is_found(program: Program, tmp_path: Path) -> None:
     """What an administrator does by API calls between two runs into the same folder."""
     virtual = ("Virtual",)
     users = (
