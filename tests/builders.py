@@ -6,22 +6,25 @@ endpoint.py are JSON, for a run over HTTP. A file imports the family that it nee
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import itertools
 import json
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import endpoint as aws
 import pytest
-from conftest import TIMEOUT, Program, Result, check_what_always_holds
-from endpoint import Endpoint, Json
+from conftest import Program, Result, check_what_always_holds
+from endpoint import TIMEOUT, Endpoint, Json
 from hypothesis import strategies as st
 
 import iam_audit
@@ -197,6 +200,27 @@ def until(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def released(endpoint: Endpoint, once: Callable[[], Any]) -> Iterator[None]:
+    """Have the endpoint send the replies that it holds `once` that is so, which must be before the block ends."""
+    ended = threading.Event()
+
+    def release() -> bool:
+        while not once():
+            if ended.wait(0.02):
+                return False
+        endpoint.release()
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(release)
+        try:
+            yield
+        finally:
+            ended.set()
+    assert done.result(), "it does not happen"
+
+
 # --- what a run wrote -------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +241,11 @@ def changes(result: Result) -> list[str]:
 def changes_of(result: Result, account_id: str) -> list[str]:
     """An account's lines of changes.csv, from the user name on."""
     return [row.split("|", 2)[2] for row in changes(result) if row.startswith(account_id)]
+
+
+def written(folder: Path, account_id: str) -> bool:
+    """Whether an account's CSV is anywhere below."""
+    return any(folder.rglob(f"accounts/{account_id}.csv"))
 
 
 def summary_of(result: Result) -> Json:

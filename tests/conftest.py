@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import WORLD_DEFAULTS, Endpoint, Json, access_key_id, secret_of, world
+from endpoint import TIMEOUT, WORLD_DEFAULTS, Endpoint, Json, access_key_id, secret_of, world
+from hypothesis import HealthCheck, settings
 
 PROGRAM = Path(__file__).resolve().parent.parent / "iam_audit.py"
-TIMEOUT = 60  # seconds; what hangs is killed, and the test fails
 SECRETS = re.compile(r"IQoJ|AWS4-HMAC-SHA256|x-amz-security-token|x-amz-signature|\b[0-9a-f]{64}\b", re.IGNORECASE)
 TRACEBACK = re.compile(r"^Traceback|^ *File \".*\", line \d+", re.MULTILINE)
 
@@ -43,6 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """`import iam_audit` in a test is the same copy that runs as a process."""
     sys.path.insert(0, str(Path(config.getoption("--program")).resolve().parent))
+    # No time limit per example: a loaded machine would exceed any.
+    unhurried = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=unhurried)
+    settings.load_profile("unhurried")
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,7 @@ class Program:
     def __call__(self, env: Mapping[str, str], *options: str, role: str | None = "Audit", **popen: Any) -> Result:
         """Run it to its end; `role` None leaves --role away."""
         with self.start(env, *options, role=role, **popen) as (process, output_dir):
-            stdout, stderr = process.communicate(timeout=TIMEOUT)
-        return self._checked(Result(process.returncode, stdout or "", stderr or "", output_dir), env, options)
+            return self.finish(process, output_dir, env, *options)
 
     @contextlib.contextmanager
     def start(
@@ -161,15 +164,18 @@ class Program:
             finally:
                 process.kill()
 
+    def finish(self, process: subprocess.Popen[str], output_dir: Path, env: Mapping[str, str], *options: str) -> Result:
+        """Wait for the end of a process that was started."""
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+        return self._checked(Result(process.returncode, stdout or "", stderr or "", output_dir), env, options)
+
     def end(
         self, process: subprocess.Popen[str], output_dir: Path, signum: signal.Signals, env: Mapping[str, str]
     ) -> tuple[Result, float]:
         """Send a signal; what came of it, and after how many seconds."""
         began = time.monotonic()
         process.send_signal(signum)
-        stdout, stderr = process.communicate(timeout=TIMEOUT)
-        result = Result(process.returncode, stdout, stderr, output_dir)
-        return self._checked(result, env, ()), time.monotonic() - began
+        return self.finish(process, output_dir, env), time.monotonic() - began
 
     def in_terminal(
         self,

@@ -14,7 +14,7 @@ In a test:      with Endpoint(world(account("111111111111", "payments", users=[u
 
 The world is a JSON object; the builders below (`world`, `account`, `root`, `user`, `key`, `event`, `rule`, ...) make it
 and are its documentation. GET /_stats gives the statistics, DELETE /_stats starts them anew, POST /_world replaces
-top-level keys of the world.
+top-level keys of the world, POST /_release sends the replies that are held.
 
 Whom a request is for is read from its access key ID, which holds the account's ID; for AssumeRole it is the account of
 the role.
@@ -39,6 +39,7 @@ import html
 import http.client
 import io
 import json
+import math
 import os
 import random
 import re
@@ -57,6 +58,7 @@ from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 Moment = str | datetime
+TIMEOUT = 600  # seconds; ends what hangs. Nothing else takes that long, even on a machine ten times as slow.
 
 # --- builders ---------------------------------------------------------------------------------------------------------
 
@@ -121,6 +123,7 @@ RULE_DEFAULTS: Json = {
     "error": None,
     "drop": False,
     "hang": False,
+    "hold": False,
     "raw": None,
     "status": 200,
     "delay": 0.0,
@@ -258,8 +261,9 @@ def rule(
     """What happens to requests of `action` ("*": any), `account_id`, `user=` (UserName), `fields={name: value}`.
 
     One of `error=` (code, with `message` and `status`, default 400), `raw=` (body, with `status`, default 200),
-    `drop=True` (closed without an answer), `hang=True` (never answered) or `delay=` (seconds more) alone. `skip=` lets
-    that many pass first, `times=` ends it after so many. The first rule that matches counts.
+    `drop=True` (closed without an answer), `hang=True` (never answered); or nothing but `delay=` (seconds more) or
+    `hold=True` (answered at the next `Endpoint.release`), which go with an error or a body too. `skip=` lets that many
+    pass first, `times=` ends it after so many. The first rule that matches counts.
     """
     made: Json = {"action": action, "account": account_id, **options}
     if error is not None:
@@ -580,7 +584,7 @@ class Statistics:
         self.connections_open: collections.Counter[str] = collections.Counter()
         self.connections_peak: dict[str, int] = {}
         self.errors: collections.Counter[str] = collections.Counter()
-        self.throttled = self.dropped = self.errored = self.hung = 0
+        self.throttled = self.dropped = self.errored = self.hung = self.held = 0
         self.in_flight: collections.Counter[str] = collections.Counter()
         self.in_flight_peak: dict[str, int] = {}
         self.in_flight_total = self.in_flight_total_peak = 0
@@ -639,6 +643,7 @@ class Statistics:
             "dropped": self.dropped,
             "errored": self.errored,
             "hung": self.hung,
+            "held": self.held,
             "errors": self.errors,
             "in_flight": self.in_flight_peak,
             "in_flight_total": self.in_flight_total_peak,
@@ -1408,12 +1413,16 @@ class Reply(NamedTuple):
     """What becomes of a request: an answer after a delay, a closed connection, or (with neither) silence."""
 
     answer: bytes | None
-    delay: float
+    delay: float  # math.inf: until it is released
     drop: bool = False
 
 
 class Server(Services):
     """From HTTP requests to replies."""
+
+    def __init__(self, described: Json) -> None:
+        super().__init__(described)
+        self.held: list[Callable[[], None]] = []  # what sends each reply that is held
 
     def reply(self, request: Request) -> Reply:
         """Decide over a request: credentials first, then rules, faults, limits, and at last the operation."""
@@ -1423,7 +1432,7 @@ class Server(Services):
             self.authenticate(request)
             found = next((one.described for one in world.rules if one.applies(request)), None)
             if found is not None:
-                delay += found["delay"]
+                delay = math.inf if found["hold"] else delay + found["delay"]
                 reply = self._ruled(found, request, delay)
                 if reply is not None:
                     return reply
@@ -1457,7 +1466,7 @@ class Server(Services):
         return None
 
     def control(self, method: str, target: str, body: bytes) -> bytes:
-        """GET and DELETE /_stats, POST /_world."""
+        """GET and DELETE /_stats, POST /_world, POST /_release."""
         if (method, target) == ("GET", "/_stats"):
             return http_answer(200, json.dumps(self.statistics.as_json()), "application/json")
         if (method, target) == ("DELETE", "/_stats"):
@@ -1471,6 +1480,11 @@ class Server(Services):
                     self.states.clear()
             except (TypeError, ValueError, KeyError) as error:
                 return http_answer(400, json.dumps({"error": str(error)}), "application/json")
+            return http_answer(200, "{}", "application/json")
+        if (method, target) == ("POST", "/_release"):
+            held, self.held = self.held, []
+            for send in held:
+                send()
             return http_answer(200, "{}", "application/json")
         return http_answer(404, "{}", "application/json")
 
@@ -1539,12 +1553,17 @@ class Connection(asyncio.Protocol):
         reply = self.server.reply(request)
         if reply.answer is None and not reply.drop:
             self.statistics.hung += 1
+        elif reply.delay == math.inf:
+            self.statistics.held += 1
+            self.server.held.append(functools.partial(self._end, reply))
         elif reply.delay > 0:
             self.timer = asyncio.get_running_loop().call_later(reply.delay, self._end, reply)
         else:
             self._end(reply)
 
     def _end(self, reply: Reply) -> None:
+        if self.transport.is_closing():
+            return
         if reply.answer is not None:
             self._send(reply.answer)
         else:
@@ -1648,7 +1667,7 @@ class Endpoint:
         assert process.stdout is not None
         process.stdin.close()
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -1682,16 +1701,20 @@ class Endpoint:
         """What has been asked since the start or the last `reset`.
 
         requests {action: n}, by_account {account: {action: n}}, connections {service: opened}, connections_peak
-        {service: most at once}, throttled, dropped, errored, hung, errors {code: n}, in_flight {account: most IAM calls
-        at once}, in_flight_total, in_flight_seconds (of all requests together), assumed {account: fields of the last
-        AssumeRole}, scopes {service/region: n}, user_agents {service: last}, recorded [[seconds, account, action]] if
-        the world says `record`, seconds, cpu (of the endpoint, in seconds).
+        {service: most at once}, throttled, dropped, errored, hung, held, errors {code: n}, in_flight {account: most IAM
+        calls at once}, in_flight_total, in_flight_seconds (of all requests together), assumed {account: fields of the
+        last AssumeRole}, scopes {service/region: n}, user_agents {service: last}, recorded [[seconds, account, action]]
+        if the world says `record`, seconds, cpu (of the endpoint, in seconds).
         """
         return self._control("GET", "/_stats")
 
     def reset(self) -> None:
         """Start the statistics anew; rules and reports stay as they are."""
         self._control("DELETE", "/_stats")
+
+    def release(self) -> None:
+        """Send the replies that are held."""
+        self._control("POST", "/_release")
 
     def update(self, part: Json) -> None:
         """Replace top-level keys of the world, `rules` or `accounts` say; new accounts start without reports."""
@@ -1703,9 +1726,9 @@ class Endpoint:
         connection: http.client.HTTPConnection
         if self.url.startswith("https"):
             context = ssl.create_default_context(cafile=self._ca_bundle)
-            connection = http.client.HTTPSConnection(address, timeout=30, context=context)
+            connection = http.client.HTTPSConnection(address, timeout=TIMEOUT, context=context)
         else:
-            connection = http.client.HTTPConnection(address, timeout=30)
+            connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None)
             answer = connection.getresponse()

@@ -33,6 +33,7 @@ from builders import (
     run_of,
     user,
 )
+from endpoint import TIMEOUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -600,7 +601,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
             cwd=here,
             env={"PATH": f"{binaries}:/usr/bin:/bin", "HOME": "/nowhere"},
             capture_output=True,
-            timeout=10,
+            timeout=TIMEOUT,
         )
         assert (done.returncode, done.stderr) == (0, b""), command
         assert list(here.iterdir()) == [], command
@@ -655,7 +656,7 @@ def test_a_key_id_is_quoted_too(shell: Shell, key_id: str) -> None:
         assert words["--access-key-id"] == key_id.replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(name=st.text(min_size=1, max_size=64))
 def test_any_name_is_one_argument(shell: Shell, name: str) -> None:
     text = only_row(audited(user(name, key(91 * DAY))))["recommendation"]
@@ -752,7 +753,7 @@ def all_keys(outcomes: Iterable[Outcome]) -> list[tuple[Account, User, AccessKey
     return [(account, one, each) for account, one in all_users(outcomes) for each in one.keys]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(organizations())
 def test_totals_count_what_is_there_and_are_the_sum_over_accounts(outcomes: list[Outcome]) -> None:
     found = run_of(outcomes)
@@ -773,7 +774,7 @@ def test_totals_count_what_is_there_and_are_the_sum_over_accounts(outcomes: list
     assert sum(one.users for one in found.audited) == sum(one.name != ROOT for _, one in users)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(organizations())
 def test_every_gap_is_found_once_and_nothing_else_is(outcomes: list[Outcome]) -> None:
     found = run_of(outcomes).findings
@@ -815,7 +816,7 @@ GAPS_TO_ADD = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(organizations(), st.sampled_from(GAPS_TO_ADD), st.data())
 def test_adding_a_gap_never_raises_a_level(outcomes: list[Outcome], gap: User, data: st.DataObject) -> None:
     places = [index for index, one in enumerate(outcomes) if isinstance(one, AuditedAccount)]
@@ -831,7 +832,7 @@ def test_adding_a_gap_never_raises_a_level(outcomes: list[Outcome], gap: User, d
     assert all(now <= then for who in before for now, then in zip(after[who], before[who], strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(organizations(), st.data())
 def test_an_account_that_fails_never_raises_the_organizations_level(
     outcomes: list[Outcome], data: st.DataObject
@@ -846,7 +847,7 @@ def test_an_account_that_fails_never_raises_the_organizations_level(
             assert all(now <= then for now, then in zip(levels_of(outcomes)[""], before, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(organizations(), st.integers(1, 1000))
 def test_a_longer_max_key_age_never_finds_more(outcomes: list[Outcome], days: int) -> None:
     strict, lax = (run_of(outcomes, "--max-key-age", str(number)) for number in (days, days + 1))

@@ -151,9 +151,15 @@ def test_progress_shows_on_a_terminal_that_knows_no_width(serve: Serve, program:
 
 def test_no_total_is_claimed_while_accounts_are_listed(serve: Serve, program: Program) -> None:
     """While accounts are listed, the line does not claim to know how many there are."""
-    slow = rule("ListAccounts", fields={"NextToken": "4"}, delay=1.5)
-    endpoint = serve(generate=generate(6, 1), page=4, rules=[slow])
-    result = program.in_terminal(endpoint.env())
+    second_page = rule("ListAccounts", fields={"NextToken": "4"}, hold=True)
+    endpoint = serve(generate=generate(6, 1), page=4, rules=[second_page])
+
+    def list_the_rest(shown: str) -> str:
+        if re.search(r"3 of 3\D", shown):
+            endpoint.release()
+        return ""
+
+    result = program.in_terminal(endpoint.env(), answer=list_the_rest)
     assert len(result.csvs) == 6
     drawn = [line for line in re.split(r"\r|\x1b\[[0-9]*[A-Z]", result.terminal) if " of " in line]
     assert any(re.search(r"3 of 3\D", line) for line in drawn)

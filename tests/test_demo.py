@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from endpoint import TIMEOUT
 
 DEMO = Path(__file__).with_name("demo.py")
 AUDITED = {  # ten member accounts; acquired-2018 is suspended
@@ -28,7 +29,7 @@ def run_demo(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | traps,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
         check=False,
     )
 

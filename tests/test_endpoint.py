@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, ConnectionClosedError, ReadTimeoutError
 from endpoint import (
+    TIMEOUT,
     Endpoint,
     World,
     access_key_id,
@@ -61,14 +63,14 @@ def endpoint() -> Iterator[Endpoint]:
         yield started
 
 
-def client(endpoint: Endpoint, service: str, **credentials: str) -> Any:
-    """A client of the caller, or with other credentials, that tries once and reads for a second at most."""
+def client(endpoint: Endpoint, service: str, read_timeout: float = TIMEOUT, /, **credentials: str) -> Any:
+    """A client of the caller, or with other credentials, that tries once."""
     key_id = access_key_id(endpoint.world.caller_account, caller=True)
     return boto3.client(  # type: ignore[call-overload]
         service,
         endpoint_url=endpoint.url,
         region_name="us-east-1",
-        config=Config(retries={"total_max_attempts": 1}, read_timeout=1),
+        config=Config(retries={"total_max_attempts": 1}, read_timeout=read_timeout),
         **(credentials or {"aws_access_key_id": key_id, "aws_secret_access_key": secret_of(key_id)}),
     )
 
@@ -309,8 +311,9 @@ def test_rules_decide_over_requests(endpoint: Endpoint) -> None:
     iam.list_users()
     assert refused(iam.list_users) == ("ServiceFailure", 500)
     iam.list_users()
+    impatient = client(endpoint, "iam", 0.2, **session(endpoint, ONE))
     with pytest.raises(ReadTimeoutError):
-        iam.list_mfa_devices(UserName="bob")
+        impatient.list_mfa_devices(UserName="bob")
     assert refused(iam.get_login_profile, UserName="bob")[1] == 503
     assert iam.get_access_key_last_used(AccessKeyId="AKIA0000000000000001")["UserName"] == ALICE["name"]
     organizations = client(endpoint, "organizations")
@@ -319,6 +322,22 @@ def test_rules_decide_over_requests(endpoint: Endpoint) -> None:
     stats = endpoint.stats()
     assert (stats["dropped"], stats["hung"], stats["throttled"]) == (1, 1, 1)
     assert stats["errors"] == {"ServiceFailure": 1, "TooManyRequestsException": 1}
+
+
+def test_a_reply_is_held_until_it_is_released(endpoint: Endpoint) -> None:
+    endpoint.update({"rules": [rule("ListUsers", error="Late", hold=True), rule("ListAccessKeys", hold=True, times=1)]})
+    iam = member(endpoint)
+    with ThreadPoolExecutor(2) as pool:
+        users = pool.submit(refused, iam.list_users)
+        keys = pool.submit(iam.list_access_keys, UserName="bob")
+        while endpoint.stats()["held"] < 2:
+            time.sleep(0.02)
+        assert not users.done()
+        assert not keys.done()
+        assert iam.list_access_keys(UserName="bob")["AccessKeyMetadata"] == []
+        endpoint.release()
+        assert users.result() == ("Late", 400)
+        assert keys.result()["AccessKeyMetadata"] == []
 
 
 def test_faults_come_by_chance_and_are_the_same_every_time(endpoint: Endpoint) -> None:
@@ -431,4 +450,4 @@ def test_the_process_ends_with_its_stdin(tmp_path: Path) -> None:
         assert process.stdout.readline().startswith("http://127.0.0.1:")
         assert process.poll() is None
         process.stdin.close()
-        assert process.wait(timeout=10) == 0
+        assert process.wait(TIMEOUT) == 0

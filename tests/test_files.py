@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from builders import MANAGEMENT, ONE, THREE, TWO, reach, summary_of
 from conftest import Program, Serve
-from endpoint import account, key, user
-from hypothesis import HealthCheck, given, settings
+from endpoint import TIMEOUT, account, key, user
+from hypothesis import given
 from hypothesis import strategies as st
 
 import iam_audit
@@ -52,7 +52,6 @@ def test_cells_read_back(text: str) -> None:
 
 
 @given(st.lists(st.lists(cells, min_size=3, max_size=3), max_size=5))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tables_read_back(tmp_path: Path, rows: list[list[str]]) -> None:
     """By the csv module as every Python has it; on disk each row ends in one line feed."""
     path = tmp_path / "table.csv"
@@ -144,13 +143,13 @@ def test_a_folder_that_is_there_is_left_as_it_is(serve: Serve, run_program: Prog
 def test_two_runs_in_the_same_second_get_a_folder_each(serve: Serve, program: Program, tmp_path: Path) -> None:
     """Whichever second it starts in, another run has begun in it already."""
     now = datetime.now(timezone.utc)
-    taken = {f"{now + timedelta(seconds=n):%Y%m%dT%H%M%SZ}" for n in range(60)}
+    taken = {f"{now + timedelta(seconds=n):%Y%m%dT%H%M%SZ}" for n in range(TIMEOUT)}
     for name in taken:
         (tmp_path / name).mkdir(mode=0o700)
     endpoint = serve(account(ONE, "one", users=[user("ana", keys=[key("AKIA0000000000000ANA")])]))
     with contextlib.ExitStack() as stack:
         started = [stack.enter_context(program.start(endpoint.env(), output_dir=tmp_path)) for _ in range(2)]
-        ended = [process.communicate(timeout=60) for process, _ in started]
+        ended = [process.communicate(timeout=TIMEOUT) for process, _ in started]
         assert [process.returncode for process, _ in started] == [0, 0], ended
     made = {path for path in tmp_path.iterdir() if path.name not in taken}
     assert len(made) == 2

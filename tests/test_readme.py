@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from endpoint import TIMEOUT
 
 import iam_audit
 
@@ -25,7 +26,7 @@ def masked(output: str) -> str:
 @pytest.mark.program
 def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True).stdout
     summary = printed[printed.index("Organization ") : printed.index("\n\nFiles: ")]
     assert masked(f"```\n{summary}\n```") in masked(README)
 
@@ -77,7 +78,7 @@ def test_every_exit_code_and_every_word_is_explained() -> None:
 @pytest.mark.program
 def test_every_key_of_the_summary_is_explained(tmp_path: Path) -> None:
     command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
     (path,) = tmp_path.glob("reports/*/summary.json")
     summary = json.loads(path.read_text(encoding="utf-8"))
     account = next(entry for entry in summary["accounts"] if entry["result"] == "audited")

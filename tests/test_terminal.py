@@ -192,7 +192,7 @@ def test_what_decides_the_organizations_level_of_phase_1(outcomes: list[Outcome]
 
 
 def test_what_was_not_audited_is_the_number_behind_the_level() -> None:
-    """Where only that holds the organization back; and there is nothing to be said of keys that there are not."""
+    """Where only that holds the organization back; and nothing is said of keys where there are none."""
     good = audited(user("a", password=True, mfa=["SMS"]), user("b", key(DAY)))
     lines = shown(run_of([good, failed()]))
     assert re.search(r"  In Progress +1 account not audited$", only(lines, "Phase 1"))
@@ -333,7 +333,7 @@ ANY_TEXT = st.text(max_size=90) | st.text(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(organizations(ANY_TEXT, ANY_TEXT), st.booleans())
 def test_no_name_makes_a_line_too_wide_or_steers_the_terminal(outcomes: list[Outcome], quiet: bool) -> None:
     for line in shown(run_of(outcomes), quiet=quiet):
@@ -472,7 +472,7 @@ def test_dates_are_iso_8601_and_percentages_numbers() -> None:
     assert all(type(value) in (int, float) for value in percentages)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(organizations())
 def test_totals_of_the_document_are_the_sums_over_its_accounts(outcomes: list[Outcome]) -> None:
     found = run_of(outcomes)
@@ -500,7 +500,7 @@ def test_totals_of_the_document_are_the_sums_over_its_accounts(outcomes: list[Ou
     assert made["findings"] == {str(number): priorities[number] for number in range(1, 8)}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(organizations(ANY_TEXT, ANY_TEXT))
 def test_any_name_comes_through_json(outcomes: list[Outcome]) -> None:
     made = document(run_of(outcomes))

@@ -28,7 +28,7 @@ from builders import (
     write_run,
 )
 from endpoint import Json, event
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iam_audit
@@ -131,7 +131,7 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
             "ana.b|M|access-key-created||Active",
         ],
     ),
-    "user renamed, his key activated": (
+    "user renamed, whose key is activated": (
         {"ana": state(K="Inactive")},
         {"ana.b": state(K="Active")},
         ["ana||user-deleted||", "ana.b||user-created||", "ana.b|K|access-key-activated|Inactive|Active"],
@@ -209,7 +209,7 @@ people = st.builds(
 
 
 @given(st.lists(people, max_size=4, unique_by=lambda one: one.name))
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=50)
 def test_what_is_written_compares_as_unchanged(tmp_path: Path, users: list[iam_audit.User]) -> None:
     path = tmp_path / "account.csv"
     iam_audit.write_csv(path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(audited(*users, account=ACCOUNT)))
@@ -514,7 +514,7 @@ def test_a_missing_root_row_is_neither_fixed_nor_new(base: Path, account_id: str
 
 @pytest.mark.parametrize(("name", "figures"), [("robert", (0, 0)), ("someone", (1, 1))])
 def test_a_renamed_user_without_mfa_is_neither_fixed_nor_new(base: Path, name: str, figures: tuple[int, int]) -> None:
-    """His key tells that he is the same; whoever has another key is somebody else."""
+    """The key tells that it is the same user; whoever has another key is somebody else."""
     made = key(DAY, key_id=key_id("BOB" if name == "robert" else "NEW"))
     tracking = iam_audit.open_tracking(base.parent, None, "o-test123456")
     account = Account(THREE, "one", "ACTIVE")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from builders import DAY, audited, edit_summary, key, user, write_run
-from conftest import TIMEOUT, Program
+from conftest import Program
+from endpoint import TIMEOUT
 
 from iam_audit import ROOT, Account, User
 

@@ -6,6 +6,7 @@ witness and account; its events and users stand in a table of cases, one case pe
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -363,7 +364,8 @@ def story(serve: Serve, program: Program) -> Story:
     first = program(env, "--include-management", "--exclude", NINE)
     first_stats = endpoint.stats()
     backdate(first.folder, EARLIER)
-    serve(*accounts_after(), rules=RULES, record=True)
+    # No limit of the endpoint's own: calls that a busy machine sends late come closer together than they were paced.
+    serve(*accounts_after(), rules=RULES, record=True, lookup_rate=None)
     options = ["--include-management", "--exclude", EIGHT, "--previous", str(first.folder), "--cloudtrail"]
     second = program.in_terminal(env, *options, everything=True)
     text = "\n".join(screen(second.terminal))  # refuses control sequences
@@ -483,19 +485,27 @@ def test_the_session_policy_allows_cloudtrail_only_where_it_is_asked(story: Stor
 
 
 def test_at_most_two_lookups_a_second_in_an_account_and_accounts_side_by_side(story: Story) -> None:
-    """By the endpoint's own clock, and with room for a busy machine: without pacing nine take a few milliseconds."""
-    times = defaultdict(list)
-    for second, account_id, action in story.second_stats["recorded"]:
+    """By the endpoint's own clock, on a machine of any speed: without pacing nine take a few milliseconds."""
+    recorded = story.second_stats["recorded"]
+    of_iam = {action for _, account_id, action in recorded if account_id == ONE} - {"LookupEvents"}
+    times: dict[str, list[float]] = defaultdict(list)
+    last_of_iam: dict[str, float] = {}
+    for second, account_id, action in recorded:
         if action == "LookupEvents":
             times[account_id].append(second)
+        elif action in of_iam:
+            last_of_iam[account_id] = second
     assert set(times) == {MANAGEMENT, ONE, TWO, THREE, SEVEN, NINE, TEN, ELEVEN, TWELVE, BUSY, DAMAGED}
     whole = {one: made for one, made in times.items() if one not in (TWO, DAMAGED)}  # those stop at the first refusal
+    late = 0.0  # seconds by which this machine was late at most; the throttled account goes slower on purpose
+    for account_id in set(whole) - {BUSY}:
+        ideal = (last_of_iam[account_id] + 0.5 * number for number in itertools.count())
+        late = max(late, *(at - due for at, due in zip(whole[account_id], ideal)))
     for account_id, made in whole.items():
-        assert made[-1] - made[0] > 0.5 * (len(made) - 1) - 0.4, account_id
-        assert max(sum(start <= one < start + 1 for one in made) for start in made) <= 4, account_id
+        assert made[-1] - last_of_iam[account_id] > 0.5 * (len(made) - 1), account_id
+        assert max(sum(begin <= one < begin + 1 for one in made) for begin in made) <= 4 + 2 * late, account_id
     assert max(made[0] for made in whole.values()) < min(made[-1] for made in whole.values())
-    # TWO's bucket lasts for a burst of two: whatever else came faster would have been refused.
-    assert story.second_stats["errors"].get("ThrottlingException", 0) <= 1 + 2
+    assert story.second_stats["errors"]["ThrottlingException"] == 1  # by a rule
 
 
 def test_events_csv_has_every_event_that_counts_oldest_first(story: Story) -> None:
@@ -692,15 +702,17 @@ def users_in_events(result: Result) -> list[str]:
     ("name", "users", "days"),
     [
         ("first run", ["user-29", "user-1"], 30),
-        ("since after the earlier run", [], 1),
+        ("since after the earlier run", [], None),
         ("since 120 days", ["user-89"], 90),
         ("earlier run of 100 days ago", ["user-89"], 90),
     ],
 )
-def test_how_far_back_cloudtrail_is_asked(looked: Looked, name: str, users: list[str], days: int) -> None:
+def test_how_far_back_cloudtrail_is_asked(looked: Looked, name: str, users: list[str], days: int | None) -> None:
     assert users_in_events(looked.jobs[name]) == users
-    since = datetime.fromisoformat(summary_of(looked.jobs[name])["cloudtrail"]["since"])
-    assert abs(since - ago(days)) < timedelta(minutes=10)  # the run began a little after this module
+    summary = summary_of(looked.jobs[name])
+    started = datetime.fromisoformat(summary["started"])
+    asked = ago(1) if days is None else started - timedelta(days=days)
+    assert abs(datetime.fromisoformat(summary["cloudtrail"]["since"]) - asked) <= timedelta(seconds=1)
 
 
 def test_the_summary_says_that_cloudtrail_does_not_reach_back_to_the_earlier_run(looked: Looked) -> None:
