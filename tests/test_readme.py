@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from endpoint import TIMEOUT
 
 import iam_audit
 
@@ -25,13 +26,16 @@ def masked(output: str) -> str:
 @pytest.mark.program
 def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    printed = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, check=True
+    ).stdout
     summary = printed[printed.index("Organization ") : printed.index("\n\nFiles: ")]
     assert masked(f"```\n{summary}\n```") in masked(README)
 
 
 @pytest.mark.parametrize(
-    "name", ["caller-policy", "role-policy", "role-trust", "scp-require-mfa", "scp-deny-access-keys"]
+    "name",
+    ["caller-policy", "role-policy", "role-trust", "scp-require-mfa", "scp-deny-access-keys"],
 )
 def test_the_readme_shows_what_print_gives(name: str) -> None:
     shown = re.search(rf"--print {name}[^\n]*\n+```json\n(.*?)```", README, re.DOTALL)
@@ -54,20 +58,47 @@ def test_every_action_stands_with_its_reason() -> None:
 
 def test_every_exit_code_and_every_word_is_explained() -> None:
     for code in (
-        value for name, value in vars(iam_audit).items() if name.startswith("EXIT_") and name != "EXIT_SIGNAL"
+        value
+        for name, value in vars(iam_audit).items()
+        if name.startswith("EXIT_") and name != "EXIT_SIGNAL"
     ):
         assert re.search(rf"^\| {code} \|", README, re.MULTILINE), code
     words = [
         *(f"| `{column}` |" for column in iam_audit.CSV_COLUMNS[2:]),
-        *(f"`{word}`" for word in (*iam_audit.FINDINGS_COLUMNS, *iam_audit.PRIORITIES, *iam_audit.GAP_COUNTS)),
-        *(
-            f"`{change}`"
-            for change in (*iam_audit.EXPLAINED_BY, iam_audit.CAME_AND_WENT, "account-joined", "account-left")
-        ),
-        *(f"`{word}`" for word in ("confirmed", "contradicted", "not found", "unavailable", *iam_audit.VERDICTS)),
         *(
             f"`{word}`"
-            for word in ("Configurada", "No configurada", "Nunca", "Nunca utilizada", "N/A", "None", "Unknown")
+            for word in (*iam_audit.FINDINGS_COLUMNS, *iam_audit.PRIORITIES, *iam_audit.GAP_COUNTS)
+        ),
+        *(
+            f"`{change}`"
+            for change in (
+                *iam_audit.EXPLAINED_BY,
+                iam_audit.CAME_AND_WENT,
+                "account-joined",
+                "account-left",
+            )
+        ),
+        *(
+            f"`{word}`"
+            for word in (
+                "confirmed",
+                "contradicted",
+                "not found",
+                "unavailable",
+                *iam_audit.VERDICTS,
+            )
+        ),
+        *(
+            f"`{word}`"
+            for word in (
+                "Configurada",
+                "No configurada",
+                "Nunca",
+                "Nunca utilizada",
+                "N/A",
+                "None",
+                "Unknown",
+            )
         ),
         *(f"| {level} |" for level in iam_audit.LEVELS),
     ]
@@ -77,7 +108,7 @@ def test_every_exit_code_and_every_word_is_explained() -> None:
 @pytest.mark.program
 def test_every_key_of_the_summary_is_explained(tmp_path: Path) -> None:
     command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
     (path,) = tmp_path.glob("reports/*/summary.json")
     summary = json.loads(path.read_text(encoding="utf-8"))
     account = next(entry for entry in summary["accounts"] if entry["result"] == "audited")
