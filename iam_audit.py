@@ -3863,15 +3863,15 @@ ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
 DEFAULT_ROLE = "IAMAuditRole"
 SCP_LONGEST = 5120  # characters, white space among them
 EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
-DOCUMENTS = (
-    "caller-policy",
-    "role-policy",
-    "role-trust",
-    "role-template",
-    "scp-require-mfa",
-    "scp-deny-access-keys",
-    "alert-rule",
-)
+DOCUMENTS = {  # name: description, for the help of --print
+    "caller-policy": "IAM policy of the profile",
+    "role-policy": "IAM policy of the role",
+    "role-trust": "trust policy of the role",
+    "role-template": "CloudFormation template of the role, for a StackSet",
+    "scp-require-mfa": "service control policy: console users need MFA to act",
+    "scp-deny-access-keys": "service control policy: no new access keys and passwords",
+    "alert-rule": "CloudFormation template: a message for each new access key or password",
+}
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
@@ -4030,25 +4030,20 @@ def role_arns(role: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-DEFAULT_MAX_KEY_AGE = 90  # days
-# prod, prd, production or live as a word of its own (prod2 too), and not after no, non, not or pre as a word
+# prod, prd, production or live as a word of its own (prod2 too), unless the word before it is no,
+# non, not or pre
 DEFAULT_PRODUCTION = (
-    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])(?<!(?<![a-z0-9])pre[-_. ])"
-    r"(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
+    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
+    r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
 )
-HELP_EPILOG = """\
+DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
+HELP_EPILOG = f"""\
 examples:
   python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
   python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
 
 documents of --print:
-  caller-policy         IAM policy of the profile
-  role-policy           IAM policy of the role
-  role-trust            trust policy of the role
-  role-template         CloudFormation template of the role, for a StackSet
-  scp-require-mfa       service control policy: console users need MFA to act
-  scp-deny-access-keys  service control policy: no new access keys and passwords
-  alert-rule            CloudFormation template: a message for each new access key or password
+{DOCUMENT_LIST}
 
 exit codes:
   0    every account in scope was audited
@@ -4061,7 +4056,7 @@ exit codes:
 
 
 class FailOn(NamedTuple):
-    """What ends with exit code 4: findings of that priority or more urgent (0: none), new access keys."""
+    """What ends with exit code 4: findings of `priority` or more urgent (0: none), new keys."""
 
     priority: int = 0
     new_keys: bool = False
@@ -4074,19 +4069,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the following arguments are required: --role")
     if options.exempt_role and options.document != "scp-deny-access-keys":
         parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
-    if options.document and any(
-        set(name) & set("*?$") for name in (*options.exempt_role, options.role or "")
-    ):
-        parser.error(
-            "argument --print: in a policy, * ? and $ in the path of a role would stand for other roles"
-        )
-    if (
-        options.exempt_role
-        and (length := len(print_document(options.document, "", options.exempt_role))) > SCP_LONGEST
-    ):
-        parser.error(
-            f"argument --exempt-role: a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
-        )
+    roles = "".join([*options.exempt_role, options.role or ""])
+    if options.document and re.search(r"[*?$]", roles):
+        what = "in a policy, * ? and $ in the path of a role would stand for other roles"
+        parser.error(f"argument --print: {what}")
+    if options.exempt_role:
+        length = len(print_document(options.document, "", options.exempt_role))
+        if length > SCP_LONGEST:
+            what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
+            parser.error(f"argument --exempt-role: {what}")
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
     if options.since and not options.cloudtrail:
@@ -4095,180 +4086,71 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH)
+    # fmt: off
     parser = argparse.ArgumentParser(
-        prog="iam_audit.py",
-        description="Write down every IAM user, password, access key and MFA device of an AWS organization.",
-        epilog=HELP_EPILOG,
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH
-        ),
-        allow_abbrev=False,
-    )
+        prog="iam_audit.py", epilog=HELP_EPILOG, formatter_class=formatter, allow_abbrev=False,
+        description="Write down every IAM user, password, access key and MFA device of an AWS "
+                    "organization.")
     parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
-    access_options(parser.add_argument_group("access").add_argument)
-    scope_options(parser.add_argument_group("which accounts").add_argument)
-    pace_options(parser.add_argument_group("pace").add_argument)
-    judging_options(parser.add_argument_group("what counts as a gap").add_argument)
-    tracking_options(parser.add_argument_group("what has changed").add_argument)
-    output_options(parser.add_argument_group("output").add_argument)
-    document_options(parser.add_argument_group("documents to deploy").add_argument)
-    return parser
-
-
-def access_options(add: Callable[..., Any]) -> None:
-    add(
-        "--profile",
-        metavar="NAME",
-        type=not_empty,
+    add = parser.add_argument_group("access").add_argument
+    add("--profile", metavar="NAME", type=parse_name,
         help="AWS profile of the management account or of a delegated administrator "
-        "(default: the SDK's default credential chain)",
-    )
-    add(
-        "--role",
-        metavar="NAME",
-        type=role_name,
-        help="role to assume in each account, required for an audit: a name, or a path and a name (audit/IAMAuditRole)",
-    )
-    add(
-        "--external-id",
-        metavar="ID",
-        type=external_id,
-        help="external ID that the role's trust policy asks for",
-    )
-
-
-def scope_options(add: Callable[..., Any]) -> None:
-    add(
-        "--accounts",
-        metavar="ID[,ID...]",
-        type=account_ids,
-        help="audit only these accounts",
-        default=frozenset(),
-    )
-    add(
-        "--exclude",
-        metavar="ID[,ID...]",
-        type=account_ids,
-        help="leave these accounts out",
-        default=frozenset(),
-    )
-    add(
-        "--ou",
-        metavar="OU_ID[,OU_ID...]",
-        type=ou_ids,
-        default=frozenset(),
-        help="audit only accounts below these organizational units",
-    )
-    add(
-        "--include-management",
-        action="store_true",
-        help="audit the management account too: with the profile's own credentials if it is the profile's account, "
-        "else through the role",
-    )
-
-
-def pace_options(add: Callable[..., Any]) -> None:
-    add(
-        "--workers",
-        metavar="N",
-        type=workers,
-        default=32,
-        help="API requests in flight, 1 to 256 (default: %(default)s)",
-    )
-    add(
-        "--report-timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=300.0,
-        help="how long one account's credential report may take (default: 300)",
-    )
-
-
-def judging_options(add: Callable[..., Any]) -> None:
-    add(
-        "--production",
-        metavar="REGEX",
-        type=pattern,
-        default=DEFAULT_PRODUCTION,
-        help="what makes an account production: searched in its name, ID and organization path, upper or lower case "
-        "(default: prod, prd, production or live as a word of its own)",
-    )
-    add(
-        "--max-key-age",
-        metavar="DAYS",
-        type=days,
-        default=str(DEFAULT_MAX_KEY_AGE),
-        help="older active access keys are a gap (default: %(default)s)",
-    )
-
-
-def tracking_options(add: Callable[..., Any]) -> None:
-    add(
-        "--previous",
-        metavar="DIR",
-        type=existing_folder,
-        help="folder of the run to compare with (default: the newest finished one of this organization in "
-        "--output-dir)",
-    )
-    add(
-        "--cloudtrail",
-        action="store_true",
-        help="ask CloudTrail in each account who made the changes; the role then needs cloudtrail:LookupEvents",
-    )
-    add(
-        "--since",
-        metavar="DATE",
-        type=past_date,
-        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run "
-        "began, or 30 days)",
-    )
-
-
-def output_options(add: Callable[..., Any]) -> None:
-    add(
-        "--output-dir",
-        metavar="DIR",
-        type=not_empty,
-        default="reports",
-        help="where the run's own folder is made (default: %(default)s)",
-    )
-    add(
-        "--fail-on",
-        metavar="WHAT[,WHAT]",
-        type=fail_on,
-        default=FailOn(),
-        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N or more urgent (1 to "
-        "7), or with new-keys any access key created since the earlier run",
-    )
-    add(
-        "-q",
-        "--quiet",
-        action="store_true",
-        help="print nothing unless something needs attention (an account failed, say)",
-    )
-    add(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="a line an account and step on stderr; tracebacks",
-    )
-
-
-def document_options(add: Callable[..., Any]) -> None:
-    add(
-        "--print",
-        metavar="NAME",
-        dest="document",
-        choices=DOCUMENTS,
-        help="print a document to deploy (see below), with --role filled in, and end",
-    )
-    add(
-        "--exempt-role",
-        metavar="NAME[,NAME...]",
-        type=role_names,
-        default=(),
-        help="roles that --print scp-deny-access-keys lets create access keys",
-    )
+             "(default: the SDK's default credential chain)")
+    add("--role", metavar="NAME", type=parse_role,
+        help="role to assume in each account, required for an audit: a name, or a path and a name "
+             "(audit/IAMAuditRole)")
+    add("--external-id", metavar="ID", type=parse_external_id,
+        help="external ID that the role's trust policy asks for")
+    add = parser.add_argument_group("which accounts").add_argument
+    add("--accounts", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+        help="audit only these accounts")
+    add("--exclude", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+        help="leave these accounts out")
+    add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ou_ids, default=frozenset(),
+        help="audit only accounts below these organizational units")
+    add("--include-management", action="store_true",
+        help="audit the management account too: with the profile's own credentials if it is the "
+             "profile's account, else through the role")
+    add = parser.add_argument_group("pace").add_argument
+    add("--workers", metavar="N", type=parse_workers, default=32,
+        help="API requests in flight, 1 to 256 (default: %(default)s)")
+    add("--report-timeout", metavar="SECONDS", type=parse_seconds, default=300.0,
+        help="how long one account's credential report may take (default: 300)")
+    add = parser.add_argument_group("what counts as a gap").add_argument
+    add("--production", metavar="REGEX", type=parse_pattern, default=DEFAULT_PRODUCTION,
+        help="what makes an account production: searched in its name, ID and organization path, "
+             "upper or lower case (default: prod, prd, production or live as a word of its own)")
+    add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
+        help="older active access keys are a gap (default: %(default)s)")
+    add = parser.add_argument_group("what has changed").add_argument
+    add("--previous", metavar="DIR", type=parse_folder,
+        help="folder of the run to compare with (default: the newest finished one of this "
+             "organization in --output-dir)")
+    add("--cloudtrail", action="store_true",
+        help="ask CloudTrail in each account who made the changes; the role then needs "
+             "cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_past_date,
+        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since "
+             "the earlier run began, or 30 days)")
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", metavar="DIR", type=parse_name, default="reports",
+        help="where the run's own folder is made (default: %(default)s)")
+    add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
+        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N or "
+            f"more urgent ({MOST_URGENT} to {LEAST_URGENT}), or with new-keys any access key created "
+             "since the earlier run")
+    add("-q", "--quiet", action="store_true",
+        help="print nothing unless something needs attention (an account failed, say)")
+    add("-v", "--verbose", action="store_true",
+        help="a line an account and step on stderr; tracebacks")
+    add = parser.add_argument_group("documents to deploy").add_argument
+    add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
+        help="print a document to deploy (see below), with --role filled in, and end")
+    add("--exempt-role", metavar="NAME[,NAME...]", type=parse_roles, default=(),
+        help="roles that --print scp-deny-access-keys lets create access keys")
+    # fmt: on
+    return parser
 
 
 def matching(pattern: str, what: str, text: str) -> str:
@@ -4277,80 +4159,80 @@ def matching(pattern: str, what: str, text: str) -> str:
     return text
 
 
-def not_empty(text: str) -> str:
+def each_matching(pattern: str, what: str, text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [matching(pattern, what, part.strip()) for part in text.split(",")]
+
+
+def parse_name(text: str) -> str:
     return matching(r"(?s).+", "a name: it is empty", text)
 
 
-def role_name(text: str) -> str:
-    """A role's name, or its path and name without the slash in front, as an ARN ends.
-
-    https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
-    """
-    what = "a role's name or path and name (no ARN: the account differs)"
-    return matching(r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}", what, text)
+# As an ARN ends: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
+ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
+A_ROLE = "a role's name or path and name (no ARN: the account differs)"
 
 
-def role_names(text: str) -> tuple[str, ...]:
-    return tuple(role_name(part.strip()) for part in text.split(","))
+def parse_role(text: str) -> str:
+    return matching(ROLE, A_ROLE, text)
 
 
-def account_ids(text: str) -> frozenset[str]:
-    return frozenset(
-        matching(r"\d{12}", "an account ID of 12 digits", part.strip()) for part in text.split(",")
-    )
+def parse_roles(text: str) -> tuple[str, ...]:
+    return tuple(each_matching(ROLE, A_ROLE, text))
 
 
-def ou_ids(text: str) -> frozenset[str]:
+def parse_external_id(text: str) -> str:
+    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
+    what = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
+    return matching(r"[\w+=,.@:/-]{2,1224}", what, text)
+
+
+def parse_account_ids(text: str) -> frozenset[str]:
+    return frozenset(each_matching(r"\d{12}", "an account ID of 12 digits", text))
+
+
+def parse_ou_ids(text: str) -> frozenset[str]:
     """https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html"""
     what = "the ID of an organizational unit (ou-ab12-cdefgh34)"
-    return frozenset(
-        matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, part.strip())
-        for part in text.split(",")
-    )
+    return frozenset(each_matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, text))
 
 
-def external_id(text: str) -> str:
-    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-    return matching(
-        r"[\w+=,.@:/-]{2,1224}", "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)", text
-    )
+def parse_workers(text: str) -> int:
+    return whole_number("a number from 1 to 256", 256, text)
 
 
-def workers(text: str) -> int:
-    number = int(matching(r"\d{1,3}", "a number from 1 to 256", text))
-    if not 1 <= number <= 256:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 256")
+def parse_days(text: str) -> timedelta:
+    return timedelta(days=whole_number("a number of days from 1 to 9999", 9999, text))
+
+
+def whole_number(what: str, most: int, text: str) -> int:
+    number = int(matching(rf"\d{{1,{len(str(most))}}}", what, text))
+    if not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return number
 
 
-def seconds(text: str) -> float:
-    number = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
-    if number <= 0:
+def parse_seconds(text: str) -> float:
+    seconds = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
+    if seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return number
+    return seconds
 
 
-def pattern(text: str) -> re.Pattern[str]:
+def parse_pattern(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(not_empty(text), re.IGNORECASE)
+        return re.compile(parse_name(text), re.IGNORECASE)
     except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
-def days(text: str) -> timedelta:
-    number = int(matching(r"\d{1,4}", "a number of days from 1 to 9999", text))
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days from 1 to 9999")
-    return timedelta(days=number)
-
-
-def existing_folder(text: str) -> Path:
+def parse_folder(text: str) -> Path:
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
     return Path(text)
 
 
-def past_date(text: str) -> datetime:
+def parse_past_date(text: str) -> datetime:
     try:
         moment = parse_time(text)
     except ValueError:
@@ -4360,22 +4242,25 @@ def past_date(text: str) -> datetime:
     return moment
 
 
-def fail_on(text: str) -> FailOn:
+def parse_fail_on(text: str) -> FailOn:
+    """Of several priorities, the least urgent one counts."""
+    priorities = f"{MOST_URGENT}-{LEAST_URGENT}"
+    what = f"findings, findings:N with N from {MOST_URGENT} to {LEAST_URGENT}, or new-keys"
     chosen = FailOn()
     for part in text.split(","):
-        what = "findings, findings:N with N from 1 to 7, or new-keys"
-        name, _, number = matching(r"findings(:[1-7])?|new-keys", what, part.strip()).partition(":")
-        if name == "new-keys":
+        word = matching(rf"findings(:[{priorities}])?|new-keys", what, part.strip())
+        if word == "new-keys":
             chosen = chosen._replace(new_keys=True)
         else:
-            chosen = chosen._replace(priority=max(chosen.priority, int(number or LEAST_URGENT)))
+            priority = int(word.partition(":")[2] or LEAST_URGENT)
+            chosen = chosen._replace(priority=max(chosen.priority, priority))
     return chosen
 
 
 class Status:
-    """stderr: the progress line, where there is a terminal to draw it on, and the lines of --verbose.
+    """stderr: the progress line, if it is a terminal, and the lines of --verbose.
 
-    A stream that is closed, or whose reader has gone, costs these lines and not the run.
+    If the stream is closed, or its reader has gone, these lines are lost and the run goes on.
     """
 
     def __init__(
@@ -4383,47 +4268,42 @@ class Status:
     ) -> None:
         self._stream, self._progress = stream, progress
         self._verbose = verbose and stream is not None
-        terminal = (
-            stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        )
-        self._draws = terminal and not quiet
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._draws = stream is not None and stream.isatty() and not dumb and not quiet
         self._started = time.monotonic()
 
     def log(self, line: str) -> None:
         if self._verbose:
-            self.clear()
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
-
-    def clear(self) -> None:
-        if self._draws:
-            self._write("\r\x1b[K")
-
-    def draw(self) -> None:
-        if self._draws and self._stream is not None:
-            line = progress_line(self._progress, time.monotonic() - self._started)
-            self._write("\r\x1b[K" + line[: columns_of(self._stream) - 1])
-
-    def _write(self, text: str) -> None:
-        try:
-            if self._stream is not None:
-                print(text, end="", file=self._stream, flush=True)
-        except OSError:
-            self._draws = self._verbose = False
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """Keep the progress line moving meanwhile, and take it away at the end."""
+        """Keep the progress line up to date meanwhile, and erase it at the end."""
         task = asyncio.create_task(self._keep_drawing())
         try:
             yield
         finally:
             task.cancel()
-            self.clear()
+            if self._draws:
+                self._write("")
 
     async def _keep_drawing(self) -> None:
-        while self._draws:
-            self.draw()
+        while self._draws and self._stream is not None:
+            columns = 80
+            with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
+                columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+            line = progress_line(self._progress, time.monotonic() - self._started)
+            self._write(line[: columns - 1])
             await asyncio.sleep(0.2)
+
+    def _write(self, text: str) -> None:
+        """Write the text where the progress line is, if it is drawn."""
+        if self._draws:
+            text = "\r\x1b[K" + text
+        try:
+            print(text, end="", file=self._stream, flush=True)
+        except OSError:
+            self._draws = self._verbose = False
 
 
 def progress_line(progress: Progress, elapsed: float) -> str:
@@ -4436,13 +4316,6 @@ def progress_line(progress: Progress, elapsed: float) -> str:
         left = elapsed / progress.done * (progress.listed - progress.done)
         parts.append(f"about {clock(timedelta(seconds=left))} left")
     return ", ".join(parts)
-
-
-def columns_of(terminal: TextIO) -> int:
-    """Its width; one that knows none, as in some containers and on serial lines, says 0."""
-    with contextlib.suppress(OSError):
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    return 80
 
 
 if __name__ == "__main__":
