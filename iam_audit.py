@@ -2125,6 +2125,10 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
                 yield Finding(priority, finding, account, production, user.name, key, None, reasons)
 
 
+def reasons_of(finding: Finding, plan: Plan) -> list[str]:
+    return list(finding.reasons)
+
+
 def key_findings(
     key: AccessKey, is_root: bool, max_key_age: timedelta, now: datetime
 ) -> dict[str, str]:
@@ -2654,6 +2658,10 @@ def accounts_now(run: Run) -> dict[str, Account]:
     return {one.account.id: one.account for one in everyone}
 
 
+def change_order(change: Change) -> tuple[Any, ...]:
+    return change[:8]
+
+
 def change_row(change: Change) -> tuple[str, ...]:
     """The change's line in changes.csv."""
     event = change.event
@@ -3136,100 +3144,109 @@ def texts(value: Any) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------------
 
 
-FINDINGS_SHOWN = 10  # on the terminal
+FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
-REMARKS_SHOWN = 10
-NEW_KEYS_SHOWN = 10
+LINES_SHOWN = 10  # of other lists
 
 
 def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
-    """What stdout gets; with `quiet` only what needs attention, which may be nothing."""
-    lines = failed_lines(run)
+    """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
     if quiet:
-        urgent = [finding for finding in run.findings if finding.priority == MOST_URGENT]
-        lines += [*(finding_lines(run, urgent) if urgent else []), *alert_lines(run)]
-        lines = lines[1:] if lines and not lines[0] else lines
-    else:
-        lines = [*audited_lines(run, finished), *lines, *left_out_lines(run)]
-        lines += [
-            *maturity_lines(run),
-            *gap_lines(run),
-            *finding_lines(run, run.findings[:FINDINGS_SHOWN]),
-        ]
-        lines += [*enforcement_lines(run), *change_lines(run), *witness_lines(run), *run_lines(run)]
-        lines.append("")
-    lines = [cut(printable(line), TERMINAL_WIDTH) for line in lines]
-    if not quiet:
-        lines.append(f"Files: {printable(str(run.folder))}")
-    return "".join(f"{line}\n" for line in lines)
+        return fitted(quiet_lines(run))
+    blocks = [
+        [*audited_lines(run, finished), *failed_lines(run), *left_out_lines(run)],
+        maturity_lines(run),
+        gap_lines(run),
+        finding_lines(run, run.findings[:FINDINGS_SHOWN]),
+        enforcement_lines(run),
+        change_lines(run),
+        witness_lines(run),
+        run_lines(run),
+    ]
+    text = "\n".join(map(fitted, filter(None, blocks)))
+    return f"{text}\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
+
+
+def quiet_lines(run: Run) -> list[str]:
+    lines = failed_lines(run)
+    urgent = [finding for finding in run.findings if finding.priority == MOST_URGENT]
+    if urgent:
+        if lines:
+            lines.append("")
+        lines += finding_lines(run, urgent)
+    return lines + alert_lines(run)
 
 
 def audited_lines(run: Run, finished: datetime) -> list[str]:
-    gaps = total_gaps(run.audited)
-    users = sum(account.users for account in run.audited)
-    production = sum(account.production for account in run.audited)
+    totals, gaps = totals_document(run), total_gaps(run.audited)
     lines = [
-        f"Organization {run.organization.id}, {iso(run.started)}, took {clock(finished - run.started)}",
-        f"Audited: {count(len(run.audited), 'account')} ({production:,} production), {count(users, 'user')}, "
-        f"{count(gaps.access_keys, 'access key')}",
+        f"Organization {run.organization.id}, {iso(run.started)}, "
+        f"took {clock(finished - run.started)}",
+        f"Audited: {count(totals['audited'], 'account')} ({totals['production']:,} production), "
+        f"{count(totals['users'], 'user')}, {count(gaps.access_keys, 'access key')}",
     ]
     if run.audited:
-        oldest = finished - min(account.report_generated for account in run.audited)
-        lines.append(f"Oldest credential report: {age(oldest)} (passwords and root are as of then)")
-    if rootless := sum(not account.has_root for account in run.audited):
-        lines.append(
-            f"Root is missing from the credential report of {count(rootless, 'account')}: not covered there"
-        )
+        oldest = min(run.audited, key=lambda one: one.report_generated).report_generated
+        span = age(finished - oldest)
+        lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
+    if rootless := sum(not one.has_root for one in run.audited):
+        number = count(rootless, "account")
+        lines.append(f"Root is missing from the credential report of {number}: not covered there")
     return lines
 
 
 def failed_lines(run: Run) -> list[str]:
-    """Each failed account, under the step and code it failed with and what to do about that."""
+    """The failed accounts, grouped by step and error code, with the next step for each group."""
+    production = 0
     groups: dict[tuple[str, str], list[FailedAccount]] = {}
     for failed in sorted(run.failed, key=lambda one: one.account.id):
+        production += is_production(failed.account, run.plan.production)
         groups.setdefault((failed.step, failed.code), []).append(failed)
-    production = sum(is_production(failed.account, run.plan.production) for failed in run.failed)
     number = f"{count(len(run.failed), 'account')} ({production:,} production)"
     lines = [f"Failed: {number}, of which nothing is known"] if run.failed else []
     for (step, code), members in groups.items():
         lines.append(f"  {step}: {code}")
-        for one in members:
-            lines += wrapped(f"    {one.account.id} {one.account.name}: {one.message}")
-        if hint := next_step(step, code, run):
-            lines += wrapped(f"    Next: {hint}")
+        for failed in members:
+            lines += wrapped(f"    {failed.account.id} {failed.account.name}: {failed.message}")
+        if advice := next_step(step, code, run):
+            lines += wrapped(f"    Next: {advice}")
     return lines
 
 
+ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
+# The step ("" for any), what the error code contains, and what to do about it
+# fmt: off
+NEXT_STEPS = (
+    ("AssumeRole", ACCESS_DENIED,
+     "does role {role} exist in the account, does its trust policy trust {caller} and the external "
+     "ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."),
+    ("AssumeRole", "Token|Credential|MFA",
+     "the profile's own session has ended: sign in again (aws sso login, for one), then run the "
+     "audit again."),
+    ("", "RegionDisabledException",
+     "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."),
+    ("", ACCESS_DENIED,
+     "the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."),
+    ("", "ReportTimeout",
+     "run the audit again, or give the report longer with --report-timeout."),
+    ("", "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
+     "something else uses up the account's IAM API rate: run the audit again later."),
+)
+# fmt: on
+
+
 def next_step(step: str, code: str, run: Run) -> str:
-    """What to do about an account that failed there with that code."""
-    if step == "AssumeRole" and code in DENIED:
-        return (
-            f"does role {run.plan.role.name} exist in the account, does its trust policy trust {run.caller.arn} and "
-            "the external ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."
-        )
-    if step == "AssumeRole" and (
-        code in SESSION_EXPIRED or "Token" in code or "Credential" in code or "MFA" in code
-    ):
-        return "the profile's own session has ended: sign in again (aws sso login, for one), then run the audit again."
-    if code == "RegionDisabledException":
-        return "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."
-    if code in DENIED:
-        return f"the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."
-    if code == "ReportTimeout":
-        return "run the audit again, or give the report longer with --report-timeout."
-    if code in THROTTLED:
-        return "something else uses up the account's IAM API rate: run the audit again later."
+    for at_step, codes, advice in NEXT_STEPS:
+        if at_step in ("", step) and re.search(codes, code):
+            return advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
     return ""
 
 
 def left_out_lines(run: Run) -> list[str]:
-    lines = (
-        [f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}"]
-        if run.skipped
-        else []
-    )
+    lines = []
     for skipped in sorted(run.skipped, key=lambda one: one.account.id):
-        lines.append(f"  {skipped.account.id} {skipped.account.name}: {skipped.account.state}")
+        lines.append(f"{skipped.account.id} {skipped.account.name}: {skipped.account.state}")
+    lines = titled(f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}", lines)
     management = run.organization.management_account
     others = sum(one.account.id != management for one in run.out_of_scope)
     if others < len(run.out_of_scope):
@@ -3240,196 +3257,159 @@ def left_out_lines(run: Run) -> list[str]:
 
 
 def maturity_lines(run: Run) -> list[str]:
-    """Both phases with the organization's level and the number behind it, and the accounts at each level."""
-    gaps = total_gaps(run.audited)
-    phases = {
-        "phase1": ("Phase 1, multi-factor authentication", mfa_in_words(gaps)),
-        "phase2": ("Phase 2, use temporary credentials", keys_in_words(gaps, run.plan.max_key_age)),
-    }
-    lines = [""]
-    for phase, (title, why) in phases.items():
-        maturity = maturity_document(run, phase)
-        only_for_failures = maturity["level"] != organization_level(
-            (getattr(one, phase) for one in run.audited), 0
-        )
-        reason = f"{count(len(run.failed), 'account')} not audited" if only_for_failures else why
-        lines.append(f"{title:<38}{maturity['level']:<13}{reason}")
-        levels = (f"{number:,} {level}" for level, number in maturity["accounts"].items() if number)
-        lines.append(f"  accounts: {', '.join(levels) or 'none'}")
-    if holding := accounts_holding_back(run):
-        lines += ["Held back most by", *(f"  {line}" for line in holding[:ACCOUNTS_SHOWN])]
-    return lines
-
-
-def accounts_holding_back(run: Run) -> list[str]:
-    """The accounts with gaps, largest first, and those that nobody could look into."""
-    with_gaps = sorted(
-        filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id)
-    )
-    unseen = sorted(run.failed, key=lambda one: one.account.id)
-    return [account_line(one, run.plan.max_key_age) for one in with_gaps] + [
-        f"{one.account.id} {cut(one.account.name, 28):<28} not audited" for one in unseen
+    gaps, days = total_gaps(run.audited), run.plan.max_key_age.days
+    mfa, keys = "no console users", "no active keys"
+    if gaps.console_users:
+        users = count(gaps.console_users, "console user")
+        mfa = f"{gaps.console_users_without_mfa:,} of {users} without MFA"
+    if gaps.active_keys:
+        active = count(gaps.active_keys, "active key")
+        keys = f"{gaps.active_keys_older_than_max_age:,} of {active} older than {days} days"
+    return [
+        *phase_lines(run, "phase1", "Phase 1, multi-factor authentication", mfa),
+        *phase_lines(run, "phase2", "Phase 2, use temporary credentials", keys),
+        *held_back_lines(run),
     ]
 
 
-def gap_size(figures: AccountFigures) -> int:
-    """How much of both phases an account lacks."""
-    return figures.gaps.console_users_without_mfa + figures.gaps.active_keys_older_than_max_age
+def phase_lines(run: Run, phase: str, title: str, reason: str) -> list[str]:
+    """The organization's level with the reason for it, and how many accounts are at each level."""
+    maturity = maturity_document(run)[phase]
+    if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
+        reason = f"{count(len(run.failed), 'account')} not audited"
+    return [
+        f"{title:<38}{maturity['level']:<13}{reason}",
+        f"  accounts: {numbers_in_words(maturity['accounts']) or 'none'}",
+    ]
 
 
-def account_line(figures: AccountFigures, max_key_age: timedelta) -> str:
-    gaps = figures.gaps
-    return (
-        f"{figures.account.id} {cut(figures.account.name, 28):<28} "
-        f"{gaps.console_users_without_mfa:,} without MFA, "
-        f"{count(gaps.active_keys_older_than_max_age, 'active key')} older than {max_key_age.days} days"
-    )
+def held_back_lines(run: Run) -> list[str]:
+    """The accounts with the largest gaps, then those that could not be audited."""
+    lines = []
+    for one in accounts_with_gaps(run):
+        keys = count(one.gaps.active_keys_older_than_max_age, "active key")
+        lines.append(
+            f"{label(one.account)} {one.gaps.console_users_without_mfa:,} without MFA, "
+            f"{keys} older than {run.plan.max_key_age.days} days"
+        )
+    for failed in sorted(run.failed, key=lambda one: one.account.id):
+        lines.append(f"{label(failed.account)} not audited")
+    return titled("Held back most by", lines[:ACCOUNTS_SHOWN])
 
 
-def mfa_in_words(gaps: Gaps) -> str:
-    if not gaps.console_users:
-        return "no console users"
-    return f"{gaps.console_users_without_mfa:,} of {count(gaps.console_users, 'console user')} without MFA"
-
-
-def keys_in_words(gaps: Gaps, max_key_age: timedelta) -> str:
-    old = gaps.active_keys_older_than_max_age
-    if not gaps.active_keys:
-        return "no active keys"
-    return f"{old:,} of {count(gaps.active_keys, 'active key')} older than {max_key_age.days} days"
+GAP_LABELS = {
+    "console_users": "console users",
+    "console_users_without_mfa": "  without MFA",
+    "mfa_coverage_percent": "  MFA coverage",
+    "access_keys": "access keys (long-term credentials)",
+    "active_keys": "  active",
+    "active_keys_older_than_max_age": "    older than {days} days",
+    "active_keys_older_than_1_year": "    older than 1 year",
+    "active_keys_never_used": "    never used",
+    "active_keys_not_used_for_90_days": "    not used for 90 days",
+    "active_keys_used_within_30_days": "    used within 30 days",
+    "inactive_keys": "  inactive",
+    "expired_keys": "  expired",
+    "root_access_keys": "  of root",
+    "users_with_two_active_keys": "users with two active keys",
+}
 
 
 def gap_lines(run: Run) -> list[str]:
-    """A table of the gaps, of the organization and of its production accounts."""
-    columns = [total_gaps(run.audited), total_gaps(one for one in run.audited if one.production)]
-    days = run.plan.max_key_age.days
-    labels = {
-        "console_users": "console users",
-        "console_users_without_mfa": "  without MFA",
-        "access_keys": "access keys (long-term credentials)",
-        "active_keys": "  active",
-        "active_keys_older_than_max_age": f"    older than {days} days",
-        "active_keys_older_than_1_year": "    older than 1 year",
-        "active_keys_never_used": "    never used",
-        "active_keys_not_used_for_90_days": "    not used for 90 days",
-        "active_keys_used_within_30_days": "    used within 30 days",
-        "inactive_keys": "  inactive",
-        "expired_keys": "  expired",
-        "root_access_keys": "  of root",
-        "users_with_two_active_keys": "users with two active keys",
-    }
-    lines = ["", f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
-    for name, label in labels.items():
-        lines.append(f"{label:<38}" + "".join(f"{getattr(gaps, name):>18,}" for gaps in columns))
-    coverage = (
-        f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users"
-        for gaps in columns
-    )
-    lines.insert(4, f"{'  MFA coverage':<38}" + "".join(f"{text:>18}" for text in coverage))
-    if oldest := columns[0].oldest_active_key:
+    """The table of gaps: the organization beside its production accounts."""
+    organization, production = total_gaps(run.audited), production_gaps(run)
+    lines = [f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
+    for name, words in GAP_LABELS.items():
+        cells = f"{gap_cell(organization, name):>18}{gap_cell(production, name):>18}"
+        lines.append(f"{words.format(days=run.plan.max_key_age.days):<38}{cells}")
+    if oldest := organization.oldest_active_key:
         old = count(days_between(oldest.created, run.started), "day")
         whose = f"{cut(oldest.username, 24)} in {oldest.account_id} {oldest.account_name}"
         lines.append(f"oldest active key: {old}, {oldest.access_key_id} of {whose}")
     return lines
 
 
+def gap_cell(gaps: Gaps, name: str) -> str:
+    if name == "mfa_coverage_percent":
+        return f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users"
+    return f"{getattr(gaps, name):,}"
+
+
 def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
-    """These findings, most urgent first, and how many more there are."""
-    if not findings:
-        return ["", nothing_to_fix(run)]
-    lines = [
-        "",
-        f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)",
-    ]
-    for one in findings:
-        where = f"{one.account.id} {cut(one.account.name, 20):<20}"
-        lines.append(f"  {one.priority}  {one.finding:<23}{where} {one.user}")
-        lines += wrapped(f"     {f'{one.key.id}: ' if one.key else ''}{'; '.join(one.reasons)}")
-    return lines
-
-
-def nothing_to_fix(run: Run) -> str:
+    """These of the run's findings, each with its reasons."""
     if not run.audited:
-        return "Nothing was audited."
-    return "Nothing to fix in the accounts that were audited." if run.failed else "Nothing to fix."
+        return ["Nothing was audited."]
+    if not findings:
+        return [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
+    number = f"{len(findings):,} of {len(run.findings):,}"
+    lines = [f"What to fix first ({number}; all are in findings.csv)"]
+    for one in findings:
+        lines.append(f"  {one.priority}  {one.finding:<23}{label(one.account, 20)} {one.user}")
+        key_id = f"{one.key.id}: " if one.key else ""
+        lines += wrapped(f"     {key_id}{'; '.join(reasons_of(one, run.plan))}")
+    return lines
 
 
 def enforcement_lines(run: Run) -> list[str]:
     """What service control policies already prevent, and where nothing does."""
-    lines = ["", "Enforced by service control policies"]
+    lines = ["Enforced by service control policies"]
     if run.enforcement.why_not:
         lines += wrapped(f"  not checked: {run.enforcement.why_not}")
     for control, verdicts in enforcement_document(run)["accounts"].items():
-        words = ", ".join(f"{number:,} {verdict}" for verdict, number in verdicts.items() if number)
-        lines.append(f"  {CONTROLS[control]:<36}{words or 'no account'}")
-        for remark in control_remarks(run, control):
+        lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
+        for remark in shortened(control_remarks(run, control)):
             lines += wrapped(f"    {remark}")
-    managed = {True: "yes", False: "no", None: "not checked"}[
-        run.enforcement.root_credentials_managed
-    ]
+    words = {True: "yes", False: "no", None: "not checked"}
+    managed = words[run.enforcement.root_credentials_managed]
     lines.append(f"  {'root credentials managed centrally':<36}{managed}")
     if run.enforcement.root_why_not:
         lines += wrapped(f"    {run.enforcement.root_why_not}")
-    if bare := without_controls(run):
-        lines.append("With neither control, and most active keys")
-    for one in bare[:ACCOUNTS_SHOWN]:
-        lines.append(
-            f"  {one.account.id} {cut(one.account.name, 28):<28} {count(one.gaps.active_keys, 'active key')}"
-        )
-    return lines
-
-
-def without_controls(run: Run) -> list[AccountFigures]:
-    """The accounts with active keys where neither control is even partial, most keys first."""
-    verdicts = {
-        each: {control.verdict for control in controls.values()}
-        for each, controls in run.controls.items()
-    }
-    bare = [
-        one for one in run.audited if one.gaps.active_keys and verdicts[one.account.id] == {ABSENT}
-    ]
-    return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
+    bare = []
+    for one in accounts_without_controls(run)[:ACCOUNTS_SHOWN]:
+        bare.append(f"{label(one.account)} {count(one.gaps.active_keys, 'active key')}")
+    return lines + titled("With neither control, and most active keys", bare)
 
 
 def control_remarks(run: Run, control: str) -> list[str]:
-    """The policies behind a control's verdicts, once each, with what they exempt and what narrows them."""
-    remarks = dict[str, None]()
-    for found in (run.controls[account_id][control] for account_id in sorted(run.controls)):
-        if found.policies:
-            parts = [
-                f"{found.verdict} by {', '.join(f'{name} ({each})' for each, name in found.policies.items())}"
-            ]
-            parts += [f"except {', '.join(found.exemptions)}"] * bool(found.exemptions)
-            parts += [f"only if {'; or if '.join(found.conditions)}"] * bool(found.conditions)
-            remarks[", ".join(parts)] = None
-    more = len(remarks) - REMARKS_SHOWN
-    return [*list(remarks)[:REMARKS_SHOWN], *[f"and {more:,} more, in summary.json"] * (more > 0)]
+    """The policies behind a control's verdicts, once each, with their exemptions and conditions."""
+    remarks: dict[str, None] = {}  # a set that keeps the order
+    for account_id in sorted(run.controls):
+        found = run.controls[account_id][control]
+        if not found.policies:
+            continue
+        policies = ", ".join(f"{name} ({each})" for each, name in found.policies.items())
+        remark = f"{found.verdict} by {policies}"
+        if found.exemptions:
+            remark += f", except {', '.join(found.exemptions)}"
+        if found.conditions:
+            remark += f", only if {'; or if '.join(found.conditions)}"
+        remarks[remark] = None
+    return list(remarks)
 
 
 def change_lines(run: Run) -> list[str]:
     """What has changed since the earlier run, for better and for worse."""
-    changes = changes_document(run)
-    if changes is None or run.tracking.earlier is None:
-        return ["", "No earlier run of this organization: this one is the baseline."]
+    changes, earlier, days = changes_document(run), run.tracking.earlier, run.plan.max_key_age.days
+    if changes is None or earlier is None:
+        return ["No earlier run of this organization: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
-    span = age(run.started - run.tracking.earlier.started)
-    lines = ["", f"Since the run of {changes['since']}, {span} before"]
-    lines.append(f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new")
-    lines.append(
-        f"  access keys: {counts['access-key-deleted']:,} deleted, {counts['access-key-deactivated']:,} deactivated, "
-        f"{counts['access-key-created']:,} created"
-    )
-    for phase, levels in changes["maturity"].items():
-        lines.append(f"  phase {phase[-1]}: {levels_in_words(levels)}")
-    if run.tracking.earlier.max_key_age_days != run.plan.max_key_age.days:
-        days = f"{run.tracking.earlier.max_key_age_days:,}, now {run.plan.max_key_age.days:,}"
+    lines = [
+        f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
+        f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
+        f"  access keys: {counts['access-key-deleted']:,} deleted, "
+        f"{counts['access-key-deactivated']:,} deactivated, "
+        f"{counts['access-key-created']:,} created",
+        f"  phase 1: {levels_in_words(changes['maturity']['phase1'])}",
+        f"  phase 2: {levels_in_words(changes['maturity']['phase2'])}",
+    ]
+    if earlier.max_key_age_days != days:
         lines.append(
-            f"  --max-key-age was {days}: phase 2 and the number of old keys do not compare"
+            f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}: "
+            "phase 2 and the number of old keys do not compare"
         )
-    if counts["account-joined"] or counts["account-left"]:
-        lines.append(
-            f"  accounts: {counts['account-joined']:,} joined, {counts['account-left']:,} left"
-        )
+    joined, left = counts["account-joined"], counts["account-left"]
+    if joined or left:
+        lines.append(f"  accounts: {joined:,} joined, {left:,} left")
     if changes["accounts_not_compared"]:
         number = count(changes["accounts_not_compared"], "account")
         lines.append(f"  not compared: {number}, not audited in this run or the earlier one")
@@ -3437,119 +3417,160 @@ def change_lines(run: Run) -> list[str]:
 
 
 def levels_in_words(levels: Mapping[str, str | None]) -> str:
-    """The organization's level then and now; if the accounts that both runs audited tell another story, theirs too."""
+    """The organization's level then and now, and that of the accounts compared if it differs."""
     then, now = levels["compared_then"], levels["compared_now"]
-    theirs = f" (the accounts compared: {then}, now {now})"
-    differ = then is not None and (then, now) != (levels["then"], levels["now"])
-    return f"{levels['then']}, now {levels['now']}{theirs if differ else ''}"
+    words = f"{levels['then']}, now {levels['now']}"
+    if then is not None and (then, now) != (levels["then"], levels["now"]):
+        words += f" (the accounts compared: {then}, now {now})"
+    return words
 
 
 def new_key_lines(run: Run) -> list[str]:
-    keys = new_keys(run)
-    lines = ["New access keys since the earlier run"] if keys else []
-    for key in keys[:NEW_KEYS_SHOWN]:
-        lines.append(
-            f"  {change_line(key)}{'' if key.account_id in run.tracking.compared else ' (account not compared)'}"
-        )
-    if len(keys) > NEW_KEYS_SHOWN:
-        lines.append(f"  and {len(keys) - NEW_KEYS_SHOWN:,} more, in summary.json")
-    return lines
-
-
-def change_line(change: Change) -> str:
-    """The change and, where CloudTrail knows, who made it."""
-    parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
-    parts.append("deleted again" if change.change == CAME_AND_WENT else "")
-    if change.event:
-        parts.append(
-            f"by {change.event.actor.rpartition(':')[2]}" if change.witness == "confirmed" else ""
-        )
-        parts.append("(contradicted by CloudTrail)" if change.witness == "contradicted" else "")
-    return " ".join(filter(None, parts))
+    lines = []
+    for key in new_keys(run):
+        compared = key.account_id in run.tracking.compared
+        lines.append(change_line(key) if compared else f"{change_line(key)} (account not compared)")
+    return titled("New access keys since the earlier run", shortened(lines))
 
 
 def alert_lines(run: Run) -> list[str]:
-    """What --quiet says of changes: new access keys, new console users without MFA, and MFA removed."""
+    """The changes that --quiet shows: new access keys, new users without MFA, MFA removed."""
+    since = "since the earlier run"
     removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
-    lines = new_key_lines(run)
-    for title, changes in (
-        ("New console users without MFA", run.tracking.mfa_new),
-        ("MFA removed", removed),
-    ):
-        if changes:
-            lines += [
-                f"{title} since the earlier run",
-                *(f"  {change_line(change)}" for change in changes),
-            ]
-    if blind := blind_spots(run):
-        lines.append(
-            f"Not compared, because the earlier run had not audited them: {count(len(blind), 'account')}"
-        )
-        lines += [f"  {account.id} {account.name}" for account in blind[:ACCOUNTS_SHOWN]]
-    return lines
+    unseen = blind_spots(run)
+    number = count(len(unseen), "account")
+    names = [f"{account.id} {account.name}" for account in unseen[:ACCOUNTS_SHOWN]]
+    return [
+        *new_key_lines(run),
+        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
+        *titled(f"MFA removed {since}", map(change_line, removed)),
+        *titled(f"Not compared, because the earlier run had not audited them: {number}", names),
+    ]
+
+
+def change_line(change: Change) -> str:
+    """Who and what changed and, where CloudTrail confirms it, who made the change."""
+    parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
+    if change.change == CAME_AND_WENT:
+        parts.append("deleted again")
+    if change.event and change.witness == "confirmed":
+        parts.append(f"by {change.event.actor.rpartition(':')[2]}")
+    if change.event and change.witness == "contradicted":
+        parts.append("(contradicted by CloudTrail)")
+    return " ".join(filter(None, parts))
 
 
 def witness_lines(run: Run) -> list[str]:
-    """What CloudTrail had to say, and what it could not."""
-    trail = cloudtrail_document(run)
-    if trail is None or run.plan.events_since is None:
+    """What CloudTrail says about the changes, and where it could not be asked."""
+    trail, changes, since = cloudtrail_document(run), changes_document(run), run.plan.events_since
+    if trail is None or since is None:
         return []
-    lines = [
-        "",
-        f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv",
-    ]
+    events = count(trail["events"], "IAM event")
+    lines = [f"CloudTrail since {trail['since']}: {events}, in events.csv"]
     if run.plan.events_out_of_reach:
-        lines.append(
-            f"  CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days: what happened before has no witness."
-        )
-    elif run.tracking.earlier and run.tracking.earlier.started < run.plan.events_since:
-        lines.append(
-            "  The earlier run began before that: what happened in between has no witness."
-        )
-    witnesses = Counter(change.witness for change in run.tracking.changes if change.witness)
-    if witnesses:
-        lines.append(
-            "  changes: "
-            + ", ".join(f"{number:,} {witness}" for witness, number in sorted(witnesses.items()))
-        )
-    silent: dict[str, list[str]] = {}
-    for account_id, error in sorted(trail["unavailable"].items()):
-        silent.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
-    for what, accounts in silent.items():
-        which = ", ".join([*accounts[:ACCOUNTS_SHOWN], *["..."] * (len(accounts) > ACCOUNTS_SHOWN)])
-        lines += wrapped(f"  no witness in {count(len(accounts), 'account')} ({which}): {what}")
-    if any(what.endswith(tuple(DENIED)) for what in silent):
-        lines.append(
-            "    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
-        )
+        kept = f"CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days"
+        lines.append(f"  {kept}: what happened before has no witness.")
+    elif run.tracking.earlier and run.tracking.earlier.started < since:
+        before = "The earlier run began before that"
+        lines.append(f"  {before}: what happened in between has no witness.")
+    if changes is not None and changes["witnesses"]:
+        witnesses = dict(sorted(changes["witnesses"].items()))
+        lines.append(f"  changes: {numbers_in_words(witnesses)}")
+    return lines + no_witness_lines(trail["unavailable"])
+
+
+def no_witness_lines(unavailable: Mapping[str, str]) -> list[str]:
+    """Where CloudTrail could not be asked, grouped by step and error code."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for account_id, error in sorted(unavailable.items()):
+        step, code, _message = error.split(": ", 2)
+        groups.setdefault((step, code), []).append(account_id)
+    lines, denied = [], False
+    for (step, code), account_ids in groups.items():
+        shown = ", ".join(account_ids[:ACCOUNTS_SHOWN])
+        if len(account_ids) > ACCOUNTS_SHOWN:
+            shown += ", ..."
+        number = count(len(account_ids), "account")
+        lines += wrapped(f"  no witness in {number} ({shown}): {step}: {code}")
+        denied = denied or bool(re.search(ACCESS_DENIED, code))
+    if denied:
+        advice = "the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
+        lines.append(f"    Next: {advice}")
     return lines
 
 
 def run_lines(run: Run) -> list[str]:
-    """The table of runs; a first run has nothing to be compared with."""
+    """The table of runs; empty for the first one, which has nothing to be compared with."""
     if not run.tracking.runs:
         return []
-    lines = [
-        "",
-        f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}",
-    ]
+    titles = f"{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"
+    lines = [f"{'Runs':<28}{titles}"]
     for one in all_runs(run):
-        figures = (
-            one.console_users_without_mfa,
-            one.active_keys,
-            one.active_keys_older_than_max_age,
-        )
         lines.append(
-            f"{iso(one.started):<28}{one.audited:>9,}"
-            + "".join(f"{number:>13,}" for number in figures)
+            f"{iso(one.started):<28}{one.audited:>9,}{one.console_users_without_mfa:>13,}"
+            f"{one.active_keys:>13,}{one.active_keys_older_than_max_age:>13,}"
         )
     if run.tracking.unreadable:
         lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
 
 
+def outcome_line(outcome: Outcome) -> str:
+    """One account's result, for --verbose."""
+    name = f"{outcome.account.id} {outcome.account.name}"
+    if isinstance(outcome, AuditedAccount):
+        return f"{name}: audited, {count(len(outcome.users), 'user')}"
+    if isinstance(outcome, FailedAccount):
+        return f"{name}: failed at {outcome.step}: {outcome.code}: {outcome.message}"
+    if isinstance(outcome, SkippedAccount):
+        return f"{name}: skipped, {outcome.account.state}"
+    return f"{name}: out of scope"
+
+
+def titled(title: str, lines: Iterable[str]) -> list[str]:
+    """The lines, indented below a title; without lines, no title."""
+    indented = [f"  {line}" for line in lines]
+    return [title, *indented] if indented else []
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """The first lines, and how many more summary.json has."""
+    more = len(lines) - LINES_SHOWN
+    if more <= 0:
+        return lines
+    return [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
+
+
+def label(account: Account, width: int = 28) -> str:
+    """The account's ID and its name, cut or padded to `width`, as columns of a table."""
+    return f"{account.id} {cut(account.name, width):<{width}}"
+
+
+def numbers_in_words(numbers: Mapping[str, int]) -> str:
+    """`3 enforced, 1 absent`: the numbers with their names, without zeros."""
+    return ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
+
+
+def age(span: timedelta) -> str:
+    """A rough age: `12 minutes`, `3 hours`, `5 days`."""
+    minutes = max(0, int(span.total_seconds() // 60))
+    if minutes < 120:
+        return count(minutes, "minute")
+    if minutes < 48 * 60:
+        return count(minutes // 60, "hour")
+    return count(minutes // 1440, "day")
+
+
+def fitted(lines: Iterable[str]) -> str:
+    """The lines as text that neither wraps nor steers the terminal."""
+    text = ""
+    for line in lines:
+        text += cut(printable(line), TERMINAL_WIDTH) + "\n"
+    return text
+
+
 def wrapped(line: str) -> list[str]:
-    """The line, folded to TERMINAL_WIDTH; what follows the first part is set in further."""
+    """The line, folded at TERMINAL_WIDTH, with all but the first part indented two more spaces."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.wrap(
         printable(line), TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False
@@ -3561,17 +3582,10 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def age(span: timedelta) -> str:
-    """A rough age: `12 minutes`, `3 hours`, `5 days`."""
-    minutes = max(0, int(span.total_seconds() // 60))
-    if minutes < 120:
-        return count(minutes, "minute")
-    return count(minutes // 60, "hour") if minutes < 48 * 60 else count(minutes // 1440, "day")
-
-
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
-    """What summary.json says; README.md documents its keys."""
-    audited, failed, skipped = run.audited, run.failed, run.skipped
+    """The content of summary.json; README.md documents its keys."""
+    caller = run.caller
+    out_of_scope = [{"id": one.account.id, "name": one.account.name} for one in run.out_of_scope]
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
@@ -3581,155 +3595,119 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "role": run.plan.role.name,
         "production_pattern": run.plan.production.pattern,
         "max_key_age_days": run.plan.max_key_age.days,
-        "caller": {
-            "account": run.caller.account,
-            "arn": run.caller.arn,
-            "partition": run.caller.partition,
-        },
+        "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
         "organization": {
             "id": run.organization.id,
             "management_account": run.organization.management_account,
             "management_account_included": run.plan.scope.include_management,
         },
-        "totals": {
-            "audited": len(audited),
-            "failed": len(failed),
-            "skipped": len(skipped),
-            "out_of_scope": len(run.out_of_scope),
-            "production": sum(account.production for account in audited),
-            "users": sum(account.users for account in audited),
-        },
+        "totals": totals_document(run),
         "gaps": {
-            "organization": gaps_document(total_gaps(audited), run.started),
-            "production": gaps_document(
-                total_gaps(one for one in audited if one.production), run.started
-            ),
+            "organization": gaps_document(total_gaps(run.audited), run.started),
+            "production": gaps_document(production_gaps(run), run.started),
         },
-        "maturity": {phase: maturity_document(run, phase) for phase in PHASES},
+        "maturity": maturity_document(run),
         "changes": changes_document(run),
         "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
-        "findings": {
-            str(priority): number for priority, number in findings_by_priority(run).items()
-        },
-        "accounts": sorted(
-            [audited_entry(one, run) for one in audited]
-            + [failed_entry(one, run) for one in failed]
-            + [account_entry(one.account, "skipped") for one in skipped],
-            key=lambda entry: str(entry["id"]),
-        ),
-        "out_of_scope": sorted(
-            ({"id": one.account.id, "name": one.account.name} for one in run.out_of_scope),
-            key=lambda one: one["id"],
-        ),
+        "findings": findings_document(run),
+        "accounts": account_entries(run),
+        "out_of_scope": sorted(out_of_scope, key=lambda entry: entry["id"]),
     }
 
 
-def account_entry(account: Account, result: str) -> dict[str, Any]:
+def totals_document(run: Run) -> dict[str, int]:
     return {
-        "id": account.id,
-        "name": account.name,
-        "path": account.path,
-        "state": account.state,
-        "result": result,
+        "audited": len(run.audited),
+        "failed": len(run.failed),
+        "skipped": len(run.skipped),
+        "out_of_scope": len(run.out_of_scope),
+        "production": sum(figures.production for figures in run.audited),
+        "users": sum(figures.users for figures in run.audited),
     }
 
 
-def audited_entry(figures: AccountFigures, run: Run) -> dict[str, Any]:
-    return {
-        **account_entry(figures.account, "audited"),
-        "report_generated": iso(figures.report_generated),
-        "users": figures.users,
-        "root": figures.has_root,
-        "production": figures.production,
-        "maturity": {phase: getattr(figures, phase) for phase in PHASES},
-        "controls": controls_document(run.controls[figures.account.id]),
-        "gaps": gaps_document(figures.gaps, run.started),
-    }
-
-
-def failed_entry(failed: FailedAccount, run: Run) -> dict[str, Any]:
-    return {
-        **account_entry(failed.account, "failed"),
-        "step": failed.step,
-        "error": {"code": failed.code, "message": failed.message},
-        "production": is_production(failed.account, run.plan.production),
-        "maturity": dict.fromkeys(PHASES, NOT_STARTED),
-        "controls": controls_document(run.controls[failed.account.id]),
-    }
+def production_gaps(run: Run) -> Gaps:
+    return total_gaps(figures for figures in run.audited if figures.production)
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
-    oldest = gaps.oldest_active_key
-    return {
-        **{name: getattr(gaps, name) for name in GAP_COUNTS},
-        "mfa_coverage_percent": gaps.mfa_coverage_percent,
-        "oldest_active_key": None
-        if oldest is None
-        else {
-            **oldest._asdict(),
-            "created": iso(oldest.created),
-            "age_days": days_between(oldest.created, now),
-        },
-    }
+    document = {**vars(gaps), "mfa_coverage_percent": gaps.mfa_coverage_percent}
+    oldest = document.pop("oldest_active_key")
+    if oldest is not None:
+        created, age_days = iso(oldest.created), days_between(oldest.created, now)
+        oldest = {**oldest._asdict(), "created": created, "age_days": age_days}
+    return {**document, "oldest_active_key": oldest}
 
 
-def maturity_document(run: Run, phase: str) -> dict[str, Any]:
-    audited = [getattr(account, phase) for account in run.audited]
-    levels = audited + [NOT_STARTED] * len(run.failed)
-    return {
-        "level": organization_level(audited, len(run.failed)),
-        "accounts": {level: levels.count(level) for level in LEVELS},
-    }
-
-
-def all_runs(run: Run) -> list[RunFigures]:
-    """The last finished runs, this one at the end."""
-    gaps = total_gaps(run.audited)
-    counts = (gaps.console_users_without_mfa, gaps.active_keys, gaps.active_keys_older_than_max_age)
-    return [*run.tracking.runs, RunFigures(run.started, len(run.audited), *counts)]
+def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
+    """For each phase, the organization's level and how many accounts are at each level."""
+    document = {}
+    for phase in PHASES:
+        levels, accounts = [], dict.fromkeys(LEVELS, 0)
+        accounts[NOT_STARTED] = len(run.failed)
+        for figures in run.audited:
+            level = getattr(figures, phase)
+            levels.append(level)
+            accounts[level] += 1
+        level = organization_level(levels, len(run.failed))
+        document[phase] = {"level": level, "accounts": accounts}
+    return document
 
 
 def changes_document(run: Run) -> dict[str, Any] | None:
-    """What has changed since the earlier run; None where there is none."""
+    """What has changed since the earlier run; None without one."""
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
-    compared = [one for one in run.audited if one.account.id in tracking.compared]
-    counts = Counter(change.change for change in tracking.changes)
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
+    counts = Counter(change.change for change in tracking.changes)
+    witnesses = Counter(change.witness for change in tracking.changes if change.witness)
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": not_compared(run),
+        "accounts_not_compared": not_compared(run, earlier),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
         "counts": {kind: counts[kind] for kind in kinds},
-        "witnesses": dict(Counter(change.witness for change in tracking.changes if change.witness)),
-        "maturity": {
-            phase: {
-                "then": earlier.levels[phase],
-                "now": maturity_document(run, phase)["level"],
-                "compared_then": lowest(
-                    earlier.account_levels[one.account.id][phase] for one in compared
-                ),
-                "compared_now": lowest(getattr(one, phase) for one in compared),
-            }
-            for phase in PHASES
-        },
+        "witnesses": dict(witnesses),
+        "maturity": maturity_changes(run, earlier),
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
 
 
-def lowest(levels: Iterable[str]) -> str | None:
-    """The lowest of the levels; None if there is none."""
-    return min(levels, key=LEVELS.index, default=None)
+def not_compared(run: Run, earlier: EarlierRun) -> int:
+    """Accounts in scope of either run, neither joined nor left, that only one or no run audited."""
+    now, left_out_now = accounts_now(run), {one.account.id for one in run.out_of_scope}
+    number = 0
+    for account_id, (_name, result) in earlier.accounts.items():
+        in_scope = result != "out of scope" or account_id not in left_out_now
+        if in_scope and account_id in now and account_id not in run.tracking.compared:
+            number += 1
+    return number
+
+
+def maturity_changes(run: Run, earlier: EarlierRun) -> dict[str, dict[str, str | None]]:
+    """The organization's levels then and now, and those of the accounts that both runs audited."""
+    changes = {}
+    for phase, maturity in maturity_document(run).items():
+        then, now = [], []
+        for figures in run.audited:
+            if figures.account.id in run.tracking.compared:
+                then.append(earlier.account_levels[figures.account.id][phase])
+                now.append(getattr(figures, phase))
+        changes[phase] = {
+            "then": earlier.levels[phase],
+            "now": maturity["level"],
+            "compared_then": min(then, key=LEVELS.index, default=None),
+            "compared_now": min(now, key=LEVELS.index, default=None),
+        }
+    return changes
 
 
 def new_key_document(key: Change, run: Run) -> dict[str, Any]:
-    event = key.event
     return {
         "account_id": key.account_id,
         "account_name": key.account_name,
@@ -3738,93 +3716,137 @@ def new_key_document(key: Change, run: Run) -> dict[str, Any]:
         "change": key.change,
         "account_compared": key.account_id in run.tracking.compared,
         "witness": key.witness,
-        "event_name": event.name if event else None,
-        "event_time": iso(event.time) if event else None,
-        "actor": event.actor if event else None,
+        "event_name": key.event.name if key.event else None,
+        "event_time": iso(key.event.time) if key.event else None,
+        "actor": key.event.actor if key.event else None,
     }
-
-
-def not_compared(run: Run) -> int:
-    """Accounts in scope of either run, neither joined nor left, that one of the two runs did not audit."""
-    then = run.tracking.earlier.accounts if run.tracking.earlier else {}
-    left_out_now = {one.account.id for one in run.out_of_scope}
-    left_out_then = {
-        account_id for account_id, (_, result) in then.items() if result == "out of scope"
-    }
-    both = then.keys() & accounts_now(run).keys()
-    return len(both - (left_out_now & left_out_then)) - len(run.tracking.compared)
-
-
-def blind_spots(run: Run) -> list[Account]:
-    """Accounts audited now that the earlier run did not audit or know: little of what is new in them can be told."""
-    if run.tracking.earlier is None:
-        return []
-    accounts = (one.account for one in run.audited if one.account.id not in run.tracking.compared)
-    return sorted(accounts, key=lambda account: account.id)
-
-
-def new_keys(run: Run) -> list[Change]:
-    """The access keys created since the earlier run, with those that are gone again."""
-    kinds = ("access-key-created", CAME_AND_WENT)
-    found = [change for change in run.tracking.changes if change.change in kinds]
-    return sorted([*found, *run.tracking.new_keys_elsewhere], key=lambda change: change[:5])
 
 
 def cloudtrail_document(run: Run) -> dict[str, Any] | None:
-    """How far back CloudTrail was asked, and the accounts where it told nothing; None if it was not asked."""
+    """How many events CloudTrail returned, and where it failed and why; None if not asked."""
     if run.plan.events_since is None:
         return None
+    events, unavailable = 0, {}
+    for account, trail in run.trails:
+        events += len(trail.events)
+        if trail.error:
+            unavailable[account.id] = trail.error
     return {
         "since": iso(run.plan.events_since),
         "out_of_reach": run.plan.events_out_of_reach,
-        "events": sum(len(trail.events) for _, trail in run.trails),
-        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
-    }
-
-
-def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
-    return {
-        name: {
-            "verdict": control.verdict,
-            "policies": [
-                {"id": policy_id, "name": policy} for policy_id, policy in control.policies.items()
-            ],
-            "exemptions": list(control.exemptions),
-            "conditions": list(control.conditions),
-        }
-        for name, control in controls.items()
+        "events": events,
+        "unavailable": unavailable,
     }
 
 
 def enforcement_document(run: Run) -> dict[str, Any]:
-    """How many of the accounts in scope each control covers, and how."""
-    verdicts = {
-        name: Counter(controls[name].verdict for controls in run.controls.values())
-        for name in CONTROLS
-    }
+    """How many of the accounts in scope have each verdict of each control."""
+    accounts = {}
+    for control in CONTROLS:
+        accounts[control] = dict.fromkeys(VERDICTS, 0)
+        for controls in run.controls.values():
+            accounts[control][controls[control].verdict] += 1
     return {
         "why_not_checked": run.enforcement.why_not or None,
-        "accounts": {
-            control: {each: found[each] for each in VERDICTS} for control, found in verdicts.items()
-        },
+        "accounts": accounts,
         "root_credentials_managed_centrally": run.enforcement.root_credentials_managed,
         "root_credentials_why_not_checked": run.enforcement.root_why_not or None,
     }
 
 
-def findings_by_priority(run: Run) -> dict[int, int]:
-    found = Counter(finding.priority for finding in run.findings)
-    return {priority: found[priority] for priority in range(MOST_URGENT, LEAST_URGENT + 1)}
+def findings_document(run: Run) -> dict[str, int]:
+    """The number of findings by priority."""
+    numbers = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
+    for finding in run.findings:
+        numbers[str(finding.priority)] += 1
+    return numbers
 
 
-def outcome_line(outcome: Outcome) -> str:
-    """A line for --verbose."""
-    name = f"{outcome.account.id} {outcome.account.name}"
-    if isinstance(outcome, AuditedAccount):
-        return f"{name}: audited, {count(len(outcome.users), 'user')}"
-    if isinstance(outcome, FailedAccount):
-        return f"{name}: failed at {outcome.step}: {outcome.code}: {outcome.message}"
-    return f"{name}: {'skipped, ' + outcome.account.state if isinstance(outcome, SkippedAccount) else 'out of scope'}"
+def account_entries(run: Run) -> list[dict[str, Any]]:
+    """The accounts in scope, by ID."""
+    entries = []
+    for skipped in run.skipped:
+        entries.append(account_entry(skipped.account, "skipped"))
+    for failed in run.failed:
+        entry = account_entry(failed.account, "failed")
+        entry["step"] = failed.step
+        entry["error"] = {"code": failed.code, "message": failed.message}
+        entry["production"] = is_production(failed.account, run.plan.production)
+        entry["maturity"] = dict.fromkeys(PHASES, NOT_STARTED)
+        entry["controls"] = controls_document(run.controls[failed.account.id])
+        entries.append(entry)
+    for figures in run.audited:
+        entry = account_entry(figures.account, "audited")
+        entry["report_generated"] = iso(figures.report_generated)
+        entry["users"] = figures.users
+        entry["root"] = figures.has_root
+        entry["production"] = figures.production
+        entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
+        entry["controls"] = controls_document(run.controls[figures.account.id])
+        entry["gaps"] = gaps_document(figures.gaps, run.started)
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: str(entry["id"]))
+
+
+def account_entry(one: Account, result: str) -> dict[str, Any]:
+    return {"id": one.id, "name": one.name, "path": one.path, "state": one.state, "result": result}
+
+
+def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
+    document = {}
+    for name, control in controls.items():
+        policies = [{"id": each, "name": policy} for each, policy in control.policies.items()]
+        document[name] = {**vars(control), "policies": policies}
+    return document
+
+
+def all_runs(run: Run) -> list[RunFigures]:
+    """The last finished runs, this one at the end."""
+    gaps = total_gaps(run.audited)
+    this_run = RunFigures(
+        started=run.started,
+        audited=len(run.audited),
+        console_users_without_mfa=gaps.console_users_without_mfa,
+        active_keys=gaps.active_keys,
+        active_keys_older_than_max_age=gaps.active_keys_older_than_max_age,
+    )
+    return [*run.tracking.runs, this_run]
+
+
+def new_keys(run: Run) -> list[Change]:
+    """The access keys created since the earlier run, with those that were deleted again."""
+    kinds = ("access-key-created", CAME_AND_WENT)
+    found = [change for change in run.tracking.changes if change.change in kinds]
+    return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
+
+
+def blind_spots(run: Run) -> list[Account]:
+    """Audited accounts that the earlier run had not audited: what is new there is hardly known."""
+    found = []
+    for figures in run.audited:
+        if run.tracking.earlier and figures.account.id not in run.tracking.compared:
+            found.append(figures.account)
+    return sorted(found, key=lambda account: account.id)
+
+
+def accounts_with_gaps(run: Run) -> list[AccountFigures]:
+    """Largest gaps first."""
+    return sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id))
+
+
+def gap_size(figures: AccountFigures) -> int:
+    return figures.gaps.console_users_without_mfa + figures.gaps.active_keys_older_than_max_age
+
+
+def accounts_without_controls(run: Run) -> list[AccountFigures]:
+    """The accounts with active keys where neither control is even partial, most keys first."""
+    bare = []
+    for figures in run.audited:
+        controls = run.controls[figures.account.id]
+        verdicts = (controls[MFA_REQUIRED].verdict, controls[NEW_KEYS_PREVENTED].verdict)
+        if figures.gaps.active_keys and verdicts == (ABSENT, ABSENT):
+            bare.append(figures)
+    return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3836,15 +3858,15 @@ ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
 DEFAULT_ROLE = "IAMAuditRole"
 SCP_LONGEST = 5120  # characters, white space among them
 EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
-DOCUMENTS = (
-    "caller-policy",
-    "role-policy",
-    "role-trust",
-    "role-template",
-    "scp-require-mfa",
-    "scp-deny-access-keys",
-    "alert-rule",
-)
+DOCUMENTS = {  # name: description, for the help of --print
+    "caller-policy": "IAM policy of the profile",
+    "role-policy": "IAM policy of the role",
+    "role-trust": "trust policy of the role",
+    "role-template": "CloudFormation template of the role, for a StackSet",
+    "scp-require-mfa": "service control policy: console users need MFA to act",
+    "scp-deny-access-keys": "service control policy: no new access keys and passwords",
+    "alert-rule": "CloudFormation template: a message for each new access key or password",
+}
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
@@ -4003,25 +4025,20 @@ def role_arns(role: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-DEFAULT_MAX_KEY_AGE = 90  # days
-# prod, prd, production or live as a word of its own (prod2 too), and not after no, non, not or pre as a word
+# prod, prd, production or live as a word of its own (prod2 too), unless the word before it is no,
+# non, not or pre
 DEFAULT_PRODUCTION = (
-    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])(?<!(?<![a-z0-9])pre[-_. ])"
-    r"(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
+    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
+    r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
 )
-HELP_EPILOG = """\
+DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
+HELP_EPILOG = f"""\
 examples:
   python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
   python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
 
 documents of --print:
-  caller-policy         IAM policy of the profile
-  role-policy           IAM policy of the role
-  role-trust            trust policy of the role
-  role-template         CloudFormation template of the role, for a StackSet
-  scp-require-mfa       service control policy: console users need MFA to act
-  scp-deny-access-keys  service control policy: no new access keys and passwords
-  alert-rule            CloudFormation template: a message for each new access key or password
+{DOCUMENT_LIST}
 
 exit codes:
   0    every account in scope was audited
@@ -4034,7 +4051,7 @@ exit codes:
 
 
 class FailOn(NamedTuple):
-    """What ends with exit code 4: findings of that priority or more urgent (0: none), new access keys."""
+    """What ends with exit code 4: findings of `priority` or more urgent (0: none), new keys."""
 
     priority: int = 0
     new_keys: bool = False
@@ -4047,19 +4064,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the following arguments are required: --role")
     if options.exempt_role and options.document != "scp-deny-access-keys":
         parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
-    if options.document and any(
-        set(name) & set("*?$") for name in (*options.exempt_role, options.role or "")
-    ):
-        parser.error(
-            "argument --print: in a policy, * ? and $ in the path of a role would stand for other roles"
-        )
-    if (
-        options.exempt_role
-        and (length := len(print_document(options.document, "", options.exempt_role))) > SCP_LONGEST
-    ):
-        parser.error(
-            f"argument --exempt-role: a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
-        )
+    roles = "".join([*options.exempt_role, options.role or ""])
+    if options.document and re.search(r"[*?$]", roles):
+        what = "in a policy, * ? and $ in the path of a role would stand for other roles"
+        parser.error(f"argument --print: {what}")
+    if options.exempt_role:
+        length = len(print_document(options.document, "", options.exempt_role))
+        if length > SCP_LONGEST:
+            what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
+            parser.error(f"argument --exempt-role: {what}")
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
     if options.since and not options.cloudtrail:
@@ -4068,180 +4081,71 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH)
+    # fmt: off
     parser = argparse.ArgumentParser(
-        prog="iam_audit.py",
-        description="Write down every IAM user, password, access key and MFA device of an AWS organization.",
-        epilog=HELP_EPILOG,
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH
-        ),
-        allow_abbrev=False,
-    )
+        prog="iam_audit.py", epilog=HELP_EPILOG, formatter_class=formatter, allow_abbrev=False,
+        description="Write down every IAM user, password, access key and MFA device of an AWS "
+                    "organization.")
     parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
-    access_options(parser.add_argument_group("access").add_argument)
-    scope_options(parser.add_argument_group("which accounts").add_argument)
-    pace_options(parser.add_argument_group("pace").add_argument)
-    judging_options(parser.add_argument_group("what counts as a gap").add_argument)
-    tracking_options(parser.add_argument_group("what has changed").add_argument)
-    output_options(parser.add_argument_group("output").add_argument)
-    document_options(parser.add_argument_group("documents to deploy").add_argument)
-    return parser
-
-
-def access_options(add: Callable[..., Any]) -> None:
-    add(
-        "--profile",
-        metavar="NAME",
-        type=not_empty,
+    add = parser.add_argument_group("access").add_argument
+    add("--profile", metavar="NAME", type=parse_name,
         help="AWS profile of the management account or of a delegated administrator "
-        "(default: the SDK's default credential chain)",
-    )
-    add(
-        "--role",
-        metavar="NAME",
-        type=role_name,
-        help="role to assume in each account, required for an audit: a name, or a path and a name (audit/IAMAuditRole)",
-    )
-    add(
-        "--external-id",
-        metavar="ID",
-        type=external_id,
-        help="external ID that the role's trust policy asks for",
-    )
-
-
-def scope_options(add: Callable[..., Any]) -> None:
-    add(
-        "--accounts",
-        metavar="ID[,ID...]",
-        type=account_ids,
-        help="audit only these accounts",
-        default=frozenset(),
-    )
-    add(
-        "--exclude",
-        metavar="ID[,ID...]",
-        type=account_ids,
-        help="leave these accounts out",
-        default=frozenset(),
-    )
-    add(
-        "--ou",
-        metavar="OU_ID[,OU_ID...]",
-        type=ou_ids,
-        default=frozenset(),
-        help="audit only accounts below these organizational units",
-    )
-    add(
-        "--include-management",
-        action="store_true",
-        help="audit the management account too: with the profile's own credentials if it is the profile's account, "
-        "else through the role",
-    )
-
-
-def pace_options(add: Callable[..., Any]) -> None:
-    add(
-        "--workers",
-        metavar="N",
-        type=workers,
-        default=32,
-        help="API requests in flight, 1 to 256 (default: %(default)s)",
-    )
-    add(
-        "--report-timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=300.0,
-        help="how long one account's credential report may take (default: 300)",
-    )
-
-
-def judging_options(add: Callable[..., Any]) -> None:
-    add(
-        "--production",
-        metavar="REGEX",
-        type=pattern,
-        default=DEFAULT_PRODUCTION,
-        help="what makes an account production: searched in its name, ID and organization path, upper or lower case "
-        "(default: prod, prd, production or live as a word of its own)",
-    )
-    add(
-        "--max-key-age",
-        metavar="DAYS",
-        type=days,
-        default=str(DEFAULT_MAX_KEY_AGE),
-        help="older active access keys are a gap (default: %(default)s)",
-    )
-
-
-def tracking_options(add: Callable[..., Any]) -> None:
-    add(
-        "--previous",
-        metavar="DIR",
-        type=existing_folder,
-        help="folder of the run to compare with (default: the newest finished one of this organization in "
-        "--output-dir)",
-    )
-    add(
-        "--cloudtrail",
-        action="store_true",
-        help="ask CloudTrail in each account who made the changes; the role then needs cloudtrail:LookupEvents",
-    )
-    add(
-        "--since",
-        metavar="DATE",
-        type=past_date,
-        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run "
-        "began, or 30 days)",
-    )
-
-
-def output_options(add: Callable[..., Any]) -> None:
-    add(
-        "--output-dir",
-        metavar="DIR",
-        type=not_empty,
-        default="reports",
-        help="where the run's own folder is made (default: %(default)s)",
-    )
-    add(
-        "--fail-on",
-        metavar="WHAT[,WHAT]",
-        type=fail_on,
-        default=FailOn(),
-        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N or more urgent (1 to "
-        "7), or with new-keys any access key created since the earlier run",
-    )
-    add(
-        "-q",
-        "--quiet",
-        action="store_true",
-        help="print nothing unless something needs attention (an account failed, say)",
-    )
-    add(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="a line an account and step on stderr; tracebacks",
-    )
-
-
-def document_options(add: Callable[..., Any]) -> None:
-    add(
-        "--print",
-        metavar="NAME",
-        dest="document",
-        choices=DOCUMENTS,
-        help="print a document to deploy (see below), with --role filled in, and end",
-    )
-    add(
-        "--exempt-role",
-        metavar="NAME[,NAME...]",
-        type=role_names,
-        default=(),
-        help="roles that --print scp-deny-access-keys lets create access keys",
-    )
+             "(default: the SDK's default credential chain)")
+    add("--role", metavar="NAME", type=parse_role,
+        help="role to assume in each account, required for an audit: a name, or a path and a name "
+             "(audit/IAMAuditRole)")
+    add("--external-id", metavar="ID", type=parse_external_id,
+        help="external ID that the role's trust policy asks for")
+    add = parser.add_argument_group("which accounts").add_argument
+    add("--accounts", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+        help="audit only these accounts")
+    add("--exclude", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+        help="leave these accounts out")
+    add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ou_ids, default=frozenset(),
+        help="audit only accounts below these organizational units")
+    add("--include-management", action="store_true",
+        help="audit the management account too: with the profile's own credentials if it is the "
+             "profile's account, else through the role")
+    add = parser.add_argument_group("pace").add_argument
+    add("--workers", metavar="N", type=parse_workers, default=32,
+        help="API requests in flight, 1 to 256 (default: %(default)s)")
+    add("--report-timeout", metavar="SECONDS", type=parse_seconds, default=300.0,
+        help="how long one account's credential report may take (default: 300)")
+    add = parser.add_argument_group("what counts as a gap").add_argument
+    add("--production", metavar="REGEX", type=parse_pattern, default=DEFAULT_PRODUCTION,
+        help="what makes an account production: searched in its name, ID and organization path, "
+             "upper or lower case (default: prod, prd, production or live as a word of its own)")
+    add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
+        help="older active access keys are a gap (default: %(default)s)")
+    add = parser.add_argument_group("what has changed").add_argument
+    add("--previous", metavar="DIR", type=parse_folder,
+        help="folder of the run to compare with (default: the newest finished one of this "
+             "organization in --output-dir)")
+    add("--cloudtrail", action="store_true",
+        help="ask CloudTrail in each account who made the changes; the role then needs "
+             "cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_past_date,
+        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since "
+             "the earlier run began, or 30 days)")
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", metavar="DIR", type=parse_name, default="reports",
+        help="where the run's own folder is made (default: %(default)s)")
+    add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
+        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N or "
+            f"more urgent ({MOST_URGENT} to {LEAST_URGENT}), or with new-keys any access key created "
+             "since the earlier run")
+    add("-q", "--quiet", action="store_true",
+        help="print nothing unless something needs attention (an account failed, say)")
+    add("-v", "--verbose", action="store_true",
+        help="a line an account and step on stderr; tracebacks")
+    add = parser.add_argument_group("documents to deploy").add_argument
+    add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
+        help="print a document to deploy (see below), with --role filled in, and end")
+    add("--exempt-role", metavar="NAME[,NAME...]", type=parse_roles, default=(),
+        help="roles that --print scp-deny-access-keys lets create access keys")
+    # fmt: on
+    return parser
 
 
 def matching(pattern: str, what: str, text: str) -> str:
@@ -4250,80 +4154,80 @@ def matching(pattern: str, what: str, text: str) -> str:
     return text
 
 
-def not_empty(text: str) -> str:
+def each_matching(pattern: str, what: str, text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [matching(pattern, what, part.strip()) for part in text.split(",")]
+
+
+def parse_name(text: str) -> str:
     return matching(r"(?s).+", "a name: it is empty", text)
 
 
-def role_name(text: str) -> str:
-    """A role's name, or its path and name without the slash in front, as an ARN ends.
-
-    https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
-    """
-    what = "a role's name or path and name (no ARN: the account differs)"
-    return matching(r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}", what, text)
+# As an ARN ends: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
+ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
+A_ROLE = "a role's name or path and name (no ARN: the account differs)"
 
 
-def role_names(text: str) -> tuple[str, ...]:
-    return tuple(role_name(part.strip()) for part in text.split(","))
+def parse_role(text: str) -> str:
+    return matching(ROLE, A_ROLE, text)
 
 
-def account_ids(text: str) -> frozenset[str]:
-    return frozenset(
-        matching(r"\d{12}", "an account ID of 12 digits", part.strip()) for part in text.split(",")
-    )
+def parse_roles(text: str) -> tuple[str, ...]:
+    return tuple(each_matching(ROLE, A_ROLE, text))
 
 
-def ou_ids(text: str) -> frozenset[str]:
+def parse_external_id(text: str) -> str:
+    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
+    what = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
+    return matching(r"[\w+=,.@:/-]{2,1224}", what, text)
+
+
+def parse_account_ids(text: str) -> frozenset[str]:
+    return frozenset(each_matching(r"\d{12}", "an account ID of 12 digits", text))
+
+
+def parse_ou_ids(text: str) -> frozenset[str]:
     """https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html"""
     what = "the ID of an organizational unit (ou-ab12-cdefgh34)"
-    return frozenset(
-        matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, part.strip())
-        for part in text.split(",")
-    )
+    return frozenset(each_matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, text))
 
 
-def external_id(text: str) -> str:
-    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-    return matching(
-        r"[\w+=,.@:/-]{2,1224}", "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)", text
-    )
+def parse_workers(text: str) -> int:
+    return whole_number("a number from 1 to 256", 256, text)
 
 
-def workers(text: str) -> int:
-    number = int(matching(r"\d{1,3}", "a number from 1 to 256", text))
-    if not 1 <= number <= 256:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 256")
+def parse_days(text: str) -> timedelta:
+    return timedelta(days=whole_number("a number of days from 1 to 9999", 9999, text))
+
+
+def whole_number(what: str, most: int, text: str) -> int:
+    number = int(matching(rf"\d{{1,{len(str(most))}}}", what, text))
+    if not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return number
 
 
-def seconds(text: str) -> float:
-    number = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
-    if number <= 0:
+def parse_seconds(text: str) -> float:
+    seconds = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
+    if seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return number
+    return seconds
 
 
-def pattern(text: str) -> re.Pattern[str]:
+def parse_pattern(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(not_empty(text), re.IGNORECASE)
+        return re.compile(parse_name(text), re.IGNORECASE)
     except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
-def days(text: str) -> timedelta:
-    number = int(matching(r"\d{1,4}", "a number of days from 1 to 9999", text))
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days from 1 to 9999")
-    return timedelta(days=number)
-
-
-def existing_folder(text: str) -> Path:
+def parse_folder(text: str) -> Path:
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
     return Path(text)
 
 
-def past_date(text: str) -> datetime:
+def parse_past_date(text: str) -> datetime:
     try:
         moment = parse_time(text)
     except ValueError:
@@ -4333,22 +4237,25 @@ def past_date(text: str) -> datetime:
     return moment
 
 
-def fail_on(text: str) -> FailOn:
+def parse_fail_on(text: str) -> FailOn:
+    """Of several priorities, the least urgent one counts."""
+    priorities = f"{MOST_URGENT}-{LEAST_URGENT}"
+    what = f"findings, findings:N with N from {MOST_URGENT} to {LEAST_URGENT}, or new-keys"
     chosen = FailOn()
     for part in text.split(","):
-        what = "findings, findings:N with N from 1 to 7, or new-keys"
-        name, _, number = matching(r"findings(:[1-7])?|new-keys", what, part.strip()).partition(":")
-        if name == "new-keys":
+        word = matching(rf"findings(:[{priorities}])?|new-keys", what, part.strip())
+        if word == "new-keys":
             chosen = chosen._replace(new_keys=True)
         else:
-            chosen = chosen._replace(priority=max(chosen.priority, int(number or LEAST_URGENT)))
+            priority = int(word.partition(":")[2] or LEAST_URGENT)
+            chosen = chosen._replace(priority=max(chosen.priority, priority))
     return chosen
 
 
 class Status:
-    """stderr: the progress line, where there is a terminal to draw it on, and the lines of --verbose.
+    """stderr: the progress line, if it is a terminal, and the lines of --verbose.
 
-    A stream that is closed, or whose reader has gone, costs these lines and not the run.
+    If the stream is closed, or its reader has gone, these lines are lost and the run goes on.
     """
 
     def __init__(
@@ -4356,47 +4263,42 @@ class Status:
     ) -> None:
         self._stream, self._progress = stream, progress
         self._verbose = verbose and stream is not None
-        terminal = (
-            stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        )
-        self._draws = terminal and not quiet
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._draws = stream is not None and stream.isatty() and not dumb and not quiet
         self._started = time.monotonic()
 
     def log(self, line: str) -> None:
         if self._verbose:
-            self.clear()
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
-
-    def clear(self) -> None:
-        if self._draws:
-            self._write("\r\x1b[K")
-
-    def draw(self) -> None:
-        if self._draws and self._stream is not None:
-            line = progress_line(self._progress, time.monotonic() - self._started)
-            self._write("\r\x1b[K" + line[: columns_of(self._stream) - 1])
-
-    def _write(self, text: str) -> None:
-        try:
-            if self._stream is not None:
-                print(text, end="", file=self._stream, flush=True)
-        except OSError:
-            self._draws = self._verbose = False
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """Keep the progress line moving meanwhile, and take it away at the end."""
+        """Keep the progress line up to date meanwhile, and erase it at the end."""
         task = asyncio.create_task(self._keep_drawing())
         try:
             yield
         finally:
             task.cancel()
-            self.clear()
+            if self._draws:
+                self._write("")
 
     async def _keep_drawing(self) -> None:
-        while self._draws:
-            self.draw()
+        while self._draws and self._stream is not None:
+            columns = 80
+            with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
+                columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+            line = progress_line(self._progress, time.monotonic() - self._started)
+            self._write(line[: columns - 1])
             await asyncio.sleep(0.2)
+
+    def _write(self, text: str) -> None:
+        """Write the text where the progress line is, if it is drawn."""
+        if self._draws:
+            text = "\r\x1b[K" + text
+        try:
+            print(text, end="", file=self._stream, flush=True)
+        except OSError:
+            self._draws = self._verbose = False
 
 
 def progress_line(progress: Progress, elapsed: float) -> str:
@@ -4409,23 +4311,6 @@ def progress_line(progress: Progress, elapsed: float) -> str:
         left = elapsed / progress.done * (progress.listed - progress.done)
         parts.append(f"about {clock(timedelta(seconds=left))} left")
     return ", ".join(parts)
-
-
-def columns_of(terminal: TextIO) -> int:
-    """Its width; one that knows none, as in some containers and on serial lines, says 0."""
-    with contextlib.suppress(OSError):
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    return 80
-
-
-def change_order(change):
-    return change[:8]
-
-
-def reason_of(step: str, error: Exception) -> str:
-    if isinstance(error, SDK_ERRORS):
-        return str(step_failed(step, error))
-    return f"{step}: {type(error).__name__}"
 
 
 if __name__ == "__main__":
