@@ -3859,84 +3859,72 @@ def outcome_line(outcome: Outcome) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
+DOCUMENTS = {
+    "caller-policy": "IAM policy of the profile",
+    "role-policy": "IAM policy of the role",
+    "role-trust": "trust policy of the role",
+    "role-template": "CloudFormation template of the role, for a StackSet",
+    "scp-require-mfa": "service control policy: console users need MFA to act",
+    "scp-deny-access-keys": "service control policy: no new access keys and passwords",
+    "alert-rule": "CloudFormation template: a message for each new access key or password",
+}
 DEFAULT_ROLE = "IAMAuditRole"
-SCP_LONGEST = 5120  # characters, white space among them
-EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
-DOCUMENTS = (
-    "caller-policy",
-    "role-policy",
-    "role-trust",
-    "role-template",
-    "scp-require-mfa",
-    "scp-deny-access-keys",
-    "alert-rule",
-)
+SCP_LONGEST = 5120  # characters, including white space
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    documents = {
-        "caller-policy": caller_policy(role),
-        "role-policy": policy_document(role_statements()),
-        "role-trust": policy_document([trust_statement(EXAMPLE_ACCOUNT)]),
-        "role-template": role_template(role),
-        "scp-require-mfa": scp_require_mfa(),
-        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
-        "alert-rule": alert_rule(),
+    builders: Mapping[str, Callable[[], dict[str, Any]]] = {
+        "caller-policy": lambda: caller_policy(role),
+        "role-policy": role_policy,
+        "role-trust": lambda: policy_document(trust("111122223333")),  # AWS's example account
+        "role-template": lambda: role_template(role),
+        "scp-require-mfa": scp_require_mfa,
+        "scp-deny-access-keys": lambda: scp_deny_access_keys(exempt_roles),
+        "alert-rule": alert_rule,
     }
-    return json.dumps(documents[name], indent=2) + "\n"
+    return json.dumps(builders[name](), indent=2) + "\n"
 
 
 def caller_policy(role: str) -> dict[str, Any]:
-    statements = [
-        allow(
-            "ReadOrganization", [action for action in CALLER_READS if action not in POLICY_READS]
-        ),
-        allow(
-            "ReadPolicies", POLICY_READS, "arn:*:organizations::*:policy/*service_control_policy/*"
-        ),
+    scps = "arn:*:organizations::*:policy/*service_control_policy/*"
+    return policy_document(
+        allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
+        allow("ReadPolicies", POLICY_READS, scps),
         allow("AssumeAuditRole", ["sts:AssumeRole"], role_arns(role)),
-    ]
-    return policy_document(statements)
+    )
 
 
-def role_statements() -> list[dict[str, Any]]:
-    return [allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS)]
+def role_policy() -> dict[str, Any]:
+    return policy_document(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
 
 
 def role_template(role: str) -> dict[str, Any]:
-    """CloudFormation for a StackSet: the audit role in every account, to be assumed from the one that audits."""
-    path, _, name = f"/{role}".rpartition("/")
-    trust = trust_statement({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
+    """CloudFormation for a StackSet: the role in every account, to be assumed from one account."""
+    path, name = f"/{role}".rsplit("/", 1)
+    statement = trust({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
-    trust["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    properties = {
-        "RoleName": {"Ref": "RoleName"},
-        "Path": f"{path}/",
-        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
-        "AssumeRolePolicyDocument": policy_document([trust]),
-        "Policies": [
-            {"PolicyName": "iam-audit", "PolicyDocument": policy_document(role_statements())}
-        ],
-    }
+    statement["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
+    role_resource = resource(
+        "AWS::IAM::Role",
+        RoleName={"Ref": "RoleName"},
+        Path=f"{path}/",
+        Description="Read by iam_audit.py: users, access keys and MFA devices",
+        AssumeRolePolicyDocument=policy_document(statement),
+        Policies=[{"PolicyName": "iam-audit", "PolicyDocument": role_policy()}],
+    )
+    id_pattern = r"([\w+=,.@:/-]{2,1224})?"
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
-            "RoleName": text_parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
-            "ManagementAccountId": text_parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": text_parameter(
-                "Value of --external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
-            ),
+            "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
+            "ManagementAccountId": parameter("Account that runs the audit", r"\d{12}"),
+            "ExternalId": parameter("Value of --external-id, if any", id_pattern, Default=""),
         },
         "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
-        "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
+        "Resources": {"Role": role_resource},
     }
-
-
-def text_parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
-    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
 def scp_require_mfa() -> dict[str, Any]:
@@ -3945,78 +3933,67 @@ def scp_require_mfa() -> dict[str, Any]:
         "BoolIfExists": {"aws:ViaAWSService": "false"},
         "ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"},
     }
-    statement = {
-        "Effect": "Deny",
-        "NotAction": list(MFA_SETUP),
-        "Resource": "*",
-        "Condition": condition,
-    }
-    return policy_document([{"Sid": "DenyUsersWithoutMFA", **statement}])
+    statement = {"Sid": "DenyUsersWithoutMFA", "Effect": "Deny", "NotAction": list(MFA_SETUP)}
+    return policy_document({**statement, "Resource": "*", "Condition": condition})
 
 
 def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
     statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
     statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
     if exempt_roles:
-        statement["Condition"] = {
-            "ArnNotLike": {"aws:PrincipalArn": [role_arns(role) for role in exempt_roles]}
-        }
-    return policy_document([statement])
+        exempt = [role_arns(role) for role in exempt_roles]
+        statement["Condition"] = {"ArnNotLike": {"aws:PrincipalArn": exempt}}
+    return policy_document(statement)
 
 
 def alert_rule() -> dict[str, Any]:
-    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each of ALERT_EVENTS that succeeds."""
+    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each event."""
     topic = {"Ref": "Topic"}
+    email = {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
+    # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
+    events = {"Service": "events.amazonaws.com"}
+    publish = {"Effect": "Allow", "Principal": events, "Action": "sns:Publish", "Resource": topic}
+    policy = policy_document(publish)
     succeeded = {
         "eventSource": ["iam.amazonaws.com"],
-        "eventName": [*ALERT_EVENTS],
+        "eventName": ["CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice"],
         "errorCode": [{"exists": False}],
     }
-    pattern = {
-        "source": ["aws.iam"],
-        "detail-type": ["AWS API Call via CloudTrail"],
-        "detail": succeeded,
-    }
-    # No condition on the rule's ARN: AWS does not support conditions in the topic policies that EventBridge needs.
-    publish = {
-        "Effect": "Allow",
-        "Principal": {"Service": "events.amazonaws.com"},
-        "Action": "sns:Publish",
-    }
-    resources = {
-        "Topic": {"Subscription": [{"Protocol": "email", "Endpoint": {"Ref": "Email"}}]},
-        "TopicPolicy": {
-            "Topics": [topic],
-            "PolicyDocument": policy_document([{**publish, "Resource": topic}]),
-        },
-        "Rule": {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]},
-    }
-    types = {
-        "Topic": "AWS::SNS::Topic",
-        "TopicPolicy": "AWS::SNS::TopicPolicy",
-        "Rule": "AWS::Events::Rule",
-    }
+    cloudtrail = ["AWS API Call via CloudTrail"]
+    pattern = {"source": ["aws.iam"], "detail-type": cloudtrail, "detail": succeeded}
+    target = {"Id": "Topic", "Arn": topic}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "A message when an access key or password is created or MFA is deactivated (for us-east-1)",
-        "Parameters": {"Email": text_parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
+        "Description": "A message when an access key or password is created or MFA is deactivated "
+        "(for us-east-1)",
+        "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
-            name: {"Type": types[name], "Properties": resources[name]} for name in resources
+            "Topic": resource("AWS::SNS::Topic", Subscription=[email]),
+            "TopicPolicy": resource("AWS::SNS::TopicPolicy", Topics=[topic], PolicyDocument=policy),
+            "Rule": resource("AWS::Events::Rule", EventPattern=pattern, Targets=[target]),
         },
     }
 
 
-def policy_document(statements: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"Version": "2012-10-17", "Statement": statements}
+def parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
+    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
-def allow(sid: str, actions: Iterable[str], resource: str = "*") -> dict[str, Any]:
-    """A statement; the resource stays * where an action takes no other, and for IAM's reads of a user: of one deleted
-    meanwhile IAM knows no ARN, and would answer AccessDenied where the audit needs to hear NoSuchEntity."""
-    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resource}
+def resource(resource_type: str, **properties: Any) -> dict[str, Any]:
+    return {"Type": resource_type, "Properties": properties}
 
 
-def trust_statement(principal: Any) -> dict[str, Any]:
+def policy_document(*statements: Mapping[str, Any]) -> dict[str, Any]:
+    return {"Version": "2012-10-17", "Statement": list(statements)}
+
+
+def allow(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
+    """A statement. IAM's reads of a user are allowed on * because a user who was just deleted has
+    no ARN: IAM would answer AccessDenied where the audit expects NoSuchEntity."""
+    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resources}
+
+
+def trust(principal: Any) -> dict[str, Any]:
     return {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "sts:AssumeRole"}
 
 
