@@ -799,6 +799,15 @@ class Aws:
         """Made when first used, in the event loop: Python 3.9 binds it to the loop there is."""
         return asyncio.Semaphore(min(self.workers, ASSUME_ROLE_AT_ONCE))
 
+    async def ask(self, operation: Callable[..., T], *arguments: Any) -> T:
+        """An operation with the profile's credentials; StepFailed for every error of the SDK."""
+        call = functools.partial(operation, self, *arguments)
+        try:
+            return await self.threads.run((0, 0), call)
+        except (ClientError, BotoCoreError, ResponseParserError) as error:
+            step = operation.__name__.title().replace("_", "")  # list_parents: ListParents
+            raise step_failed(step, error) from None
+
     def profile_credentials(self) -> Credentials:
         """The profile's own credentials, as fresh as the SDK has them."""
         found = self._session.get_credentials()
