@@ -199,6 +199,14 @@ async def audit_into(found: Run, aws: Aws, options: argparse.Namespace) -> None:
             status.log(outcome_line(outcome))
         found.enforcement = await enforcement
         await apply_enforcement(aws, found)
+        raise_phase1(found)
+
+
+def raise_phase1(found: Run) -> None:
+    """Set the phase 1 levels again, now that the accounts where MFA is enforced are known."""
+    for number, figures in enumerate(found.audited):
+        enforced = found.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
+        found.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
 
 
 def keep(found: Run, outcome: Outcome) -> None:
@@ -2866,7 +2874,7 @@ def unless_gone(code: str) -> Iterator[None]:
 
 
 async def apply_enforcement(aws: Aws, run: Run) -> None:
-    """Decide the controls of each account, audited or failed, and with them the level of phase 1."""
+    """Decide the controls of each account, audited or failed."""
     management, parents, paths = (
         run.organization.management_account,
         dict[str, str](),
@@ -2888,9 +2896,6 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
             run.controls[account.id] = controls_of_account(
                 paths[account.id], run.enforcement.judged, is_management
             )
-    for number, figures in enumerate(run.audited):
-        enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
-        run.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
 
 
 async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> list[str]:
