@@ -106,7 +106,7 @@ def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER
     found = Run(NOW, folder, plan(*arguments, caller=caller), caller, ORGANIZATION, Tracking(), Enforcement())
     for outcome in outcomes:
         keep(found, outcome)
-    prevented = controls_of_account([], [], is_management=False)
+    prevented = controls_of_account([], [])
     ids = [*(one.account.id for one in found.audited), *(one.account.id for one in found.failed)]
     found.controls = dict.fromkeys(ids, prevented)
     found.findings.sort(key=most_urgent_first)
