@@ -798,7 +798,8 @@ class Aws:
         try:
             return await self.threads.run(FIRST, functools.partial(operation, self, *arguments))
         except SDK_ERRORS as error:
-            raise step_failed(operation.__name__.title().replace("_", ""), error) from None
+            step = operation.__name__.title().replace("_", "")  # list_parents: ListParents
+            raise step_failed(step, error) from None
 
 
 # --- one call: credentials, pace, repetition ---
@@ -2690,60 +2691,13 @@ def event_rows(run: Run) -> list[tuple[str, ...]]:
 MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
 CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
 ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
-VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first of them holds
-# What an MFA requirement may leave out and still be one: setting up MFA, reading IAM, signing in. Not iam:* or sts:*,
-# with which a stolen password makes itself an access key or assumes a role, and nothing that deactivates an MFA device
-# (DeleteVirtualMFADevice, in an example of AWS's, can only delete one that nobody has).
-MFA_BASICS = (
-    *MFA_SETUP,
-    "iam:Get*",
-    "iam:List*",
-    "iam:DeleteVirtualMFADevice",
-    "sts:GetCallerIdentity",
-    "signin:AuthorizeOAuth2Access",
-    "signin:CreateOAuth2Token",
-)
-# Operator, key and value of a condition that holds without MFA, and of one that holds only with it. Access keys send
-# no aws:MultiFactorAuthPresent at all, console sessions without MFA send false: Null true of that key, alone, stops the
-# first and not the second, and so does not count.
-WITHOUT_MFA = {
-    ("bool", "aws:multifactorauthpresent"): "false",
-    ("null", "aws:multifactorauthage"): "true",
-}
-WITH_MFA = {
-    ("bool", "aws:multifactorauthpresent"): "true",
-    ("null", "aws:multifactorauthage"): "false",
-}
-# Holds for what the caller asks itself, not for what a service then asks for it (Athena of S3, CloudFormation of EC2):
-# those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
-BY_THE_CALLER = {("bool", "aws:viaawsservice"): "false"}
-# A principal that an exemption names. Roles are no console users, so any role may be exempt from MFA; of new keys only
-# roles with a name, whose end may be open after a hyphen or underscore (stacksets-exec-*), though not if that takes in
-# AWS's own paths, and those of an Identity Center permission set (AWSReservedSSO_Admin_*). A policy variable ($) can
-# stand for anybody.
-NAMED = {
-    MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
-    NEW_KEYS_PREVENTED: re.compile(
-        r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
-        r"|role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*)"
-    ),
-}
-ALL_BUT_USERS = "all principals but IAM users"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A service control policy and the IDs of the root, OUs and accounts it is attached to."""
-
-    id: str
-    name: str
-    content: str
-    targets: frozenset[str]
+VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first one counts
+ALL_BUT_USERS = "all principals but IAM users"  # an exemption
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one statement or policy does for one control; a condition for each statement that is narrowed."""
+    """What a statement or policy does for a control; one condition per narrowed statement."""
 
     verdict: str
     exemptions: tuple[str, ...] = ()
@@ -2751,8 +2705,18 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """A service control policy, the IDs it is attached to, and its judgement for each control."""
+
+    id: str
+    name: str
+    targets: frozenset[str]
+    judgements: Mapping[str, Judgement]
+
+
+@dataclass(frozen=True)
 class Control:
-    """What holds in one account, and the names of the policies it rests on, by ID."""
+    """What holds in one account, and the policies that it rests on: their names by ID."""
 
     verdict: str
     policies: Mapping[str, str]
@@ -2761,367 +2725,354 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One key of a Condition element: operator and key in lower case, and the whole as a person reads it."""
-
-    operator: str
-    key: str
-    values: tuple[str, ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A policy statement; of actions and not_actions one is empty, and so of resources and not_resources."""
-
-    effect: str
-    actions: tuple[str, ...]
-    not_actions: tuple[str, ...]
-    resources: tuple[str, ...]
-    not_resources: tuple[str, ...]
-    conditions: tuple[Condition, ...]
-
-
-JudgedPolicy = tuple[Policy, Mapping[str, Judgement]]
-
-
-@dataclass(frozen=True)
 class Enforcement:
-    """What was found out about service control policies and root credentials; `why_not` where it could not be."""
+    """The organization's policies and its root credentials, or why they are not known."""
 
-    judged: tuple[JudgedPolicy, ...] = ()
+    judged: tuple[Policy, ...] = ()
     why_not: str = ""
     root_credentials_managed: bool | None = None
     root_why_not: str = ""
 
 
 async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
-    """Read and judge the service control policies. What cannot be read is not checked: the audit goes on without."""
-
-    async def ask(call: Callable[..., T], *arguments: Any) -> T:
-        return await aws.threads.run((0, 0), functools.partial(call, aws, *arguments))
-
-    policies: list[Policy] = []
-    why_not, root_managed, root_why_not = "", None, ""
-    try:
-        for policy_id, name in await ask(list_policies):
-            with unless_gone("PolicyNotFoundException"):
-                content, targets = (
-                    await ask(describe_policy, policy_id),
-                    await ask(list_targets_for_policy, policy_id),
-                )
-                policies.append(Policy(policy_id, name, content, targets))
-    except Exception as error:  # whatever it is, it must not cost the audit
-        why_not = reason_of("service control policies", error)
-    try:
-        root_managed = await ask(list_organizations_features)
-    except Exception as error:
-        root_why_not = reason_of("ListOrganizationsFeatures", error)
+    policies, why_not = await best_effort("service control policies", read_policies(aws), [])
+    asking = aws.ask(list_organizations_features)
+    root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
     if organization.feature_set != "ALL":
-        why_not = "the organization has consolidated billing only, service control policies need all features"
+        why_not = "the organization has consolidated billing only, "
+        why_not += "service control policies need all features"
     elif not why_not and not any(policy.targets for policy in policies):
-        why_not = (
-            "service control policies are off: none is attached to anything, not even FullAWSAccess"
-        )
-    judged = tuple(judge_policies(policies, aws.caller.partition))
-    return Enforcement(judged, why_not, root_managed, root_why_not)
+        why_not = "service control policies are off: "
+        why_not += "none is attached to anything, not even FullAWSAccess"
+    return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
 
-@contextlib.contextmanager
-def unless_gone(code: str) -> Iterator[None]:
-    """Pass over a policy, or an account, that is gone since it was listed."""
+async def best_effort(what: str, reading: Awaitable[T], otherwise: T) -> tuple[T, str]:
+    """What was read and "", or `otherwise` and why it is not checked: the audit goes on."""
     try:
-        yield
-    except ClientError as error:
-        if error_code(error) != code:
-            raise
+        return await reading, ""
+    except StepFailed as failure:
+        return otherwise, f"{what}: {failure.code}: {failure.message}"
+    except Exception as error:
+        return otherwise, f"{what}: {type(error).__name__}"
+
+
+async def read_policies(aws: Aws) -> list[Policy]:
+    policies = []
+    for policy_id, name in await aws.ask(list_policies):
+        try:
+            content = await aws.ask(describe_policy, policy_id)
+            targets = await aws.ask(list_targets_for_policy, policy_id)
+        except StepFailed as failure:
+            if failure.code != "PolicyNotFoundException":  # deleted since it was listed
+                raise
+        else:
+            judgements = judge_policy(content, aws.caller.partition)
+            policies.append(Policy(policy_id, name, targets, judgements))
+    return policies
 
 
 async def apply_enforcement(aws: Aws, run: Run) -> None:
-    """Decide the controls of each account, audited or failed, and with them the level of phase 1."""
-    management, parents, paths = (
-        run.organization.management_account,
-        dict[str, str](),
-        dict[str, Sequence[str]](),
-    )
-    accounts = [*(one.account for one in run.audited), *(one.account for one in run.failed)]
-    try:
-        for account in accounts if not run.enforcement.why_not else ():
-            with unless_gone("ChildNotFoundException"):
-                paths[account.id] = (
-                    [] if account.id == management else await path_of(aws, account, parents)
-                )
-    except Exception as error:  # whatever it is, it must not cost the audit
-        run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
+    """Decide the controls of each account, audited or failed."""
+    accounts = [figures.account for figures in run.audited]
+    accounts += [failed.account for failed in run.failed]
+    why_not = run.enforcement.why_not
+    parents: dict[str, str] = {}
+    paths: dict[str, Sequence[str] | None] = {}
     for account in accounts:
-        run.controls[account.id] = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
-        if account.id in paths and not run.enforcement.why_not:
-            is_management = account.id == management
-            run.controls[account.id] = controls_of_account(
-                paths[account.id], run.enforcement.judged, is_management
-            )
-    for number, figures in enumerate(run.audited):
-        enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
-        run.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
+        if account.id == run.organization.management_account:
+            paths[account.id] = ()  # no service control policy applies to it
+        elif not why_not:
+            reading = path_of(aws, account, parents)
+            paths[account.id], why_not = await best_effort("ListParents", reading, None)
+    run.enforcement = replace(run.enforcement, why_not=why_not)
+    for account in accounts:
+        path = None if why_not else paths[account.id]
+        run.controls[account.id] = controls_of_account(path, run.enforcement.judged)
 
 
-async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> list[str]:
-    """The IDs of the account, its organizational units and the root; each parent that ListAccounts did not tell is
-    asked for once, and remembered in `parents`."""
+async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> Sequence[str] | None:
+    """The IDs of the account, its OUs and the root; None if it left since it was listed. Where
+    ListAccounts does not tell the path, each parent is asked for once and kept in `parents`."""
     if account.path is not None:
         return account.path.split("/")
     ids = [account.id]
-    while not ids[-1].startswith("r-"):
-        if ids[-1] not in parents:
-            parents[ids[-1]] = await aws.threads.run(
-                (0, 0), functools.partial(list_parents, aws, ids[-1])
-            )
-        ids.append(parents[ids[-1]])
+    try:
+        while not ids[-1].startswith("r-"):
+            if ids[-1] not in parents:
+                parents[ids[-1]] = await aws.ask(list_parents, ids[-1])
+            ids.append(parents[ids[-1]])
+    except StepFailed as failure:
+        if failure.code == "ChildNotFoundException":
+            return None
+        raise
     return ids
 
 
-def controls_of_account(
-    path_ids: Sequence[str], judged: Iterable[JudgedPolicy], is_management: bool
-) -> dict[str, Control]:
-    """The controls of the account whose root, OUs and own ID are path_ids. The management account is under no SCP."""
-    applying = (
-        []
-        if is_management
-        else [each for each in judged if not each[0].targets.isdisjoint(path_ids)]
-    )
-    return {control: control_of_account(control, applying) for control in CONTROLS}
+def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
+    """The controls of the account with this path; not checked if the path is None."""
+    if path is None:
+        return dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
+    applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
+    controls = {}
+    for control in CONTROLS:
+        whole = strongest([policy.judgements[control] for policy in applying])
+        names = {}
+        for policy in applying:
+            if policy.judgements[control].verdict == whole.verdict != ABSENT:
+                names[policy.id] = policy.name
+        controls[control] = Control(whole.verdict, names, whole.exemptions, whole.conditions)
+    return controls
 
 
-def control_of_account(control: str, applying: Sequence[JudgedPolicy]) -> Control:
-    whole = strongest([judgements[control] for _, judgements in applying])
-    resting = [
-        policy
-        for policy, judgements in applying
-        if judgements[control].verdict == whole.verdict != ABSENT
-    ]
-    names = {policy.id: policy.name for policy in resting}
-    return Control(whole.verdict, names, whole.exemptions, whole.conditions)
+def strongest(judgements: Sequence[Judgement]) -> Judgement:
+    """What holds where all of these apply. A principal is free only if every enforcing one exempts
+    it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
+    verdict = min((each.verdict for each in judgements), key=VERDICTS.index, default=ABSENT)
+    same = [each for each in judgements if each.verdict == verdict]
+    if verdict == ENFORCED:
+        return min(same, key=lambda one: (ALL_BUT_USERS in one.exemptions, len(one.exemptions)))
+    exemptions: dict[str, None] = {}  # as an ordered set
+    conditions: dict[str, None] = {}
+    for each in same:
+        exemptions.update(dict.fromkeys(each.exemptions))
+        conditions.update(dict.fromkeys(each.conditions))
+    return Judgement(verdict, tuple(exemptions), tuple(conditions))
 
 
-def judge_policies(policies: Iterable[Policy], partition: str) -> list[JudgedPolicy]:
-    return [(policy, judge_policy(policy.content, partition)) for policy in policies]
+# What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
+# sts:*, with which a stolen password creates an access key or assumes a role, and nothing that
+# deactivates an MFA device (iam:DeleteVirtualMFADevice deletes only devices that nobody has).
+MFA_BASICS = (
+    *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
+    "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token",
+)  # fmt: skip
+# The effects that a condition can have on a control
+TESTS_MFA = "holds for a console user without MFA"
+ALWAYS_HOLDS = "holds for everybody whom the control is about"
+NEVER_HOLDS = "holds for nobody whom the control is about"
+ONLY_USERS = "holds for every IAM user and for no other principal"
+EXEMPTS = "holds for everybody except the principals that it names"
+NARROWS = "holds for some, or it is not known for whom"
+
+
+class Condition(NamedTuple):
+    operator: str  # in lower case, as parse_conditions leaves it
+    key: str  # in lower case
+    values: tuple[str, ...]
+    text: str  # the whole condition as it is written
+
+
+class Statement(NamedTuple):
+    effect: str
+    action: str  # Action or NotAction
+    actions: tuple[str, ...]
+    resource: str  # Resource or NotResource
+    resources: tuple[str, ...]
+    conditions: tuple[Condition, ...]
 
 
 def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
-    """What a policy does for each control. Only Deny statements count; whatever is not understood is not checked."""
+    """What the Deny statements of a policy do for each control; not checked if not understood."""
     users = f"arn:{partition}:iam::*:user/*"
     try:
-        denials = [statement for statement in parse_policy(content) if statement.effect == "Deny"]
-    except (ValueError, RecursionError):  # of the parser, for JSON nested too deep
-        return {control: Judgement(NOT_CHECKED) for control in CONTROLS}
-    judges = {MFA_REQUIRED: judge_mfa_required, NEW_KEYS_PREVENTED: judge_new_keys_prevented}
-    return {
-        control: strongest([judge(denial, users) for denial in denials])
-        for control, judge in judges.items()
-    }
+        statements = parse_policy(content)
+    except (ValueError, RecursionError):  # RecursionError: the JSON is nested too deep
+        return dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED))
+    on_mfa, on_new_keys = [], []
+    for statement in statements:
+        if statement.effect == "Deny":
+            on_mfa.append(judge_mfa_required(statement, users))
+            on_new_keys.append(judge_new_keys_prevented(statement, users))
+    return {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
 
 
 def judge_mfa_required(statement: Statement, users: str) -> Judgement:
-    """Whether a Deny statement keeps console users without MFA from everything but setting it up."""
-    conditions = statement.conditions
-    about_mfa = [
-        condition for condition in conditions if condition.key.startswith("aws:multifactorauth")
-    ]
-    denies_nothing = (
-        any(covers(action, "*:*") for action in statement.not_actions)
-        or "*" in statement.not_resources
-    )
-    if (
-        not about_mfa
-        or denies_nothing
-        or any(holds(condition, WITH_MFA) for condition in about_mfa)
-    ):
+    """Whether a Deny statement keeps console users without MFA from all but setting it up."""
+    all_actions, all_resources = any_covers(statement.actions, "*:*"), "*" in statement.resources
+    about_mfa = any(each.key.startswith("aws:multifactorauth") for each in statement.conditions)
+    denies_no_action = statement.action == "NotAction" and all_actions
+    denies_no_resource = statement.resource == "NotResource" and all_resources
+    if denies_no_action or denies_no_resource or not about_mfa:
         return Judgement(ABSENT)
-    # A second condition on MFA may contradict the first, so only one is taken for what it says.
-    test = next((condition for condition in about_mfa if holds(condition, WITHOUT_MFA)), None)
-    basics = [basic.lower() for basic in MFA_BASICS]
-    extra = [
-        a for a in statement.not_actions if not any(covers(basic, a.lower()) for basic in basics)
-    ]
-    narrowed = [f"NotAction {', '.join(extra)}"] if extra else []
-    if statement.actions and not any(covers(action, "*:*") for action in statement.actions):
-        narrowed.append(f"Action {', '.join(statement.actions)}")
-    if "*" not in statement.resources:
-        narrowed.append(resources_text(statement))
-    rest = [each for each in conditions if each is not test and not holds(each, BY_THE_CALLER)]
-    return judge_conditions(MFA_REQUIRED, rest, users, narrowed)
+    narrowing = list(statement.actions)
+    if statement.action == "NotAction":
+        narrowing = [name for name in narrowing if not any_covers(MFA_BASICS, name.lower())]
+    narrowed = []
+    if narrowing and not all_actions:
+        narrowed.append(f"{statement.action} {', '.join(narrowing)}")
+    if not all_resources:
+        narrowed.append(f"{statement.resource} {', '.join(statement.resources)}")
+    return judge_rest(MFA_REQUIRED, statement, users, narrowed)
 
 
 def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
     """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
-    named = any(
-        covers(action.lower(), "iam:createaccesskey")
-        for action in statement.actions + statement.not_actions
-    )
-    denied = named if statement.actions else not named
-    listed = statement.resources + statement.not_resources
-    all_users = any(covers_arn(resource, users) for resource in listed)
-    some_users = any(touches_users(resource, users) for resource in listed)
-    denies_all, denies_some = (
-        (all_users, some_users) if statement.resources else (not some_users, not all_users)
-    )
-    if not denied or not (denies_all or denies_some):
+    named = any_covers(statement.actions, "iam:createaccesskey")
+    denied = named if statement.action == "Action" else not named
+    all_users = some_users = False
+    for pattern in statement.resources:
+        all_users = all_users or pattern == "*" or covers_arn(pattern, users)
+        some_users = some_users or may_match_user(pattern, users)
+    if statement.resource == "NotResource":
+        all_users, some_users = not some_users, not all_users
+    if not denied or not some_users:
         return Judgement(ABSENT)
-    narrowed = [] if denies_all else [resources_text(statement)]
-    return judge_conditions(NEW_KEYS_PREVENTED, statement.conditions, users, narrowed)
+    narrowed = [] if all_users else [f"{statement.resource} {', '.join(statement.resources)}"]
+    return judge_rest(NEW_KEYS_PREVENTED, statement, users, narrowed)
 
 
-def judge_conditions(
-    control: str, conditions: Iterable[Condition], users: str, narrowed: list[str]
-) -> Judgement:
-    """Enforced, if conditions only pick all IAM users or exempt named principals and nothing else narrows."""
+def judge_rest(control: str, statement: Statement, users: str, narrowed: list[str]) -> Judgement:
+    """Enforced, unless a condition narrows the statement or other elements have `narrowed` it."""
     exemptions: list[str] = []
-    for condition in conditions:
-        if picks_users(condition, users):
-            exemptions += [ALL_BUT_USERS] if control == NEW_KEYS_PREVENTED else []
-        elif exempts_named(condition, control):
+    tests_mfa = False
+    for condition in statement.conditions:
+        effect = effect_of(condition, control, users)
+        if effect == NEVER_HOLDS:
+            return Judgement(ABSENT)
+        if effect == EXEMPTS:
             exemptions += condition.values
-        else:
-            narrowed = [*narrowed, condition.text]
+        elif effect == ONLY_USERS:
+            exemptions.append(ALL_BUT_USERS)
+        elif effect == TESTS_MFA and not tests_mfa:
+            tests_mfa = True  # a second test may contradict the first: it narrows
+        elif effect != ALWAYS_HOLDS:
+            narrowed.append(condition.text)
     if narrowed:
         return Judgement(PARTIAL, tuple(exemptions), (" and ".join(narrowed),))
     return Judgement(ENFORCED, tuple(exemptions))
 
 
-def holds(condition: Condition, table: Mapping[tuple[str, str], str]) -> bool:
-    return {value.lower() for value in condition.values} == {
-        table.get((condition.operator, condition.key))
-    }
+def effect_of(condition: Condition, control: str, users: str) -> str:
+    """The effect by the first of CONDITION_RULES that fits; without one, the condition narrows."""
+    for rule in CONDITION_RULES:
+        about = condition.operator in rule.operators and condition.key == rule.key
+        if about and rule.quantifier(rule.matches(value, users) for value in condition.values):
+            effect = rule.on_mfa if control == MFA_REQUIRED else rule.on_new_keys
+            if effect != NARROWS:
+                return effect
+    return NARROWS
 
 
-def picks_users(condition: Condition, users: str) -> bool:
-    """Whether the condition holds for every IAM user."""
-    if condition.key == "aws:principaltype":
-        return condition.operator in ("stringequals", "stringlike") and "User" in condition.values
-    if condition.key != "aws:principalarn" or condition.operator not in (
-        "arnlike",
-        "arnequals",
-        "stringlike",
-    ):
-        return False
-    values = [
-        value for value in condition.values if value != "*" or condition.operator == "stringlike"
-    ]
-    return any(
-        covers_arn(value, users) for value in values
-    )  # no ARN operator is known to take a bare *
-
-
-def exempts_named(condition: Condition, control: str) -> bool:
-    """Whether the condition holds for everybody except principals that it names."""
-    if condition.operator not in ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals"):
-        return False
-    if condition.key == "aws:username":
-        return not any(set(value) & set("*?$") for value in condition.values)
-    return condition.key == "aws:principalarn" and all(
-        NAMED[control].fullmatch(value) for value in condition.values
-    )
-
-
-def resources_text(statement: Statement) -> str:
-    element = "Resource" if statement.resources else "NotResource"
-    return f"{element} {', '.join(statement.resources or statement.not_resources)}"
-
-
-def strongest(judgements: Sequence[Judgement]) -> Judgement:
-    """What holds where all of these apply. A principal must be exempt from every enforcing one to be free, so the one
-    with the fewest exemptions tells most; partial ones add up, to partial."""
-    verdict = min(
-        (judgement.verdict for judgement in judgements), key=VERDICTS.index, default=ABSENT
-    )
-    same = [judgement for judgement in judgements if judgement.verdict == verdict]
-    if verdict == ENFORCED:
-        return min(
-            same,
-            key=lambda judgement: (
-                ALL_BUT_USERS in judgement.exemptions,
-                len(judgement.exemptions),
-            ),
-        )
-    exemptions = dict.fromkeys(
-        exemption for judgement in same for exemption in judgement.exemptions
-    )
-    conditions = dict.fromkeys(
-        condition for judgement in same for condition in judgement.conditions
-    )
-    return Judgement(verdict, tuple(exemptions), tuple(conditions))
+def any_covers(patterns: Iterable[str], action: str) -> bool:
+    """Whether a pattern covers the action, given in lower case: the case of actions is ignored."""
+    return any(covers(pattern.lower(), action) for pattern in patterns)
 
 
 def covers(pattern: str, other: str) -> bool:
-    """Whether an IAM pattern matches all that `other` stands for, which may be a pattern itself: its * is a character
-    that only a * matches."""
+    """Whether an IAM pattern matches all that `other` stands for. `other` may be a pattern itself:
+    its * is a character that only a * matches."""
     return fnmatchcase(other, pattern.replace("[", "[[]").replace("?", "[!*]"))
 
 
 def covers_arn(pattern: str, arns: str) -> bool:
-    """The same for ARNs, segment by segment as AWS compares them."""
+    """The same for ARNs, segment by segment, as AWS compares them."""
     segments = pattern.split(":", 5)
-    return pattern == "*" or (len(segments) == 6 and all(map(covers, segments, arns.split(":", 5))))
+    return len(segments) == 6 and all(map(covers, segments, arns.split(":", 5)))
 
 
-def touches_users(pattern: str, users: str) -> bool:
-    """Whether a resource pattern may match the ARN of some IAM user; in doubt, as with a policy variable, it may."""
-    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)
-    of_iam = all(map(covers, segments[:4], users.split(":")))
+def may_match_user(pattern: str, users: str) -> bool:
+    """Whether a resource pattern may match the ARN of some IAM user. When in doubt, it may."""
+    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)  # a variable can be anything
     start = re.split(r"[*$]", segments[-1])[0][: len("user/")]
+    of_iam = all(map(covers, segments[:4], users.split(":")))  # in any account
     return len(segments) < 6 or (of_iam and covers(start, "user/"[: len(start)]))
 
 
-def parse_policy(content: str) -> tuple[Statement, ...]:
-    """The statements of a policy; ValueError for anything but a policy of the elements that SCPs have."""
+class ConditionRule(NamedTuple):
+    """A row: the effects of a condition with one of these operators, this key, and such values."""
+
+    operators: tuple[str, ...]
+    key: str
+    quantifier: Callable[[Iterable[bool]], bool]  # any or all of the values must match
+    matches: Callable[[str, str], bool]  # of a value and the ARN pattern of all IAM users
+    on_mfa: str
+    on_new_keys: str
+
+
+def like(regex: str) -> Callable[[str, str], bool]:
+    return lambda value, users: re.fullmatch(regex, value) is not None
+
+
+FALSE, TRUE = like("(?ai)false"), like("(?ai)true")
+EQUALS, LIKE_ARN = ("stringequals", "stringlike"), ("arnlike", "arnequals", "stringlike")
+NOT = ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals")
+# Any role may be exempt from MFA, because roles are not console users. From new-keys-prevented only
+# roles that are named. A name may end in * after - or _ (stacksets-exec-*), unless that includes
+# AWS's own roles; those of one Identity Center permission set (AWSReservedSSO_Admin_*) are named
+# too. A policy variable ($) can stand for anybody.
+IAM_PRINCIPAL = r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
+ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
+OPEN_END = r"role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*"
+USER_OR_ROLE = like(f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})")
+USER_OR_ANY_ROLE = like(f"{IAM_PRINCIPAL}role/.+)")
+CONDITION_RULES = (
+    # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
+    # Null true of that key stops the first and not the second: it narrows.
+    ConditionRule(("bool",), "aws:multifactorauthpresent", all, FALSE, TESTS_MFA, NARROWS),
+    ConditionRule(("bool",), "aws:multifactorauthpresent", all, TRUE, NEVER_HOLDS, NARROWS),
+    ConditionRule(("null",), "aws:multifactorauthage", all, TRUE, TESTS_MFA, NARROWS),
+    ConditionRule(("null",), "aws:multifactorauthage", all, FALSE, NEVER_HOLDS, NARROWS),
+    # Spares what a service then requests for the caller (Athena of S3, CloudFormation of EC2):
+    # those requests say MFA false even for an access key. The caller's own request comes first.
+    ConditionRule(("bool",), "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
+    ConditionRule(EQUALS, "aws:principaltype", any, like("User"), ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(LIKE_ARN, "aws:principalarn", any, covers_arn, ALWAYS_HOLDS, ONLY_USERS),
+    # A bare * is everybody for a string operator; no ARN operator is known to take it.
+    ConditionRule(("stringlike",), "aws:principalarn", any, like(r"\*"), ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(NOT, "aws:username", all, like(r"[^*?$]*"), EXEMPTS, EXEMPTS),
+    ConditionRule(NOT, "aws:principalarn", all, USER_OR_ROLE, NARROWS, EXEMPTS),
+    ConditionRule(NOT, "aws:principalarn", all, USER_OR_ANY_ROLE, EXEMPTS, NARROWS),
+)
+ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
+
+
+def parse_policy(content: str) -> list[Statement]:
+    """The statements of a policy. ValueError for anything but a service control policy."""
     document = expect_object(json.loads(content, object_pairs_hook=without_repetition))
     listed = document.get("Statement")
-    return tuple(map(parse_statement, listed if isinstance(listed, list) else [listed]))
+    return list(map(parse_statement, listed if isinstance(listed, list) else [listed]))
 
 
-def parse_statement(element: Any) -> Statement:
-    members = expect_object(element)
-    unknown = members.keys() - {
-        "Sid",
-        "Effect",
-        "Action",
-        "NotAction",
-        "Resource",
-        "NotResource",
-        "Condition",
-    }
-    names = ("Action", "NotAction", "Resource", "NotResource")
-    actions, not_actions, resources, not_resources = (
-        texts(members.get(name, [])) for name in names
-    )
-    if unknown or bool(actions) == bool(not_actions) or bool(resources) == bool(not_resources):
-        raise ValueError("not a statement of a service control policy")
+def parse_statement(value: Any) -> Statement:
+    members = expect_object(value)
     effect = members.get("Effect")
-    if effect not in ("Allow", "Deny"):
-        raise ValueError("Effect is neither Allow nor Deny")
+    if effect not in ("Allow", "Deny") or members.keys() - ELEMENTS:
+        raise ValueError("not a statement of a service control policy")
+    action, actions = parse_element(members, "Action")
+    resource, resources = parse_element(members, "Resource")
     conditions = parse_conditions(members.get("Condition", {}))
-    return Statement(effect, actions, not_actions, resources, not_resources, conditions)
+    return Statement(effect, action, actions, resource, resources, conditions)
+
+
+def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str, ...]]:
+    """The name and values of this element or of its negation: a statement has one of the two."""
+    values, excepted = texts(members.get(name, [])), texts(members.get(f"Not{name}", []))
+    if bool(values) == bool(excepted):
+        raise ValueError(f"not exactly one of {name} and Not{name}")
+    return (name, values) if values else (f"Not{name}", excepted)
 
 
 def parse_conditions(block: Any) -> tuple[Condition, ...]:
-    """ForAnyValue and IfExists change nothing for the keys judged here, as every signed request has them, except where
-    the operator negates or asks for absence: ForAnyValue fails on an absent key. Such an operator stays unknown."""
+    """ForAnyValue and IfExists are dropped: every signed request has the keys judged here. Where
+    the operator negates or tests for absence, ForAnyValue stays: it fails on an absent key."""
     conditions = []
     for operator, keys in expect_object(block).items():
         plain = re.sub(r"^foranyvalue:(?!null|\w*not)|ifexists$", "", operator.lower())
         for key, value in expect_object(keys).items():
-            if not texts(value):
+            values = texts(value)
+            if not values:
                 raise ValueError("a condition without a value")
-            text = f"{operator} {key} {', '.join(texts(value))}"
-            conditions.append(Condition(plain, key.lower(), texts(value), text))
+            text = f"{operator} {key} {', '.join(values)}"
+            conditions.append(Condition(plain, key.lower(), values, text))
     return tuple(conditions)
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; with a name twice, nobody can say which of the two AWS goes by."""
+    """A JSON object. ValueError if a name occurs twice: AWS does not say which one counts."""
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("a name occurs twice in an object")
     return members
 
 
@@ -3133,10 +3084,12 @@ def expect_object(value: Any) -> dict[str, Any]:
 
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, (str, int, float)) for each in values):
-        raise ValueError("not a string, boolean or number")
-    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
+    written = []
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, (str, int, float)):
+            raise ValueError("not a string, boolean or number")
+        written.append(each if isinstance(each, str) else json.dumps(each))
+    return tuple(written)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3854,11 +3807,7 @@ def accounts_without_controls(run: Run) -> list[AccountFigures]:
 # --------------------------------------------------------------------------------------------------
 
 
-ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
-DEFAULT_ROLE = "IAMAuditRole"
-SCP_LONGEST = 5120  # characters, white space among them
-EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
-DOCUMENTS = {  # name: description, for the help of --print
+DOCUMENTS = {
     "caller-policy": "IAM policy of the profile",
     "role-policy": "IAM policy of the role",
     "role-trust": "trust policy of the role",
@@ -3867,71 +3816,63 @@ DOCUMENTS = {  # name: description, for the help of --print
     "scp-deny-access-keys": "service control policy: no new access keys and passwords",
     "alert-rule": "CloudFormation template: a message for each new access key or password",
 }
+DEFAULT_ROLE = "IAMAuditRole"
+SCP_LONGEST = 5120  # characters, including white space
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    documents = {
-        "caller-policy": caller_policy(role),
-        "role-policy": policy_document(role_statements()),
-        "role-trust": policy_document([trust_statement(EXAMPLE_ACCOUNT)]),
-        "role-template": role_template(role),
-        "scp-require-mfa": scp_require_mfa(),
-        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
-        "alert-rule": alert_rule(),
+    builders: Mapping[str, Callable[[], dict[str, Any]]] = {
+        "caller-policy": lambda: caller_policy(role),
+        "role-policy": role_policy,
+        "role-trust": lambda: policy_document(trust("111122223333")),  # AWS's example account
+        "role-template": lambda: role_template(role),
+        "scp-require-mfa": scp_require_mfa,
+        "scp-deny-access-keys": lambda: scp_deny_access_keys(exempt_roles),
+        "alert-rule": alert_rule,
     }
-    return json.dumps(documents[name], indent=2) + "\n"
+    return json.dumps(builders[name](), indent=2) + "\n"
 
 
 def caller_policy(role: str) -> dict[str, Any]:
-    statements = [
-        allow(
-            "ReadOrganization", [action for action in CALLER_READS if action not in POLICY_READS]
-        ),
-        allow(
-            "ReadPolicies", POLICY_READS, "arn:*:organizations::*:policy/*service_control_policy/*"
-        ),
+    scps = "arn:*:organizations::*:policy/*service_control_policy/*"
+    return policy_document(
+        allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
+        allow("ReadPolicies", POLICY_READS, scps),
         allow("AssumeAuditRole", ["sts:AssumeRole"], role_arns(role)),
-    ]
-    return policy_document(statements)
+    )
 
 
-def role_statements() -> list[dict[str, Any]]:
-    return [allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS)]
+def role_policy() -> dict[str, Any]:
+    return policy_document(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
 
 
 def role_template(role: str) -> dict[str, Any]:
-    """CloudFormation for a StackSet: the audit role in every account, to be assumed from the one that audits."""
-    path, _, name = f"/{role}".rpartition("/")
-    trust = trust_statement({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
+    """CloudFormation for a StackSet: the role in every account, to be assumed from one account."""
+    path, name = f"/{role}".rsplit("/", 1)
+    statement = trust({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
-    trust["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    properties = {
-        "RoleName": {"Ref": "RoleName"},
-        "Path": f"{path}/",
-        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
-        "AssumeRolePolicyDocument": policy_document([trust]),
-        "Policies": [
-            {"PolicyName": "iam-audit", "PolicyDocument": policy_document(role_statements())}
-        ],
-    }
+    statement["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
+    role_resource = resource(
+        "AWS::IAM::Role",
+        RoleName={"Ref": "RoleName"},
+        Path=f"{path}/",
+        Description="Read by iam_audit.py: users, access keys and MFA devices",
+        AssumeRolePolicyDocument=policy_document(statement),
+        Policies=[{"PolicyName": "iam-audit", "PolicyDocument": role_policy()}],
+    )
+    id_pattern = r"([\w+=,.@:/-]{2,1224})?"
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
-            "RoleName": text_parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
-            "ManagementAccountId": text_parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": text_parameter(
-                "Value of --external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
-            ),
+            "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
+            "ManagementAccountId": parameter("Account that runs the audit", r"\d{12}"),
+            "ExternalId": parameter("Value of --external-id, if any", id_pattern, Default=""),
         },
         "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
-        "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
+        "Resources": {"Role": role_resource},
     }
-
-
-def text_parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
-    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
 def scp_require_mfa() -> dict[str, Any]:
@@ -3940,78 +3881,67 @@ def scp_require_mfa() -> dict[str, Any]:
         "BoolIfExists": {"aws:ViaAWSService": "false"},
         "ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"},
     }
-    statement = {
-        "Effect": "Deny",
-        "NotAction": list(MFA_SETUP),
-        "Resource": "*",
-        "Condition": condition,
-    }
-    return policy_document([{"Sid": "DenyUsersWithoutMFA", **statement}])
+    statement = {"Sid": "DenyUsersWithoutMFA", "Effect": "Deny", "NotAction": list(MFA_SETUP)}
+    return policy_document({**statement, "Resource": "*", "Condition": condition})
 
 
 def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
     statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
     statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
     if exempt_roles:
-        statement["Condition"] = {
-            "ArnNotLike": {"aws:PrincipalArn": [role_arns(role) for role in exempt_roles]}
-        }
-    return policy_document([statement])
+        exempt = [role_arns(role) for role in exempt_roles]
+        statement["Condition"] = {"ArnNotLike": {"aws:PrincipalArn": exempt}}
+    return policy_document(statement)
 
 
 def alert_rule() -> dict[str, Any]:
-    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each of ALERT_EVENTS that succeeds."""
+    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each event."""
     topic = {"Ref": "Topic"}
+    email = {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
+    # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
+    events = {"Service": "events.amazonaws.com"}
+    publish = {"Effect": "Allow", "Principal": events, "Action": "sns:Publish", "Resource": topic}
+    policy = policy_document(publish)
     succeeded = {
         "eventSource": ["iam.amazonaws.com"],
-        "eventName": [*ALERT_EVENTS],
+        "eventName": ["CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice"],
         "errorCode": [{"exists": False}],
     }
-    pattern = {
-        "source": ["aws.iam"],
-        "detail-type": ["AWS API Call via CloudTrail"],
-        "detail": succeeded,
-    }
-    # No condition on the rule's ARN: AWS does not support conditions in the topic policies that EventBridge needs.
-    publish = {
-        "Effect": "Allow",
-        "Principal": {"Service": "events.amazonaws.com"},
-        "Action": "sns:Publish",
-    }
-    resources = {
-        "Topic": {"Subscription": [{"Protocol": "email", "Endpoint": {"Ref": "Email"}}]},
-        "TopicPolicy": {
-            "Topics": [topic],
-            "PolicyDocument": policy_document([{**publish, "Resource": topic}]),
-        },
-        "Rule": {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]},
-    }
-    types = {
-        "Topic": "AWS::SNS::Topic",
-        "TopicPolicy": "AWS::SNS::TopicPolicy",
-        "Rule": "AWS::Events::Rule",
-    }
+    cloudtrail = ["AWS API Call via CloudTrail"]
+    pattern = {"source": ["aws.iam"], "detail-type": cloudtrail, "detail": succeeded}
+    target = {"Id": "Topic", "Arn": topic}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "A message when an access key or password is created or MFA is deactivated (for us-east-1)",
-        "Parameters": {"Email": text_parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
+        "Description": "A message when an access key or password is created or MFA is deactivated "
+        "(for us-east-1)",
+        "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
-            name: {"Type": types[name], "Properties": resources[name]} for name in resources
+            "Topic": resource("AWS::SNS::Topic", Subscription=[email]),
+            "TopicPolicy": resource("AWS::SNS::TopicPolicy", Topics=[topic], PolicyDocument=policy),
+            "Rule": resource("AWS::Events::Rule", EventPattern=pattern, Targets=[target]),
         },
     }
 
 
-def policy_document(statements: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"Version": "2012-10-17", "Statement": statements}
+def parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
+    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
-def allow(sid: str, actions: Iterable[str], resource: str = "*") -> dict[str, Any]:
-    """A statement; the resource stays * where an action takes no other, and for IAM's reads of a user: of one deleted
-    meanwhile IAM knows no ARN, and would answer AccessDenied where the audit needs to hear NoSuchEntity."""
-    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resource}
+def resource(resource_type: str, **properties: Any) -> dict[str, Any]:
+    return {"Type": resource_type, "Properties": properties}
 
 
-def trust_statement(principal: Any) -> dict[str, Any]:
+def policy_document(*statements: Mapping[str, Any]) -> dict[str, Any]:
+    return {"Version": "2012-10-17", "Statement": list(statements)}
+
+
+def allow(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
+    """A statement. IAM's reads of a user are allowed on * because a user who was just deleted has
+    no ARN: IAM would answer AccessDenied where the audit expects NoSuchEntity."""
+    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resources}
+
+
+def trust(principal: Any) -> dict[str, Any]:
     return {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "sts:AssumeRole"}
 
 

@@ -127,7 +127,7 @@ def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER
     )
     for outcome in outcomes:
         iam_audit.keep(found, outcome)
-    prevented = iam_audit.controls_of_account([], [], is_management=False)
+    prevented = iam_audit.controls_of_account([], [])
     ids = [*(one.account.id for one in found.audited), *(one.account.id for one in found.failed)]
     found.controls = dict.fromkeys(ids, prevented)
     found.findings.sort(key=iam_audit.most_urgent_first)

@@ -907,13 +907,11 @@ PREVENT, NARROW = policy(deny(KEY)), policy(deny(KEY, NO_MFA))
 
 def controls(*policies: tuple[str, str, str], management: bool = False) -> audit.Control:
     """The control of new keys of an account on PATH, under policies of a name, content and target each."""
-    listed = [
-        audit.Policy(f"p-{name}", name, content, frozenset([target]))
-        for name, content, target in policies
-    ]
-    return audit.controls_of_account(PATH, audit.judge_policies(listed, "aws"), management)[
-        "new-keys-prevented"
-    ]
+    listed = []
+    for name, content, target in policies:
+        judged = audit.judge_policy(content)
+        listed.append(audit.Policy(f"p-{name}", name, frozenset([target]), judged))
+    return audit.controls_of_account(() if management else PATH, listed)["new-keys-prevented"]
 
 
 @pytest.mark.parametrize("target", PATH[1:])
