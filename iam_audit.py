@@ -1825,6 +1825,10 @@ def access_key_cells(key: AccessKey | None) -> tuple[str, ...]:
     return key.id, key.status, iso(key.created), last_used, key.service_name
 
 
+def last_used_cell(last_used: datetime | None, never: str) -> str:
+    return iso(last_used) if last_used else never
+
+
 def mfa_status(user: User) -> str:
     return "+".join(user.mfa) or NO_MFA
 
@@ -1944,38 +1948,13 @@ def states_of_rows(rows: Iterable[Sequence[str]], account_id: str) -> dict[str, 
 # --------------------------------------------------------------------------------------------------
 
 
-# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
-# in production accounts and fourth elsewhere.
-PRIORITIES = {
-    "root-access-key": 1,
-    "console-without-mfa": 4,
-    "key-older-than-1-year": 2,
-    "key-in-use": 3,
-    "unused-key": 5,
-    "key-older-than-90-days": 6,
-    "inactive-key": 7,
-}
 ONE_YEAR = timedelta(days=365)
 UNUSED_AFTER = timedelta(days=90)
 IN_USE_WITHIN = timedelta(days=30)
-# AWS Security Maturity Model v2; the order is the ranking
+# AWS Security Maturity Model v2, lowest level first
 LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
 NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
 PHASES = ("phase1", "phase2")
-FINDINGS_COLUMNS = (
-    "priority",
-    "finding",
-    "account_id",
-    "account_name",
-    "production",
-    "username",
-    "access_key_id",
-    "age_days",
-    "last_used_date",
-    "service_name",
-    "reasons",
-    "recommendation",
-)
 
 
 class OldestKey(NamedTuple):
@@ -1990,7 +1969,7 @@ class OldestKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Gaps:
-    """Long-term credentials, counted; of one account, or added up over several. Root counts as a user."""
+    """Long-term credentials, counted, per account or in all. Root counts as a user."""
 
     console_users: int = 0
     console_users_without_mfa: int = 0
@@ -2014,7 +1993,7 @@ class Gaps:
 
     @property
     def mfa_coverage_percent(self) -> float:
-        """Console users with MFA, in percent of all, rounded down: 100 means all, and there may be none."""
+        """Console users with MFA, in percent of all, rounded down so that 100 means all."""
         covered = self.console_users - self.console_users_without_mfa
         return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
 
@@ -2036,30 +2015,16 @@ class AccountFigures:
     phase2: str
 
 
-class Finding(NamedTuple):
-    """One thing to fix: a user who needs MFA (`key` is None), or an access key that must go."""
-
-    priority: int
-    finding: str
-    account: Account
-    production: bool
-    user: str
-    key: AccessKey | None
-    password_last_used: datetime | None
-    reasons: tuple[str, ...]
-
-
 def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
-    """The figures of one account."""
-    gaps = sum(
-        (gaps_of(audited.account, user, plan.max_key_age, now) for user in audited.users), Gaps()
-    )
-    users = sum(user.name != ROOT for user in audited.users)
+    gaps, has_root = Gaps(), False
+    for user in audited.users:
+        gaps += gaps_of(audited.account, user, plan.max_key_age, now)
+        has_root = has_root or user.name == ROOT
     return AccountFigures(
         account=audited.account,
         report_generated=audited.report_generated,
-        has_root=users < len(audited.users),
-        users=users,
+        has_root=has_root,
+        users=len(audited.users) - has_root,
         production=is_production(audited.account, plan.production),
         gaps=gaps,
         phase1=phase1_level(gaps),
@@ -2069,25 +2034,27 @@ def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures
 
 def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
     """Whether the account's name, ID or path in the organization says so."""
-    return any(pattern.search(text) for text in (account.name, account.id, account.path or ""))
+    return any(map(pattern.search, (account.name, account.id, account.path or "")))
 
 
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
     """What one user adds to the account's gaps."""
     active = [key for key in user.keys if key.status == "Active"]
-    used = [now - key.last_used for key in active if key.last_used is not None]
+    statuses = Counter(key.status for key in user.keys)
+    ages = [now - key.created for key in active]
+    unused = [now - key.last_used for key in active if key.last_used is not None]
     return Gaps(
         console_users=int(user.password),
         console_users_without_mfa=int(user.password and not user.mfa),
         access_keys=len(user.keys),
         active_keys=len(active),
-        inactive_keys=sum(key.status == "Inactive" for key in user.keys),
-        expired_keys=sum(key.status == "Expired" for key in user.keys),
-        active_keys_older_than_max_age=sum(now - key.created > max_key_age for key in active),
-        active_keys_older_than_1_year=sum(now - key.created > ONE_YEAR for key in active),
-        active_keys_never_used=len(active) - len(used),
-        active_keys_not_used_for_90_days=sum(span > UNUSED_AFTER for span in used),
-        active_keys_used_within_30_days=sum(span <= IN_USE_WITHIN for span in used),
+        inactive_keys=statuses["Inactive"],
+        expired_keys=statuses["Expired"],
+        active_keys_older_than_max_age=number_above(max_key_age, ages),
+        active_keys_older_than_1_year=number_above(ONE_YEAR, ages),
+        active_keys_never_used=len(active) - len(unused),
+        active_keys_not_used_for_90_days=number_above(UNUSED_AFTER, unused),
+        active_keys_used_within_30_days=len(unused) - number_above(IN_USE_WITHIN, unused),
         root_access_keys=len(user.keys) if user.name == ROOT else 0,
         users_with_two_active_keys=int(len(active) > 1),
         oldest_active_key=min(
@@ -2097,8 +2064,12 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
     )
 
 
+def number_above(limit: timedelta, spans: Iterable[timedelta]) -> int:
+    return sum(span > limit for span in spans)
+
+
 def phase1_level(gaps: Gaps, mfa_enforced: bool = False) -> str:
-    """Multi-factor authentication; Advanced where a policy also keeps console users without MFA from acting."""
+    """Multi-factor authentication; Advanced if a policy also keeps users from acting without it."""
     if gaps.console_users_without_mfa:
         return IN_PROGRESS
     return ADVANCED if mfa_enforced else COMPLETE
@@ -2112,102 +2083,161 @@ def phase2_level(gaps: Gaps) -> str:
 
 
 def organization_level(levels: Iterable[str], failed: int) -> str:
-    """The lowest level among the audited accounts; accounts that nobody could look into hold it at In Progress."""
-    ranks = [LEVELS.index(level) for level in levels]
-    if not ranks:
-        return NOT_STARTED
-    return LEVELS[min(ranks + [LEVELS.index(IN_PROGRESS)] * bool(failed))]
+    """The lowest level of the audited accounts; at most In Progress if accounts failed."""
+    lowest = min(levels, key=LEVELS.index, default=NOT_STARTED)
+    return IN_PROGRESS if failed and lowest in (COMPLETE, ADVANCED) else lowest
 
 
 def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
     return sum((account.gaps for account in accounts), Gaps())
 
 
+FINDINGS_COLUMNS = (
+    *("priority", "finding", "account_id", "account_name", "production", "username"),
+    *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
+)
+USER, ACTIVE_KEY, INACTIVE_KEY, EXPIRED_KEY = "user", "active key", "inactive key", "expired key"
+
+
+class Case(NamedTuple):
+    """What rules judge: a user, or one of their access keys."""
+
+    about: str  # USER, ACTIVE_KEY, ...
+    user: User
+    production: bool
+    max_key_age: timedelta
+    age: timedelta = timedelta(0)
+    unused: timedelta | None = None  # since the last use; None: never used
+
+    def always(self) -> bool:
+        return True
+
+    def is_of_root(self) -> bool:
+        return self.user.name == ROOT
+
+    def lacks_mfa(self) -> bool:
+        return self.user.password and not self.user.mfa
+
+    def is_root_without_mfa(self) -> bool:
+        return self.is_of_root() and self.lacks_mfa()
+
+    def lacks_mfa_in_production(self) -> bool:
+        return self.production and self.lacks_mfa()
+
+    def is_over_a_year_old(self) -> bool:
+        return self.age > ONE_YEAR
+
+    def is_in_use(self) -> bool:
+        return self.unused is not None and self.unused <= IN_USE_WITHIN
+
+    def was_never_used(self) -> bool:
+        return self.age > UNUSED_AFTER and self.unused is None  # a younger one may yet be used
+
+    def is_unused(self) -> bool:
+        return self.age > UNUSED_AFTER and self.unused is not None and self.unused > UNUSED_AFTER
+
+    def is_too_old(self) -> bool:
+        return self.age > self.max_key_age
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reason for the finding of this name. {max_key_age} (in days) in `reason`, {user}, {key} and
+    {account} in `advice` are filled in on output. `controls` are those of CIS and Security Hub."""
+
+    name: str
+    priority: int
+    about: str
+    applies: Callable[[Case], bool]
+    reason: str
+    advice: str = ""
+    controls: tuple[str, ...] = ()
+
+
+REGISTER_MFA = (
+    "Have the user register an MFA device or, if temporary credentials serve, remove the password: "
+    "`aws iam delete-login-profile {user}` in account {account}."
+)
+MOVE = "Move what uses it to temporary credentials (an IAM role), then "
+DEACTIVATE = "`aws iam update-access-key {user} {key} --status=Inactive` in account {account}"
+DEACTIVATE_USED = f"{MOVE}deactivate it: {DEACTIVATE}."
+DEACTIVATE_UNUSED = f"Deactivate it: {DEACTIVATE}; delete it once nobody has missed it."
+ASK_OWNER = f"Ask its owner what it is for, then deactivate it: {DEACTIVATE}."
+FIND_OUT = f"Find out what used it last, then deactivate it: {DEACTIVATE}."
+DELETE = "Delete it: `aws iam delete-access-key {user} {key}` in account {account}."
+# A user or an access key is one finding, named by the most urgent rule that applies. All rules that
+# apply are its reasons, in this order. The advice is that of the first that has any: what to do
+# about an old key depends on its use.
+RULES = (
+    Rule("root-access-key", 1, ACTIVE_KEY, Case.is_of_root, "active root access key"),
+    Rule("console-without-mfa", 4, USER, Case.lacks_mfa, "console user without MFA", REGISTER_MFA),
+    Rule("console-without-mfa", 4, USER, Case.is_root_without_mfa, "root"),
+    Rule("console-without-mfa", 1, USER, Case.lacks_mfa_in_production, "production"),
+    Rule("key-older-than-1-year", 2, ACTIVE_KEY, Case.is_over_a_year_old, "older than 1 year"),
+    Rule("key-in-use", 3, ACTIVE_KEY, Case.is_in_use, "used within 30 days", DEACTIVATE_USED),
+    Rule("unused-key", 5, ACTIVE_KEY, Case.was_never_used, "never used", DEACTIVATE_UNUSED),
+    Rule("unused-key", 5, ACTIVE_KEY, Case.is_unused, "not used for 90 days", DEACTIVATE_UNUSED),
+    Rule("key-older-than-90-days", 6, ACTIVE_KEY, Case.is_too_old, "older than {max_key_age} days"),
+    Rule("inactive-key", 7, INACTIVE_KEY, Case.always, "inactive", DELETE),
+    Rule("inactive-key", 7, EXPIRED_KEY, Case.always, "expired", DELETE),
+)
+
+
+class Finding(NamedTuple):
+    """One thing to fix: a user (`key` is None) or an access key, with all rules that apply."""
+
+    priority: int
+    finding: str
+    account: Account
+    production: bool
+    user: str
+    key: AccessKey | None
+    password_last_used: datetime | None
+    rules: tuple[Rule, ...]
+
+
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
-    """What to fix in one account: each user without MFA and each key at most once."""
     account, production = audited.account, is_production(audited.account, plan.production)
     for user in audited.users:
-        if user.password and not user.mfa:
-            reasons = (
-                "console user without MFA",
-                *["root"] * (user.name == ROOT),
-                *["production"] * production,
-            )
-            finding = "console-without-mfa"
-            priority = MOST_URGENT if production else PRIORITIES[finding]
-            yield Finding(
-                priority,
-                finding,
-                account,
-                production,
-                user.name,
-                None,
-                user.password_last_used,
-                reasons,
-            )
-        for key in user.keys:
-            if applies := key_findings(key, user.name == ROOT, plan.max_key_age, now):
-                finding = min(applies, key=PRIORITIES.__getitem__)
-                priority, reasons = PRIORITIES[finding], tuple(applies.values())
-                yield Finding(priority, finding, account, production, user.name, key, None, reasons)
+        for key in (None, *user.keys):
+            case = case_of(user, key, production, plan.max_key_age, now)
+            rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
+            if rules:
+                rule = min(rules, key=lambda each: each.priority)
+                last_used = user.password_last_used
+                yield Finding(
+                    rule.priority, rule.name, account, production, user.name, key, last_used, rules
+                )
 
 
-def key_findings(
-    key: AccessKey, is_root: bool, max_key_age: timedelta, now: datetime
-) -> dict[str, str]:
-    """All findings that apply to an access key, each with its reason in words."""
-    if key.status != "Active":
-        return {"inactive-key": "expired" if key.status == "Expired" else "inactive"}
-    old = now - key.created
-    unused = None if key.last_used is None else now - key.last_used
-    applies = {
-        "root-access-key": "active root access key" if is_root else "",
-        "key-older-than-1-year": "older than 1 year" if old > ONE_YEAR else "",
-        "key-in-use": "used within 30 days"
-        if unused is not None and unused <= IN_USE_WITHIN
-        else "",
-        "unused-key": unused_reason(old, unused),
-        "key-older-than-90-days": f"older than {max_key_age.days} days"
-        if old > max_key_age
-        else "",
-    }
-    return {finding: reason for finding, reason in applies.items() if reason}
-
-
-def unused_reason(old: timedelta, unused: timedelta | None) -> str:
-    """Why a key is safe to deactivate; a young key that was never used may be about to be used."""
-    if old <= UNUSED_AFTER:
-        return ""
-    if unused is None:
-        return "never used"
-    return "not used for 90 days" if unused > UNUSED_AFTER else ""
+def case_of(
+    user: User, key: AccessKey | None, production: bool, max_key_age: timedelta, now: datetime
+) -> Case:
+    if key is None:
+        return Case(USER, user, production, max_key_age)
+    about = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}.get(key.status, INACTIVE_KEY)
+    unused = now - key.last_used if key.last_used else None
+    return Case(about, user, production, max_key_age, now - key.created, unused)
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
-    """The order of findings.csv: by priority, production first, oldest first, by account and name."""
+    """By priority, production before the rest, oldest first, then by account and name."""
     key = finding.key
     born = key.created.timestamp() if key else float("inf")
-    return (
-        finding.priority,
-        not finding.production,
-        born,
-        finding.account.id,
-        finding.user,
-        key.id if key else "",
-    )
+    where = (finding.account.id, finding.user, key.id if key else "")
+    return (finding.priority, not finding.production, born, *where)
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
-    """The finding's line in findings.csv."""
+    """The finding's row in findings.csv."""
     key = finding.key
-    if key is None:
-        last_used = (
-            iso(finding.password_last_used) if finding.password_last_used else PASSWORD_NEVER_USED
-        )
-        key_id, age_days, service = NOT_APPLICABLE, "", NOT_APPLICABLE
-    else:
-        key_id, _, _, last_used, service = access_key_cells(key)
+    if key:
         age_days = str(days_between(key.created, run.started))
+        last_used = last_used_cell(key.last_used, KEY_NEVER_USED)
+        credential = (key.id, age_days, last_used, key.service_name)
+    else:
+        last_used = last_used_cell(finding.password_last_used, PASSWORD_NEVER_USED)
+        credential = (NOT_APPLICABLE, "", last_used, NOT_APPLICABLE)
     return (
         str(finding.priority),
         finding.finding,
@@ -2215,36 +2245,30 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
         finding.account.name,
         "true" if finding.production else "false",
         finding.user,
-        key_id,
-        age_days,
-        last_used,
-        service,
-        "; ".join(finding.reasons),
+        *credential,
+        "; ".join(reasons_of(finding, run.plan)),
         recommendation(finding, run),
     )
 
 
+def reasons_of(finding: Finding, plan: Plan) -> list[str]:
+    days = plan.max_key_age.days
+    return [rule.reason.format(max_key_age=days) for rule in finding.rules]
+
+
 def recommendation(finding: Finding, run: Run) -> str:
-    """The next step in a sentence, with the AWS CLI command for it, its arguments quoted for a shell."""
-    account, user, key = finding.account.id, shlex.quote(printable(finding.user)), finding.key
+    """The next step, with the AWS CLI command for it, its arguments quoted for a shell."""
     if finding.user == ROOT:
         return recommendation_for_root(finding, run)
-    if key is None:
-        return (
-            f"Have the user register an MFA device or, if temporary credentials serve, remove the password: "
-            f"`aws iam delete-login-profile --user-name={user}` in account {account}."
-        )
-    arguments = f"--user-name={user} --access-key-id={shlex.quote(printable(key.id))}"
-    if key.status != "Active":
-        return f"Delete it: `aws iam delete-access-key {arguments}` in account {account}."
-    deactivate = f"`aws iam update-access-key {arguments} --status=Inactive` in account {account}"
-    if not {"never used", "not used for 90 days"}.isdisjoint(finding.reasons):
-        return f"Deactivate it: {deactivate}; delete it once nobody has missed it."
-    if key.last_used is None:
-        return f"Ask its owner what it is for, then deactivate it: {deactivate}."
-    if "used within 30 days" in finding.reasons:
-        return f"Move what uses it to temporary credentials (an IAM role), then deactivate it: {deactivate}."
-    return f"Find out what used it last, then deactivate it: {deactivate}."
+    key = finding.key
+    advice = FIND_OUT if key and key.last_used else ASK_OWNER
+    for rule in reversed(finding.rules):
+        advice = rule.advice or advice
+    return advice.format(
+        user=f"--user-name={shlex.quote(printable(finding.user))}",
+        key=f"--access-key-id={shlex.quote(printable(key.id))}" if key else "",
+        account=finding.account.id,
+    )
 
 
 def recommendation_for_root(finding: Finding, run: Run) -> str:
@@ -2252,24 +2276,24 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
     """
-    account, is_key = finding.account.id, finding.key is not None
+    account = finding.account.id
     if account == run.organization.management_account:
-        to_do = "delete the access key" if is_key else "register an MFA device"
+        to_do = "delete the access key" if finding.key else "register an MFA device"
         step = f"sign in as root of the management account and {to_do}: no role can do that there."
     else:
-        if is_key:
+        what = "root's password (or sign in as root and register MFA)"
+        commands = "`aws iam delete-login-profile`"
+        if finding.key:
             what = "root's access key"
             commands = "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
-        else:
-            what = "root's password (or sign in as root and register MFA)"
-            commands = "`aws iam delete-login-profile`"
         task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
         step = (
-            f"delete {what}, with the session that `aws sts assume-root --target-principal {account} "
-            f"--task-policy-arn arn={task}` gives (it takes centralized root access): {commands}."
+            f"delete {what}, with the session that `aws sts assume-root --target-principal "
+            f"{account} --task-policy-arn arn={task}` gives (it takes centralized root access): "
+            f"{commands}."
         )
-    if "used within 30 days" in finding.reasons:
-        return f"Move what uses it to temporary credentials (an IAM role), then {step}"
+    if any(rule.name == "key-in-use" for rule in finding.rules):
+        return MOVE + step
     return step[0].upper() + step[1:]
 
 
