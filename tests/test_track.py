@@ -48,7 +48,7 @@ from organization import (
 )
 
 import iam_audit
-from iam_audit import Change, Event, Trail, UserState
+from iam_audit import Change, Event, KeyState, Trail, UserState
 
 ONE, TWO, THREE, FOUR, FIVE, SIX = (digit * 12 for digit in "123456")
 SEVEN, EIGHT, NINE, TEN, ELEVEN, TWELVE = (f"{prefix}{'0' * 10}" for prefix in ("70", "80", "90", "10", "11", "12"))
@@ -1155,7 +1155,7 @@ ON, OFF = "Configurada", "No configurada"
 def state(password_status: str = OFF, mfa_status: str = "None", **keys: str) -> UserState:
     """`keys` are their status and, after a slash, the day of creation."""
     parts = {name: text.partition("/") for name, text in keys.items()}
-    made = {name: (status, f"2024-01-{day or '01'}") for name, (status, _, day) in parts.items()}
+    made = {name: KeyState(status, f"2024-01-{day or '01'}") for name, (status, _, day) in parts.items()}
     return UserState(password_status, mfa_status, made)
 
 
@@ -1494,7 +1494,8 @@ def test_what_is_written_compares_as_unchanged(tmp_path: Path, users: list[iam_a
     path = tmp_path / "account.csv"
     iam_audit.write_csv(path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(audited))
     read = iam_audit.read_states(path, ONE)
-    assert list(iam_audit.changes_between(ACCOUNT, read, {one.name: iam_audit.state_of(one) for one in users})) == []
+    after = iam_audit.states_of(iam_audit.rows_of(audited))
+    assert list(iam_audit.changes_between(ACCOUNT, read, after)) == []
     assert set(read) == {one.name for one in users}
 
 
