@@ -1857,11 +1857,6 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
         raise
 
 
-SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
-DAMAGE = (csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
-
-
 class KeyState(NamedTuple):
     status: str
     created: str
@@ -1891,6 +1886,11 @@ def finished_runs(output_dir: Path) -> list[Path]:
         if name and os.path.exists(folder / "summary.json"):
             runs[name[1], int(name[2] or 1), folder.name] = folder
     return [runs[each] for each in sorted(runs, reverse=True)]
+
+
+DAMAGE = (csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
+SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
 
 
 @contextlib.contextmanager
@@ -1950,15 +1950,6 @@ def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
 # --------------------------------------------------------------------------------------------------
 # Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument
 # --------------------------------------------------------------------------------------------------
-
-
-ONE_YEAR = timedelta(days=365)
-UNUSED_AFTER = timedelta(days=90)
-IN_USE_WITHIN = timedelta(days=30)
-# AWS Security Maturity Model v2, lowest level first
-LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
-NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
-PHASES = ("phase1", "phase2")
 
 
 class OldestKey(NamedTuple):
@@ -2041,6 +2032,11 @@ def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
     return any(map(pattern.search, (account.name, account.id, account.path or "")))
 
 
+ONE_YEAR = timedelta(days=365)
+UNUSED_AFTER = timedelta(days=90)
+IN_USE_WITHIN = timedelta(days=30)
+
+
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
     """What one user adds to the account's gaps."""
     active = [key for key in user.keys if key.status == "Active"]
@@ -2070,6 +2066,12 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
 
 def number_above(limit: timedelta, spans: Iterable[timedelta]) -> int:
     return sum(span > limit for span in spans)
+
+
+# AWS Security Maturity Model v2, lowest level first
+LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
+NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+PHASES = ("phase1", "phase2")
 
 
 def phase1_level(gaps: Gaps, mfa_enforced: bool = False) -> str:
@@ -2306,8 +2308,6 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-RUNS_SHOWN = 12
-CAME_AND_WENT = "access-key-came-and-went"
 CHANGES_COLUMNS = (
     *("account_id", "account_name", "username", "access_key_id", "change", "before", "after"),
     *("witness", "event_name", "event_time", "actor", "source_ip"),
@@ -2315,29 +2315,6 @@ CHANGES_COLUMNS = (
 EVENTS_COLUMNS = (
     *("account_id", "account_name", "event_time", "event_name", "username", "access_key_id"),
     *("actor", "source_ip", "user_agent", "event_id"),
-)
-
-
-class Witnesses(NamedTuple):
-    confirmed: tuple[str, ...]  # by these events of CloudTrail; after "=", the status they set
-    contradicted: tuple[str, ...]  # by these, where none confirms it
-
-
-EXPLAINED_BY = {
-    "access-key-created": Witnesses(("CreateAccessKey",), ("DeleteAccessKey",)),
-    "access-key-deleted": Witnesses(("DeleteAccessKey",), ("CreateAccessKey",)),
-    "access-key-activated": Witnesses(("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
-    "access-key-deactivated": Witnesses(("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
-    "mfa-added": Witnesses(("EnableMFADevice",), ("DeactivateMFADevice",)),
-    "mfa-removed": Witnesses(("DeactivateMFADevice",), ("EnableMFADevice",)),
-    "mfa-changed": Witnesses(("EnableMFADevice", "DeactivateMFADevice"), ()),
-    "console-enabled": Witnesses(("CreateLoginProfile",), ("DeleteLoginProfile",)),
-    "console-disabled": Witnesses(("DeleteLoginProfile",), ("CreateLoginProfile",)),
-    "user-created": Witnesses(("CreateUser",), ("DeleteUser",)),
-    "user-deleted": Witnesses(("DeleteUser",), ("CreateUser",)),
-}
-EVENT_NAMES = tuple(
-    sorted({event.partition("=")[0] for each in EXPLAINED_BY.values() for event in each.confirmed})
 )
 
 
@@ -2397,6 +2374,9 @@ class Tracking:
     new_keys_elsewhere: list[Change] = field(default_factory=list)
     mfa_fixed: int = 0
     mfa_new: list[Change] = field(default_factory=list)
+
+
+RUNS_SHOWN = 12  # in the table of runs, this one included
 
 
 def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
@@ -2604,6 +2584,9 @@ def same_dates(before: Keys, after: Keys) -> int:
     return sum(before[each].created == after[each].created for each in before.keys() & after.keys())
 
 
+CAME_AND_WENT = "access-key-came-and-went"
+
+
 def came_and_went(
     account: Account, before: States, after: States, trail: Trail | None
 ) -> Iterator[Change]:
@@ -2617,6 +2600,29 @@ def came_and_went(
         if event.name == "DeleteAccessKey" and event.key_id in created - seen:
             change = Change(account_id=account.id, account_name=account.name, user=event.user)
             yield change._replace(key_id=event.key_id, change=CAME_AND_WENT, event=event)
+
+
+class Witnesses(NamedTuple):
+    confirmed: tuple[str, ...]  # by these events of CloudTrail; after "=", the status they set
+    contradicted: tuple[str, ...]  # by these, where none confirms it
+
+
+EXPLAINED_BY = {
+    "access-key-created": Witnesses(("CreateAccessKey",), ("DeleteAccessKey",)),
+    "access-key-deleted": Witnesses(("DeleteAccessKey",), ("CreateAccessKey",)),
+    "access-key-activated": Witnesses(("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
+    "access-key-deactivated": Witnesses(("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
+    "mfa-added": Witnesses(("EnableMFADevice",), ("DeactivateMFADevice",)),
+    "mfa-removed": Witnesses(("DeactivateMFADevice",), ("EnableMFADevice",)),
+    "mfa-changed": Witnesses(("EnableMFADevice", "DeactivateMFADevice"), ()),
+    "console-enabled": Witnesses(("CreateLoginProfile",), ("DeleteLoginProfile",)),
+    "console-disabled": Witnesses(("DeleteLoginProfile",), ("CreateLoginProfile",)),
+    "user-created": Witnesses(("CreateUser",), ("DeleteUser",)),
+    "user-deleted": Witnesses(("DeleteUser",), ("CreateUser",)),
+}
+EVENT_NAMES = tuple(
+    sorted({event.partition("=")[0] for each in EXPLAINED_BY.values() for event in each.confirmed})
+)
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
