@@ -67,7 +67,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -82,7 +82,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar, Union, cast
+from typing import Any, NamedTuple, TextIO, TypeVar, Union
 
 import boto3
 import botocore
@@ -1707,56 +1707,27 @@ async def read_trail(session: AccountSession, names: Sequence[str], since: datet
 # --------------------------------------------------------------------------------------------------
 
 
-CSV_COLUMNS = (
-    "account_id",
-    "account_name",
-    "username",
-    "password_status",
-    "password_last_used",
-    "access_key_id",
-    "status",
-    "created_date",
-    "last_used_date",
-    "service_name",
-    "mfa_status",
-)
 PASSWORD_SET = "Configurada"
 PASSWORD_NOT_SET = "No configurada"
 PASSWORD_NEVER_USED = "Nunca"
 KEY_NEVER_USED = "Nunca utilizada"
 NO_MFA = "None"
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
-FORMULA = re.compile(
-    r"'*[=+\-@\t\r]"
-)  # how a cell starts that a spreadsheet would take for a formula
-SUMMARY_FORMAT = 1  # of summary.json; a number more for each change that a reader must know about
-
-
-class UserState(NamedTuple):
-    """What is compared of a user between two runs. `keys` maps access key IDs to status and creation date."""
-
-    password_status: str
-    mfa_status: str
-    keys: Mapping[str, tuple[str, str]]
-
-    @property
-    def lacks_mfa(self) -> bool:
-        return self.password_status == PASSWORD_SET and self.mfa_status == NO_MFA
-
-
-States = Mapping[str, UserState]  # by user name
+AccountRow = namedtuple(
+    "AccountRow",
+    "account_id account_name username password_status password_last_used access_key_id status "
+    "created_date last_used_date service_name mfa_status",
+)
+CSV_COLUMNS = AccountRow._fields
 
 
 def make_run_folder(output_dir: Path, started: datetime) -> Path:
-    """A new folder for this run, named by its UTC start; a second run in the same second gets `-2`, and so on."""
-    for missing in reversed([one for one in (output_dir, *output_dir.parents) if not one.exists()]):
-        missing.mkdir(
-            mode=0o700, exist_ok=True
-        )  # makedirs would give this mode to the last one alone
-    name = f"{started:%Y%m%dT%H%M%SZ}"
-    for folder in itertools.chain(
-        [output_dir / name], (output_dir / f"{name}-{n}" for n in itertools.count(2))
-    ):
+    """Create this run's folder, named by its UTC start. A second run in that second gets `-2`."""
+    for each in reversed((output_dir, *output_dir.parents)):
+        if not each.exists():
+            each.mkdir(mode=0o700, exist_ok=True)  # makedirs gives its mode to the last one alone
+    for number in itertools.count(1):
+        suffix = f"-{number}" if number > 1 else ""
+        folder = output_dir / f"{started:%Y%m%dT%H%M%SZ}{suffix}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
             break
@@ -1765,7 +1736,7 @@ def make_run_folder(output_dir: Path, started: datetime) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Take back the folder of a run that has written nothing."""
+    """Remove the folder of a run that has written nothing."""
     with contextlib.suppress(OSError):
         (folder / "accounts").rmdir()
         folder.rmdir()
@@ -1775,62 +1746,64 @@ def account_csv(folder: Path, account_id: str) -> Path:
     return folder / "accounts" / f"{account_id}.csv"
 
 
-def rows_of(audited: AuditedAccount) -> Iterator[tuple[str, ...]]:
-    """The account's CSV rows: one for each access key, one for a user without keys."""
-    account = audited.account
+def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
+    """One row for each access key, one for a user without keys."""
     for user in audited.users:
-        who = (account.id, account.name, user.name, *password_cells(user))
         for key in user.keys or (None,):
-            yield (*who, *access_key_cells(key), mfa_status(user))
+            yield account_row(audited.account, user, key)
 
 
-def password_cells(user: User) -> tuple[str, str]:
-    if not user.password:
-        return PASSWORD_NOT_SET, NOT_APPLICABLE
-    return PASSWORD_SET, iso(
-        user.password_last_used
-    ) if user.password_last_used else PASSWORD_NEVER_USED
+def account_row(account: Account, user: User, key: AccessKey | None) -> AccountRow:
+    password_last_used = last_used_cell(user.password_last_used, PASSWORD_NEVER_USED)
+    return AccountRow(
+        account_id=account.id,
+        account_name=account.name,
+        username=user.name,
+        password_status=PASSWORD_SET if user.password else PASSWORD_NOT_SET,
+        password_last_used=password_last_used if user.password else NOT_APPLICABLE,
+        access_key_id=key.id if key else NOT_APPLICABLE,
+        status=key.status if key else NOT_APPLICABLE,
+        created_date=iso(key.created) if key else NOT_APPLICABLE,
+        last_used_date=last_used_cell(key.last_used, KEY_NEVER_USED) if key else NOT_APPLICABLE,
+        service_name=key.service_name if key else NOT_APPLICABLE,
+        mfa_status="+".join(user.mfa) or NO_MFA,
+    )
 
 
-def access_key_cells(key: AccessKey | None) -> tuple[str, ...]:
-    if key is None:
-        return (NOT_APPLICABLE,) * 5
-    last_used = iso(key.last_used) if key.last_used else KEY_NEVER_USED
-    return key.id, key.status, iso(key.created), last_used, key.service_name
-
-
-def mfa_status(user: User) -> str:
-    return "+".join(user.mfa) or NO_MFA
+def last_used_cell(last_used: datetime | None, never: str) -> str:
+    return iso(last_used) if last_used else never
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with atomic_file(path) as file:
         writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
         writer.writerow(columns)
-        writer.writerows([neutral(cell) for cell in row] for row in rows)
-
-
-def neutral(cell: str) -> str:
-    """The cell, with an apostrophe before what a spreadsheet would take for a formula.
-
-    `original` undoes it; that is why a cell with such an apostrophe of its own gets one more.
-    """
-    return "'" + cell if FORMULA.match(cell) else cell
-
-
-def original(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+        for row in rows:
+            writer.writerow(map(neutral, row))
 
 
 class LineFeeds:
-    """Between csv.writer and a file: rows end in LF, as grep and awk expect, while the writer believes in CRLF, the one
-    line end with which every version of Python quotes both CR and LF inside a cell."""
+    """Ends the rows of csv.writer in LF, as grep and awk expect. The writer itself must end them in
+    CRLF: only then does every version of Python quote both CR and LF inside a cell."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def write(self, row: str) -> None:
         self._file.write(row[:-2] + "\n")
+
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet runs as a formula
+
+
+def neutral(cell: str) -> str:
+    """The cell, with an apostrophe before what a spreadsheet would run as a formula. A cell that
+    has such an apostrophe of its own gets another one, so that `original` gives it back."""
+    return "'" + cell if FORMULA.match(cell) else cell
+
+
+def original(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -1841,11 +1814,11 @@ def write_json(path: Path, document: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
-    """A file that is there in full or not at all: written beside its place (mkstemp makes it 0600), then renamed."""
+    """A file that exists in full or not at all: written beside its place, as 0600, then renamed."""
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        # backslashreplace: what strangers write can hold half a character, and must not cost the whole file
+        # backslashreplace: a user agent may hold half a character, which must not cost the file
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
         os.replace(temporary, path)
@@ -1858,98 +1831,99 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
         raise
 
 
+class KeyState(NamedTuple):
+    status: str
+    created: str
+
+
+class UserState(NamedTuple):
+    """What is compared of a user between two runs."""
+
+    password_status: str
+    mfa_status: str
+    keys: dict[str, KeyState]
+
+    @property
+    def lacks_mfa(self) -> bool:
+        return self.password_status == PASSWORD_SET and self.mfa_status == NO_MFA
+
+
+Keys = Mapping[str, KeyState]  # by access key ID
+States = Mapping[str, UserState]  # by user name
+
+
 def finished_runs(output_dir: Path) -> list[Path]:
-    """The folders of finished runs, newest first."""
-    found = []
+    """The folders of finished runs, newest first. A run that has finished has a summary.json."""
+    runs: dict[tuple[str, int, str], Path] = {}
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
         if name and os.path.exists(folder / "summary.json"):
-            found.append((name[1], int(name[2] or 1), folder))
-    return [folder for _, _, folder in sorted(found, reverse=True)]
+            runs[name[1], int(name[2] or 1), folder.name] = folder
+    return [runs[each] for each in sorted(runs, reverse=True)]
+
+
+DAMAGE = (csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
+SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with an earlier run's file becomes an AuditError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
+    except DAMAGE as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary.json of a finished run. Raises AuditError if it cannot be read, ValueError if it is not one."""
-    path = folder / "summary.json"
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
+    """The summary.json of a finished run; to be called in `reading`."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if summary["tool"] != "iam-audit" or summary["format"] != SUMMARY_FORMAT:
         raise ValueError(f"it is not of format {SUMMARY_FORMAT}")
     return summary
 
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
-    """An account's CSV of an earlier run. Raises AuditError for one that this program has not written so."""
-    try:
+    """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
+    with reading(path):
         text = path.read_bytes().decode("utf-8")
         if not text.endswith("\n"):
             raise ValueError("it does not end with a line feed")
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-        if tuple(next(rows, ())) != CSV_COLUMNS:
+        if tuple(next(rows)) != CSV_COLUMNS:
             raise ValueError("its header is not that of an account's CSV")
-        return states_of_rows(rows, account_id)
-    except (OSError, ValueError, csv.Error) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
+        return states_of(checked_rows(rows, account_id))
 
 
-def states_of_rows(rows: Iterable[Sequence[str]], account_id: str) -> dict[str, UserState]:
-    states: dict[str, UserState] = {}
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(CSV_COLUMNS) or row[0] != account_id:
+def checked_rows(rows: Iterable[Sequence[str]], account_id: str) -> Iterator[AccountRow]:
+    """The rows after the header, as they were before `neutral`. Raises ValueError if damaged."""
+    for number, cells in enumerate(rows, 2):
+        if len(cells) != len(CSV_COLUMNS) or cells[0] != account_id:
             raise ValueError(f"row {number} is not one of account {account_id}")
-        _, _, name, password, _, key_id, status, created, _, _, mfa = row
-        if (
-            password not in (PASSWORD_SET, PASSWORD_NOT_SET)
-            or status not in KEY_STATUSES
-            or not mfa
-        ):
+        row = AccountRow(*map(original, cells))
+        known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
+        if not known or row.status not in KEY_STATUSES or not row.mfa_status:
             raise ValueError(f"row {number} has words that no such CSV has")
-        state = states.setdefault(original(name), UserState(password, mfa, {}))
-        if key_id != NOT_APPLICABLE:
-            cast("dict[str, tuple[str, str]]", state.keys)[key_id] = (status, created)
+        yield row
+
+
+def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
+    """The users that an account's rows are about, by name."""
+    states: dict[str, UserState] = {}
+    for row in rows:
+        state = states.setdefault(row.username, UserState(row.password_status, row.mfa_status, {}))
+        if row.access_key_id != NOT_APPLICABLE:
+            state.keys[row.access_key_id] = KeyState(row.status, row.created_date)
     return states
 
 
 # --------------------------------------------------------------------------------------------------
 # Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument
 # --------------------------------------------------------------------------------------------------
-
-
-# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
-# in production accounts and fourth elsewhere.
-PRIORITIES = {
-    "root-access-key": 1,
-    "console-without-mfa": 4,
-    "key-older-than-1-year": 2,
-    "key-in-use": 3,
-    "unused-key": 5,
-    "key-older-than-90-days": 6,
-    "inactive-key": 7,
-}
-ONE_YEAR = timedelta(days=365)
-UNUSED_AFTER = timedelta(days=90)
-IN_USE_WITHIN = timedelta(days=30)
-# AWS Security Maturity Model v2; the order is the ranking
-LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
-NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
-PHASES = ("phase1", "phase2")
-FINDINGS_COLUMNS = (
-    "priority",
-    "finding",
-    "account_id",
-    "account_name",
-    "production",
-    "username",
-    "access_key_id",
-    "age_days",
-    "last_used_date",
-    "service_name",
-    "reasons",
-    "recommendation",
-)
 
 
 class OldestKey(NamedTuple):
@@ -1964,7 +1938,7 @@ class OldestKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Gaps:
-    """Long-term credentials, counted; of one account, or added up over several. Root counts as a user."""
+    """Long-term credentials, counted, per account or in all. Root counts as a user."""
 
     console_users: int = 0
     console_users_without_mfa: int = 0
@@ -1988,7 +1962,7 @@ class Gaps:
 
     @property
     def mfa_coverage_percent(self) -> float:
-        """Console users with MFA, in percent of all, rounded down: 100 means all, and there may be none."""
+        """Console users with MFA, in percent of all, rounded down so that 100 means all."""
         covered = self.console_users - self.console_users_without_mfa
         return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
 
@@ -2010,30 +1984,16 @@ class AccountFigures:
     phase2: str
 
 
-class Finding(NamedTuple):
-    """One thing to fix: a user who needs MFA (`key` is None), or an access key that must go."""
-
-    priority: int
-    finding: str
-    account: Account
-    production: bool
-    user: str
-    key: AccessKey | None
-    password_last_used: datetime | None
-    reasons: tuple[str, ...]
-
-
 def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
-    """The figures of one account."""
-    gaps = sum(
-        (gaps_of(audited.account, user, plan.max_key_age, now) for user in audited.users), Gaps()
-    )
-    users = sum(user.name != ROOT for user in audited.users)
+    gaps, has_root = Gaps(), False
+    for user in audited.users:
+        gaps += gaps_of(audited.account, user, plan.max_key_age, now)
+        has_root = has_root or user.name == ROOT
     return AccountFigures(
         account=audited.account,
         report_generated=audited.report_generated,
-        has_root=users < len(audited.users),
-        users=users,
+        has_root=has_root,
+        users=len(audited.users) - has_root,
         production=is_production(audited.account, plan.production),
         gaps=gaps,
         phase1=phase1_level(gaps),
@@ -2043,25 +2003,32 @@ def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures
 
 def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
     """Whether the account's name, ID or path in the organization says so."""
-    return any(pattern.search(text) for text in (account.name, account.id, account.path or ""))
+    return any(map(pattern.search, (account.name, account.id, account.path or "")))
+
+
+ONE_YEAR = timedelta(days=365)
+UNUSED_AFTER = timedelta(days=90)
+IN_USE_WITHIN = timedelta(days=30)
 
 
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
     """What one user adds to the account's gaps."""
     active = [key for key in user.keys if key.status == "Active"]
-    used = [now - key.last_used for key in active if key.last_used is not None]
+    statuses = Counter(key.status for key in user.keys)
+    ages = [now - key.created for key in active]
+    unused = [now - key.last_used for key in active if key.last_used is not None]
     return Gaps(
         console_users=int(user.password),
         console_users_without_mfa=int(user.password and not user.mfa),
         access_keys=len(user.keys),
         active_keys=len(active),
-        inactive_keys=sum(key.status == "Inactive" for key in user.keys),
-        expired_keys=sum(key.status == "Expired" for key in user.keys),
-        active_keys_older_than_max_age=sum(now - key.created > max_key_age for key in active),
-        active_keys_older_than_1_year=sum(now - key.created > ONE_YEAR for key in active),
-        active_keys_never_used=len(active) - len(used),
-        active_keys_not_used_for_90_days=sum(span > UNUSED_AFTER for span in used),
-        active_keys_used_within_30_days=sum(span <= IN_USE_WITHIN for span in used),
+        inactive_keys=statuses["Inactive"],
+        expired_keys=statuses["Expired"],
+        active_keys_older_than_max_age=number_above(max_key_age, ages),
+        active_keys_older_than_1_year=number_above(ONE_YEAR, ages),
+        active_keys_never_used=len(active) - len(unused),
+        active_keys_not_used_for_90_days=number_above(UNUSED_AFTER, unused),
+        active_keys_used_within_30_days=len(unused) - number_above(IN_USE_WITHIN, unused),
         root_access_keys=len(user.keys) if user.name == ROOT else 0,
         users_with_two_active_keys=int(len(active) > 1),
         oldest_active_key=min(
@@ -2071,8 +2038,18 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
     )
 
 
+def number_above(limit: timedelta, spans: Iterable[timedelta]) -> int:
+    return sum(span > limit for span in spans)
+
+
+# AWS Security Maturity Model v2, lowest level first
+LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
+NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+PHASES = ("phase1", "phase2")
+
+
 def phase1_level(gaps: Gaps, mfa_enforced: bool = False) -> str:
-    """Multi-factor authentication; Advanced where a policy also keeps console users without MFA from acting."""
+    """Multi-factor authentication; Advanced if a policy also keeps users from acting without it."""
     if gaps.console_users_without_mfa:
         return IN_PROGRESS
     return ADVANCED if mfa_enforced else COMPLETE
@@ -2086,106 +2063,161 @@ def phase2_level(gaps: Gaps) -> str:
 
 
 def organization_level(levels: Iterable[str], failed: int) -> str:
-    """The lowest level among the audited accounts; accounts that nobody could look into hold it at In Progress."""
-    ranks = [LEVELS.index(level) for level in levels]
-    if not ranks:
-        return NOT_STARTED
-    return LEVELS[min(ranks + [LEVELS.index(IN_PROGRESS)] * bool(failed))]
+    """The lowest level of the audited accounts; at most In Progress if accounts failed."""
+    lowest = min(levels, key=LEVELS.index, default=NOT_STARTED)
+    return IN_PROGRESS if failed and lowest in (COMPLETE, ADVANCED) else lowest
 
 
 def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
     return sum((account.gaps for account in accounts), Gaps())
 
 
+FINDINGS_COLUMNS = (
+    *("priority", "finding", "account_id", "account_name", "production", "username"),
+    *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
+)
+USER, ACTIVE_KEY, INACTIVE_KEY, EXPIRED_KEY = "user", "active key", "inactive key", "expired key"
+
+
+class Case(NamedTuple):
+    """What rules judge: a user, or one of their access keys."""
+
+    about: str  # USER, ACTIVE_KEY, ...
+    user: User
+    production: bool
+    max_key_age: timedelta
+    age: timedelta = timedelta(0)
+    unused: timedelta | None = None  # since the last use; None: never used
+
+    def always(self) -> bool:
+        return True
+
+    def is_of_root(self) -> bool:
+        return self.user.name == ROOT
+
+    def lacks_mfa(self) -> bool:
+        return self.user.password and not self.user.mfa
+
+    def is_root_without_mfa(self) -> bool:
+        return self.is_of_root() and self.lacks_mfa()
+
+    def lacks_mfa_in_production(self) -> bool:
+        return self.production and self.lacks_mfa()
+
+    def is_over_a_year_old(self) -> bool:
+        return self.age > ONE_YEAR
+
+    def is_in_use(self) -> bool:
+        return self.unused is not None and self.unused <= IN_USE_WITHIN
+
+    def was_never_used(self) -> bool:
+        return self.age > UNUSED_AFTER and self.unused is None  # a younger one may yet be used
+
+    def is_unused(self) -> bool:
+        return self.age > UNUSED_AFTER and self.unused is not None and self.unused > UNUSED_AFTER
+
+    def is_too_old(self) -> bool:
+        return self.age > self.max_key_age
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reason for the finding of this name. {max_key_age} (in days) in `reason`, {user}, {key} and
+    {account} in `advice` are filled in on output. `controls` are those of CIS and Security Hub."""
+
+    name: str
+    priority: int
+    about: str
+    applies: Callable[[Case], bool]
+    reason: str
+    advice: str = ""
+    controls: tuple[str, ...] = ()
+
+
+REGISTER_MFA = (
+    "Have the user register an MFA device or, if temporary credentials serve, remove the password: "
+    "`aws iam delete-login-profile {user}` in account {account}."
+)
+MOVE = "Move what uses it to temporary credentials (an IAM role), then "
+DEACTIVATE = "`aws iam update-access-key {user} {key} --status=Inactive` in account {account}"
+DEACTIVATE_USED = f"{MOVE}deactivate it: {DEACTIVATE}."
+DEACTIVATE_UNUSED = f"Deactivate it: {DEACTIVATE}; delete it once nobody has missed it."
+ASK_OWNER = f"Ask its owner what it is for, then deactivate it: {DEACTIVATE}."
+FIND_OUT = f"Find out what used it last, then deactivate it: {DEACTIVATE}."
+DELETE = "Delete it: `aws iam delete-access-key {user} {key}` in account {account}."
+# A user or an access key is one finding, named by the most urgent rule that applies. All rules that
+# apply are its reasons, in this order. The advice is that of the first that has any: what to do
+# about an old key depends on its use.
+RULES = (
+    Rule("root-access-key", 1, ACTIVE_KEY, Case.is_of_root, "active root access key"),
+    Rule("console-without-mfa", 4, USER, Case.lacks_mfa, "console user without MFA", REGISTER_MFA),
+    Rule("console-without-mfa", 4, USER, Case.is_root_without_mfa, "root"),
+    Rule("console-without-mfa", 1, USER, Case.lacks_mfa_in_production, "production"),
+    Rule("key-older-than-1-year", 2, ACTIVE_KEY, Case.is_over_a_year_old, "older than 1 year"),
+    Rule("key-in-use", 3, ACTIVE_KEY, Case.is_in_use, "used within 30 days", DEACTIVATE_USED),
+    Rule("unused-key", 5, ACTIVE_KEY, Case.was_never_used, "never used", DEACTIVATE_UNUSED),
+    Rule("unused-key", 5, ACTIVE_KEY, Case.is_unused, "not used for 90 days", DEACTIVATE_UNUSED),
+    Rule("key-older-than-90-days", 6, ACTIVE_KEY, Case.is_too_old, "older than {max_key_age} days"),
+    Rule("inactive-key", 7, INACTIVE_KEY, Case.always, "inactive", DELETE),
+    Rule("inactive-key", 7, EXPIRED_KEY, Case.always, "expired", DELETE),
+)
+
+
+class Finding(NamedTuple):
+    """One thing to fix: a user (`key` is None) or an access key, with all rules that apply."""
+
+    priority: int
+    finding: str
+    account: Account
+    production: bool
+    user: str
+    key: AccessKey | None
+    password_last_used: datetime | None
+    rules: tuple[Rule, ...]
+
+
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
-    """What to fix in one account: each user without MFA and each key at most once."""
     account, production = audited.account, is_production(audited.account, plan.production)
     for user in audited.users:
-        if user.password and not user.mfa:
-            reasons = (
-                "console user without MFA",
-                *["root"] * (user.name == ROOT),
-                *["production"] * production,
-            )
-            finding = "console-without-mfa"
-            priority = MOST_URGENT if production else PRIORITIES[finding]
-            yield Finding(
-                priority,
-                finding,
-                account,
-                production,
-                user.name,
-                None,
-                user.password_last_used,
-                reasons,
-            )
-        for key in user.keys:
-            if applies := key_findings(key, user.name == ROOT, plan.max_key_age, now):
-                finding = min(applies, key=PRIORITIES.__getitem__)
-                priority, reasons = PRIORITIES[finding], tuple(applies.values())
-                yield Finding(priority, finding, account, production, user.name, key, None, reasons)
+        for key in (None, *user.keys):
+            case = case_of(user, key, production, plan.max_key_age, now)
+            rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
+            if rules:
+                rule = min(rules, key=lambda each: each.priority)
+                last_used = user.password_last_used
+                yield Finding(
+                    rule.priority, rule.name, account, production, user.name, key, last_used, rules
+                )
 
 
-def reasons_of(finding: Finding, plan: Plan) -> list[str]:
-    return list(finding.reasons)
-
-
-def key_findings(
-    key: AccessKey, is_root: bool, max_key_age: timedelta, now: datetime
-) -> dict[str, str]:
-    """All findings that apply to an access key, each with its reason in words."""
-    if key.status != "Active":
-        return {"inactive-key": "expired" if key.status == "Expired" else "inactive"}
-    old = now - key.created
-    unused = None if key.last_used is None else now - key.last_used
-    applies = {
-        "root-access-key": "active root access key" if is_root else "",
-        "key-older-than-1-year": "older than 1 year" if old > ONE_YEAR else "",
-        "key-in-use": "used within 30 days"
-        if unused is not None and unused <= IN_USE_WITHIN
-        else "",
-        "unused-key": unused_reason(old, unused),
-        "key-older-than-90-days": f"older than {max_key_age.days} days"
-        if old > max_key_age
-        else "",
-    }
-    return {finding: reason for finding, reason in applies.items() if reason}
-
-
-def unused_reason(old: timedelta, unused: timedelta | None) -> str:
-    """Why a key is safe to deactivate; a young key that was never used may be about to be used."""
-    if old <= UNUSED_AFTER:
-        return ""
-    if unused is None:
-        return "never used"
-    return "not used for 90 days" if unused > UNUSED_AFTER else ""
+def case_of(
+    user: User, key: AccessKey | None, production: bool, max_key_age: timedelta, now: datetime
+) -> Case:
+    if key is None:
+        return Case(USER, user, production, max_key_age)
+    about = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}.get(key.status, INACTIVE_KEY)
+    unused = now - key.last_used if key.last_used else None
+    return Case(about, user, production, max_key_age, now - key.created, unused)
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
-    """The order of findings.csv: by priority, production first, oldest first, by account and name."""
+    """By priority, production before the rest, oldest first, then by account and name."""
     key = finding.key
     born = key.created.timestamp() if key else float("inf")
-    return (
-        finding.priority,
-        not finding.production,
-        born,
-        finding.account.id,
-        finding.user,
-        key.id if key else "",
-    )
+    where = (finding.account.id, finding.user, key.id if key else "")
+    return (finding.priority, not finding.production, born, *where)
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
-    """The finding's line in findings.csv."""
+    """The finding's row in findings.csv."""
     key = finding.key
-    if key is None:
-        last_used = (
-            iso(finding.password_last_used) if finding.password_last_used else PASSWORD_NEVER_USED
-        )
-        key_id, age_days, service = NOT_APPLICABLE, "", NOT_APPLICABLE
-    else:
-        key_id, _, _, last_used, service = access_key_cells(key)
+    if key:
         age_days = str(days_between(key.created, run.started))
+        last_used = last_used_cell(key.last_used, KEY_NEVER_USED)
+        credential = (key.id, age_days, last_used, key.service_name)
+    else:
+        last_used = last_used_cell(finding.password_last_used, PASSWORD_NEVER_USED)
+        credential = (NOT_APPLICABLE, "", last_used, NOT_APPLICABLE)
     return (
         str(finding.priority),
         finding.finding,
@@ -2193,36 +2225,30 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
         finding.account.name,
         "true" if finding.production else "false",
         finding.user,
-        key_id,
-        age_days,
-        last_used,
-        service,
-        "; ".join(finding.reasons),
+        *credential,
+        "; ".join(reasons_of(finding, run.plan)),
         recommendation(finding, run),
     )
 
 
+def reasons_of(finding: Finding, plan: Plan) -> list[str]:
+    days = plan.max_key_age.days
+    return [rule.reason.format(max_key_age=days) for rule in finding.rules]
+
+
 def recommendation(finding: Finding, run: Run) -> str:
-    """The next step in a sentence, with the AWS CLI command for it, its arguments quoted for a shell."""
-    account, user, key = finding.account.id, shlex.quote(printable(finding.user)), finding.key
+    """The next step, with the AWS CLI command for it, its arguments quoted for a shell."""
     if finding.user == ROOT:
         return recommendation_for_root(finding, run)
-    if key is None:
-        return (
-            f"Have the user register an MFA device or, if temporary credentials serve, remove the password: "
-            f"`aws iam delete-login-profile --user-name={user}` in account {account}."
-        )
-    arguments = f"--user-name={user} --access-key-id={shlex.quote(printable(key.id))}"
-    if key.status != "Active":
-        return f"Delete it: `aws iam delete-access-key {arguments}` in account {account}."
-    deactivate = f"`aws iam update-access-key {arguments} --status=Inactive` in account {account}"
-    if not {"never used", "not used for 90 days"}.isdisjoint(finding.reasons):
-        return f"Deactivate it: {deactivate}; delete it once nobody has missed it."
-    if key.last_used is None:
-        return f"Ask its owner what it is for, then deactivate it: {deactivate}."
-    if "used within 30 days" in finding.reasons:
-        return f"Move what uses it to temporary credentials (an IAM role), then deactivate it: {deactivate}."
-    return f"Find out what used it last, then deactivate it: {deactivate}."
+    key = finding.key
+    advice = FIND_OUT if key and key.last_used else ASK_OWNER
+    for rule in reversed(finding.rules):
+        advice = rule.advice or advice
+    return advice.format(
+        user=f"--user-name={shlex.quote(printable(finding.user))}",
+        key=f"--access-key-id={shlex.quote(printable(key.id))}" if key else "",
+        account=finding.account.id,
+    )
 
 
 def recommendation_for_root(finding: Finding, run: Run) -> str:
@@ -2230,24 +2256,24 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
     """
-    account, is_key = finding.account.id, finding.key is not None
+    account = finding.account.id
     if account == run.organization.management_account:
-        to_do = "delete the access key" if is_key else "register an MFA device"
+        to_do = "delete the access key" if finding.key else "register an MFA device"
         step = f"sign in as root of the management account and {to_do}: no role can do that there."
     else:
-        if is_key:
+        what = "root's password (or sign in as root and register MFA)"
+        commands = "`aws iam delete-login-profile`"
+        if finding.key:
             what = "root's access key"
             commands = "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
-        else:
-            what = "root's password (or sign in as root and register MFA)"
-            commands = "`aws iam delete-login-profile`"
         task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
         step = (
-            f"delete {what}, with the session that `aws sts assume-root --target-principal {account} "
-            f"--task-policy-arn arn={task}` gives (it takes centralized root access): {commands}."
+            f"delete {what}, with the session that `aws sts assume-root --target-principal "
+            f"{account} --task-policy-arn arn={task}` gives (it takes centralized root access): "
+            f"{commands}."
         )
-    if "used within 30 days" in finding.reasons:
-        return f"Move what uses it to temporary credentials (an IAM role), then {step}"
+    if any(rule.name == "key-in-use" for rule in finding.rules):
+        return MOVE + step
     return step[0].upper() + step[1:]
 
 
@@ -2256,61 +2282,25 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-# Each change with the CloudTrail events that explain it, and those that contradict it where none explains it.
-EXPLAINED_BY = {
-    "access-key-created": (("CreateAccessKey",), ("DeleteAccessKey",)),
-    "access-key-deleted": (("DeleteAccessKey",), ("CreateAccessKey",)),
-    "access-key-activated": (("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
-    "access-key-deactivated": (("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
-    "mfa-added": (("EnableMFADevice",), ("DeactivateMFADevice",)),
-    "mfa-removed": (("DeactivateMFADevice",), ("EnableMFADevice",)),
-    "mfa-changed": (("EnableMFADevice", "DeactivateMFADevice"), ()),
-    "console-enabled": (("CreateLoginProfile",), ("DeleteLoginProfile",)),
-    "console-disabled": (("DeleteLoginProfile",), ("CreateLoginProfile",)),
-    "user-created": (("CreateUser",), ("DeleteUser",)),
-    "user-deleted": (("DeleteUser",), ("CreateUser",)),
-}
-CAME_AND_WENT = "access-key-came-and-went"
-EVENT_NAMES = tuple(
-    sorted({name.split("=")[0] for explained, _ in EXPLAINED_BY.values() for name in explained})
-)
-RUNS_SHOWN = 12
 CHANGES_COLUMNS = (
-    "account_id",
-    "account_name",
-    "username",
-    "access_key_id",
-    "change",
-    "before",
-    "after",
-    "witness",
-    "event_name",
-    "event_time",
-    "actor",
-    "source_ip",
+    *("account_id", "account_name", "username", "access_key_id", "change", "before", "after"),
+    *("witness", "event_name", "event_time", "actor", "source_ip"),
 )
 EVENTS_COLUMNS = (
-    "account_id",
-    "account_name",
-    "event_time",
-    "event_name",
-    "username",
-    "access_key_id",
-    "actor",
-    "source_ip",
-    "user_agent",
-    "event_id",
+    *("account_id", "account_name", "event_time", "event_name", "username", "access_key_id"),
+    *("actor", "source_ip", "user_agent", "event_id"),
 )
 
 
 class Change(NamedTuple):
-    """One line of changes.csv. `witness` is confirmed, contradicted, not found, unavailable, or empty: not asked."""
+    """A row of changes.csv, with the CloudTrail event that tells of it. `witness` is confirmed,
+    contradicted, not found or unavailable; empty without --cloudtrail."""
 
     account_id: str
     account_name: str
-    user: str
-    key_id: str
-    change: str
+    user: str = ""
+    key_id: str = ""
+    change: str = ""
     before: str = ""
     after: str = ""
     witness: str = ""
@@ -2328,26 +2318,27 @@ class RunFigures:
     active_keys_older_than_max_age: int
 
 
+class EarlierAccount(NamedTuple):
+    name: str
+    result: str  # audited, failed, skipped or out of scope
+
+
 @dataclass(frozen=True)
 class EarlierRun:
-    """The run that this one is compared with: each account's ID with name and result; the organization's level in both
-    phases, and by ID those of each account that it audited."""
+    """The run to compare with. Levels are by phase, accounts by ID."""
 
     folder: Path
     started: datetime
     max_key_age_days: int
-    accounts: Mapping[str, tuple[str, str]]
+    accounts: Mapping[str, EarlierAccount]
     levels: Mapping[str, str]
     account_levels: Mapping[str, Mapping[str, str]]
 
 
 @dataclass
 class Tracking:
-    """What has changed since the earlier run, as far as the run has come; without one (None) there is no change.
-
-    `compared` are the IDs of the accounts that both runs audited. In all others a key is new if its creation date says
-    so: `new_keys_elsewhere`.
-    """
+    """What has changed since the earlier run, if there is one. `compared` holds the IDs of the
+    accounts that both runs audited; in the others, creation dates tell the new keys."""
 
     earlier: EarlierRun | None = None
     runs: list[RunFigures] = field(default_factory=list)
@@ -2359,298 +2350,289 @@ class Tracking:
     mfa_new: list[Change] = field(default_factory=list)
 
 
-def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
-    """The run to compare with, `named` or the newest of this organization, and the last runs for the table.
+RUNS_SHOWN = 12  # in the table of runs, this one included
 
-    Whatever will be compared is checked now: a damaged file must not come to light after hours of auditing.
-    """
+
+def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
+    """The run to compare with (`named`, or the newest of this organization) and the last runs. What
+    will be compared is checked now, because damage must not show after hours of auditing."""
     tracking = Tracking()
+    if named is not None:
+        with reading(named / "summary.json"):
+            summary = read_summary(named)
+            other_id = summary["organization"]["id"]
+            if other_id != organization_id:
+                raise AuditError(f"--previous: {named} is a run of organization {other_id}.")
+            tracking.earlier = earlier_run(named, summary)
     for folder in finished_runs(output_dir):
+        try:
+            with reading(folder / "summary.json"):
+                summary = read_summary(folder)
+                if summary["organization"]["id"] == organization_id:
+                    tracking.runs.insert(0, run_figures(summary))
+                    tracking.earlier = tracking.earlier or earlier_run(folder, summary)
+        except AuditError:
+            if tracking.earlier is None:
+                raise
+            tracking.unreadable.append(folder.name)  # costs a line in the table of runs
         if len(tracking.runs) == RUNS_SHOWN - 1:
             break
-        try:
-            with naming_the_file(folder):
-                summary = read_summary(folder)
-                if summary["organization"]["id"] != organization_id:
-                    continue
-                tracking.runs.insert(0, run_figures(summary))
-                if tracking.earlier is None and named is None:
-                    tracking.earlier = earlier_run(folder, summary)
-        except AuditError:
-            if tracking.earlier is None and named is None:
-                raise
-            tracking.unreadable.append(
-                folder.name
-            )  # it would only have been a line in the table of runs
-    if named is not None:
-        with naming_the_file(named):
-            summary = read_summary(named)
-            if summary["organization"]["id"] != organization_id:
-                raise AuditError(
-                    f"--previous: {named} is a run of organization {summary['organization']['id']}."
-                )
-            tracking.earlier = earlier_run(named, summary)
     return tracking
-
-
-@contextlib.contextmanager
-def naming_the_file(folder: Path) -> Iterator[None]:
-    """What a summary.json lacks or has wrong becomes an AuditError that says which one."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else repr(error)
-        raise AuditError(
-            f"Cannot read the earlier run's {folder / 'summary.json'}: {what}"
-        ) from None
 
 
 def run_figures(summary: Mapping[str, Any]) -> RunFigures:
     gaps = summary["gaps"]["organization"]
     return RunFigures(
-        parse_time(summary["started"]),
-        summary["totals"]["audited"],
-        gaps["console_users_without_mfa"],
-        gaps["active_keys"],
-        gaps["active_keys_older_than_max_age"],
+        started=parse_time(summary["started"]),
+        audited=summary["totals"]["audited"],
+        console_users_without_mfa=gaps["console_users_without_mfa"],
+        active_keys=gaps["active_keys"],
+        active_keys_older_than_max_age=gaps["active_keys_older_than_max_age"],
     )
 
 
 def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
-    """The earlier run, all of its CSVs read once to see that they hold what its summary counts."""
-    accounts = {entry["id"]: (entry["name"], entry["result"]) for entry in summary["accounts"]}
+    """The earlier run, once each of its CSVs has been seen to hold what its summary counts."""
+    accounts, levels = {}, {}
     for entry in summary["accounts"]:
+        accounts[entry["id"]] = EarlierAccount(entry["name"], entry["result"])
         if entry["result"] == "audited":
-            states = read_states(account_csv(folder, entry["id"]), entry["id"])
-            keys = sum(len(state.keys) for state in states.values())
-            if (len(states), keys) != (
-                entry["users"] + entry["root"],
-                entry["gaps"]["access_keys"],
-            ):
-                path = account_csv(folder, entry["id"])
-                raise AuditError(
-                    f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts"
-                )
-    accounts.update(
-        {entry["id"]: (entry["name"], "out of scope") for entry in summary["out_of_scope"]}
-    )
+            check_csv(account_csv(folder, entry["id"]), entry)
+            levels[entry["id"]] = {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
+    for entry in summary["out_of_scope"]:
+        accounts[entry["id"]] = EarlierAccount(entry["name"], "out of scope")
+    maturity = summary["maturity"]
     return EarlierRun(
         folder=folder,
         started=parse_time(summary["started"]),
-        max_key_age_days=timedelta(
-            days=summary["max_key_age_days"]
-        ).days,  # refuses what is no number of days
+        # timedelta refuses what is not a number of days
+        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,
         accounts=accounts,
-        levels={phase: level_of(summary["maturity"][phase]["level"]) for phase in PHASES},
-        account_levels={
-            entry["id"]: {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
-            for entry in summary["accounts"]
-            if entry["result"] == "audited"
-        },
+        levels={phase: level_of(maturity[phase]["level"]) for phase in PHASES},
+        account_levels=levels,
     )
 
 
+def check_csv(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raises AuditError unless the CSV has the users and keys that the summary's entry counts."""
+    states = read_states(path, entry["id"])
+    keys = sum(len(state.keys) for state in states.values())
+    users = entry["users"] + entry["root"]
+    if len(states) != users or keys != entry["gaps"]["access_keys"]:
+        raise AuditError(
+            f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts"
+        )
+
+
 def level_of(text: str) -> str:
-    """The level of that name; ValueError if there is none."""
-    return LEVELS[LEVELS.index(text)]
+    if text not in LEVELS:
+        raise ValueError(f"{text!r} is not a level")
+    return text
 
 
 def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
-    """Compare an account with what the earlier run saw of it; where that saw nothing, dates tell which keys are new."""
+    """Compare an account with the earlier run. Had that not audited it, dates tell the new keys."""
     account, earlier = audited.account, tracking.earlier
     if earlier is None:
         return
-    trail = audited.trail and trail_since(audited.trail, earlier.started)
-    if earlier.accounts.get(account.id, ("", ""))[1] != "audited":
-        created = keys_created_since(audited, earlier.started)
-        tracking.new_keys_elsewhere += [with_witness(change, trail) for change in created]
+    trail = audited.trail
+    if trail is not None:  # --since may ask for older events, which explain nothing
+        events = tuple(event for event in trail.events if event.time >= earlier.started)
+        trail = replace(trail, events=events)
+    then = earlier.accounts.get(account.id)
+    if then is None or then.result != "audited":
+        for change in keys_created_since(audited, earlier.started):
+            tracking.new_keys_elsewhere.append(with_witness(change, trail))
         return
     before = read_states(account_csv(earlier.folder, account.id), account.id)
-    after = {user.name: state_of(user) for user in audited.users}
-    changes = [
-        *changes_between(account, before, after),
-        *came_and_went(account, before, after, trail),
-    ]
+    after = states_of(rows_of(audited))
     tracking.compared.add(account.id)
-    tracking.changes += [with_witness(change, trail) for change in changes]
-    unknown, renamed = {ROOT} - (before.keys() & after.keys()), renamed_users(before, after)
-    lacking_before = {
-        renamed.get(name, name) for name, state in before.items() if state.lacks_mfa
-    } - unknown
-    lacking_now = {name for name, state in after.items() if state.lacks_mfa} - unknown
-    tracking.mfa_fixed += len(lacking_before - lacking_now)
-    new = sorted(lacking_now - lacking_before)
-    tracking.mfa_new += [
-        Change(account.id, account.name, name, "", "console-without-mfa") for name in new
-    ]
+    for change in changes_between(account, before, after):
+        tracking.changes.append(with_witness(change, trail))
+    for change in came_and_went(account, before, after, trail):
+        tracking.changes.append(with_witness(change, trail))
+    track_mfa(tracking, account, before, after)
 
 
 def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
     account = audited.account
     for user in audited.users:
+        of_user = Change(account_id=account.id, account_name=account.name, user=user.name)
         for key in user.keys:
             if key.created >= moment:
-                yield Change(
-                    account.id,
-                    account.name,
-                    user.name,
-                    key.id,
-                    "access-key-created",
-                    "",
-                    key.status,
-                )
+                yield of_user._replace(key_id=key.id, change="access-key-created", after=key.status)
 
 
-def trail_since(trail: Trail, moment: datetime) -> Trail:
-    """What can explain a change: with --since, CloudTrail may have been asked for older events too."""
-    return replace(trail, events=tuple(event for event in trail.events if event.time >= moment))
-
-
-def state_of(user: User) -> UserState:
-    status, _ = password_cells(user)
-    return UserState(
-        status, mfa_status(user), {key.id: (key.status, iso(key.created)) for key in user.keys}
-    )
+def track_mfa(tracking: Tracking, account: Account, before: States, after: States) -> None:
+    """Count the console users without MFA who have it now or are gone, and keep the new ones."""
+    renamed = renamed_users(before, after)
+    for name in names_to_compare(before, after):
+        then, now = before.get(renamed.get(name, name)), after.get(name)
+        lacked = then is not None and then.lacks_mfa
+        lacks = now is not None and now.lacks_mfa
+        if lacked and not lacks and name not in renamed.values():
+            tracking.mfa_fixed += 1
+        if lacks and not lacked:
+            of_user = Change(account_id=account.id, account_name=account.name, user=name)
+            tracking.mfa_new.append(of_user._replace(change="console-without-mfa"))
 
 
 def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
-    """Root is compared only if both reports have it; it neither comes nor goes. A user who was renamed is another one,
-    and his keys, which kept their IDs, are neither new nor gone."""
+    """The changes of an account's users. A user who was renamed is deleted under the old name and
+    created under the new one; their keys keep their IDs, so they are neither new nor gone."""
     renamed = renamed_users(before, after)
-    name_before = {new: old for old, new in renamed.items()}
-    for name in sorted(before.keys() | after.keys()):
+    for name in names_to_compare(before, after):
         then, now = before.get(name), after.get(name)
-        if name == ROOT and (then is None or now is None):
-            continue
-        change = functools.partial(Change, account.id, account.name, name)
+        of_user = Change(account_id=account.id, account_name=account.name, user=name)
         if then is None:
-            yield change("", "user-created")
+            yield of_user._replace(change="user-created")
         elif now is None:
-            yield change("", "user-deleted")
+            yield of_user._replace(change="user-deleted")
         else:
-            yield from sign_in_changes(change, then, now)
-        if name in renamed:
-            continue  # his keys are compared under the new name
-        had = then or before.get(name_before.get(name, ""))
-        keys_then, keys_now = had.keys if had else {}, now.keys if now else {}
-        yield from key_changes(
-            change, in_their_slots(keys_then, keys_now) if name == ROOT else keys_then, keys_now
-        )
+            yield from sign_in_changes(of_user, then, now)
+        if name not in renamed.values():  # else their keys are compared under the new name
+            owner = before.get(renamed.get(name, name))
+            yield from key_changes(of_user, owner.keys if owner else {}, now.keys if now else {})
+
+
+def names_to_compare(before: States, after: States) -> list[str]:
+    """All users; root only if both credential reports had it: root neither comes nor goes."""
+    names = before.keys() | after.keys()
+    if ROOT not in before or ROOT not in after:
+        names.discard(ROOT)
+    return sorted(names)
 
 
 def renamed_users(before: States, after: States) -> dict[str, str]:
-    """The new name by the old one, as far as keys tell: they stay with their user."""
-    old_owner = {
-        key_id: name for name, state in before.items() if name not in after for key_id in state.keys
-    }
-    new_owner = {
-        key_id: name for name, state in after.items() if name not in before for key_id in state.keys
-    }
-    return {
-        old_owner[key_id]: new_owner[key_id]
-        for key_id in sorted(old_owner.keys() & new_owner.keys())
-    }
+    """The old name by the new one, as far as keys tell: they stay with their user."""
+    owners = {}
+    for name in sorted(before.keys() - after.keys()):
+        owners.update(dict.fromkeys(before[name].keys, name))
+    renamed = {}
+    for name in sorted(after.keys() - before.keys()):
+        for key_id in after[name].keys.keys() & owners.keys():
+            renamed[name] = owners[key_id]
+    return renamed
 
 
-def sign_in_changes(
-    change: Callable[..., Change], then: UserState, now: UserState
-) -> Iterator[Change]:
+def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
     if then.password_status != now.password_status:
         what = "console-enabled" if now.password_status == PASSWORD_SET else "console-disabled"
-        yield change("", what, then.password_status, now.password_status)
+        yield of_user._replace(change=what, before=then.password_status, after=now.password_status)
     if then.mfa_status != now.mfa_status:
-        what = {then.mfa_status: "mfa-added", now.mfa_status: "mfa-removed"}.get(
-            NO_MFA, "mfa-changed"
-        )
-        yield change("", what, then.mfa_status, now.mfa_status)
+        what = "mfa-changed"
+        if then.mfa_status == NO_MFA:
+            what = "mfa-added"
+        elif now.mfa_status == NO_MFA:
+            what = "mfa-removed"
+        yield of_user._replace(change=what, before=then.mfa_status, after=now.mfa_status)
 
 
-def key_changes(
-    change: Callable[..., Change],
-    then: Mapping[str, tuple[str, str]],
-    now: Mapping[str, tuple[str, str]],
-) -> Iterator[Change]:
-    """The changes of one user's access keys. Root's have no IDs: another creation date means another key."""
-    for key_id in sorted(then.keys() | now.keys()):
-        status_then, created_then = then.get(key_id, ("", ""))
-        status_now, created_now = now.get(key_id, ("", ""))
-        replaced = bool(status_then and status_now) and created_then != created_now
-        if not status_now or replaced:
-            yield change(key_id, "access-key-deleted", status_then)
-        if not status_then or replaced:
-            yield change(key_id, "access-key-created", "", status_now)
-        elif status_now and (status_then == "Active") != (status_now == "Active"):
-            what = "access-key-activated" if status_now == "Active" else "access-key-deactivated"
-            yield change(key_id, what, status_then, status_now)
+def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
+    """One user's access keys. Root's have no IDs: another creation date means another key."""
+    if of_user.user == ROOT:
+        before = in_their_slots(before, after)
+    for key_id in sorted(before.keys() | after.keys()):
+        of_key = of_user._replace(key_id=key_id)
+        then, now = before.get(key_id), after.get(key_id)
+        if then is None or now is None or then.created != now.created:
+            if then is not None:
+                yield of_key._replace(change="access-key-deleted", before=then.status)
+            if now is not None:
+                yield of_key._replace(change="access-key-created", after=now.status)
+        elif (then.status == "Active") != (now.status == "Active"):
+            what = "access-key-activated" if now.status == "Active" else "access-key-deactivated"
+            yield of_key._replace(change=what, before=then.status, after=now.status)
 
 
-def in_their_slots(
-    then: Mapping[str, tuple[str, str]], now: Mapping[str, tuple[str, str]]
-) -> Mapping[str, tuple[str, str]]:
-    """Root's keys of then, exchanged if that puts more of them where they are now: no order of theirs is promised."""
+def in_their_slots(before: Keys, after: Keys) -> Keys:
+    """Root's earlier keys, in exchanged slots if more creation dates are then where they are now:
+    AWS promises no order of the two."""
     first, second = ROOT_ACCESS_KEYS
     other = {first: second, second: first}
-    exchanged = {other.get(key_id, key_id): key for key_id, key in then.items()}
-    return max(
-        then,
-        exchanged,
-        key=lambda keys: sum(keys[each][1] == now[each][1] for each in keys.keys() & now.keys()),
-    )
+    exchanged = {other.get(key_id, key_id): key for key_id, key in before.items()}
+    return max(before, exchanged, key=lambda keys: same_dates(keys, after))
+
+
+def same_dates(before: Keys, after: Keys) -> int:
+    return sum(before[each].created == after[each].created for each in before.keys() & after.keys())
+
+
+CAME_AND_WENT = "access-key-came-and-went"
 
 
 def came_and_went(
     account: Account, before: States, after: States, trail: Trail | None
 ) -> Iterator[Change]:
-    """Keys that were created and deleted between two runs, which no snapshot shows."""
-    seen = {
-        key_id for states in (before, after) for state in states.values() for key_id in state.keys
-    }
+    """Access keys that were created and deleted between the runs, which only CloudTrail shows."""
+    seen = {""}
+    for state in (*before.values(), *after.values()):
+        seen.update(state.keys)
     events = trail.events if trail else ()
-    created = {event.key_id for event in events if event.name == "CreateAccessKey" and event.key_id}
+    created = {event.key_id for event in events if event.name == "CreateAccessKey"}
     for event in events:
         if event.name == "DeleteAccessKey" and event.key_id in created - seen:
-            yield Change(
-                account.id, account.name, event.user, event.key_id, CAME_AND_WENT, event=event
-            )
+            change = Change(account_id=account.id, account_name=account.name, user=event.user)
+            yield change._replace(key_id=event.key_id, change=CAME_AND_WENT, event=event)
+
+
+class Witnesses(NamedTuple):
+    confirmed: tuple[str, ...]  # by these events of CloudTrail; after "=", the status they set
+    contradicted: tuple[str, ...]  # by these, where none confirms it
+
+
+EXPLAINED_BY = {
+    "access-key-created": Witnesses(("CreateAccessKey",), ("DeleteAccessKey",)),
+    "access-key-deleted": Witnesses(("DeleteAccessKey",), ("CreateAccessKey",)),
+    "access-key-activated": Witnesses(("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
+    "access-key-deactivated": Witnesses(("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
+    "mfa-added": Witnesses(("EnableMFADevice",), ("DeactivateMFADevice",)),
+    "mfa-removed": Witnesses(("DeactivateMFADevice",), ("EnableMFADevice",)),
+    "mfa-changed": Witnesses(("EnableMFADevice", "DeactivateMFADevice"), ()),
+    "console-enabled": Witnesses(("CreateLoginProfile",), ("DeleteLoginProfile",)),
+    "console-disabled": Witnesses(("DeleteLoginProfile",), ("CreateLoginProfile",)),
+    "user-created": Witnesses(("CreateUser",), ("DeleteUser",)),
+    "user-deleted": Witnesses(("DeleteUser",), ("CreateUser",)),
+}
+EVENT_NAMES = tuple(
+    sorted({event.partition("=")[0] for each in EXPLAINED_BY.values() for event in each.confirmed})
+)
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
-    """The change with CloudTrail's word on it: the latest event that explains it, or else one that contradicts it."""
+    """The change with the latest event that explains it, or else the latest that contradicts it."""
     if trail is None:
         return change
     if trail.error:
         return change._replace(witness="unavailable")
     if change.change == CAME_AND_WENT:
         return change._replace(witness="confirmed")
-    about = [event for event in trail.events if is_about(event, change)]
-    for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
-        for event in reversed(about):
-            if event.name in names or f"{event.name}={event.status}" in names:
+    for witness, names in EXPLAINED_BY[change.change]._asdict().items():
+        for event in reversed(trail.events):
+            named = event.name in names or f"{event.name}={event.status}" in names
+            if named and is_about(event, change):
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
 
 
 def is_about(event: Event, change: Change) -> bool:
-    """Whether the event acted on what changed: the access key (root's have no ID in the report), else the user."""
+    """Whether the event acted on the key that changed (root's have no IDs), or else on the user."""
     if change.key_id and change.user != ROOT:
         return event.key_id == change.key_id
     return event.user == change.user
 
 
-def accounts_that_came_or_left(run: Run) -> list[Change]:
-    """One change for each account that has joined or left the organization since the earlier run."""
+def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
+    """One change for each account that joined or left the organization since the earlier run."""
     if run.tracking.earlier is None:
-        return []
-    then = {account_id: name for account_id, (name, _) in run.tracking.earlier.accounts.items()}
-    now = {account.id: account.name for account in accounts_now(run).values()}
-    joined = [
-        Change(each, now[each], "", "", "account-joined")
-        for each in sorted(now.keys() - then.keys())
-    ]
-    return joined + [
-        Change(each, then[each], "", "", "account-left")
-        for each in sorted(then.keys() - now.keys())
-    ]
+        return
+    then, now = run.tracking.earlier.accounts, accounts_now(run)
+    for account in now.values():
+        if account.id not in then:
+            yield Change(account_id=account.id, account_name=account.name, change="account-joined")
+    for account_id, earlier in then.items():
+        if account_id not in now:
+            yield Change(account_id=account_id, account_name=earlier.name, change="account-left")
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -2659,28 +2641,30 @@ def accounts_now(run: Run) -> dict[str, Account]:
     return {one.account.id: one.account for one in everyone}
 
 
-def change_order(change: Change) -> tuple[Any, ...]:
-    return change[:8]
+def change_order(change: Change) -> tuple[str, ...]:
+    """The order of changes.csv: by its columns, without those of the event."""
+    who = (change.account_id, change.account_name, change.user, change.key_id)
+    return (*who, change.change, change.before, change.after, change.witness)
 
 
 def change_row(change: Change) -> tuple[str, ...]:
-    """The change's line in changes.csv."""
-    event = change.event
-    seen = (
-        (event.name, iso(event.time), event.actor, event.source_ip) if event else ("", "", "", "")
-    )
-    return (*change[:8], *seen)
+    """The change's row in changes.csv."""
+    seen = ("", "", "", "")
+    if event := change.event:
+        seen = (event.name, iso(event.time), event.actor, event.source_ip)
+    return (*change_order(change), *seen)
 
 
-def event_rows(run: Run) -> list[tuple[str, ...]]:
-    """The lines of events.csv, oldest first."""
-    found = sorted(
-        (event, account.id, account.name) for account, trail in run.trails for event in trail.events
-    )
-    return [
-        (account_id, name, iso(event.time), event.name, event.user, event.key_id, *event[5:])
-        for event, account_id, name in found
-    ]
+def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
+    """The rows of events.csv, oldest first."""
+    found: list[tuple[Event, str, str]] = []
+    for account, trail in run.trails:
+        for event in trail.events:
+            found.append((event, account.id, account.name))
+    for event, account_id, account_name in sorted(found):
+        what = (event.name, event.user, event.key_id)
+        who = (event.actor, event.source_ip, event.user_agent, event.id)
+        yield (account_id, account_name, iso(event.time), *what, *who)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import iam_audit
 TESTS = Path(__file__).resolve().parent
 README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
 
+PRIORITY_ROW = re.compile(r"^\| (\d) \| (.*) \|$", re.MULTILINE)
+
 
 def masked(output: str) -> str:
     """The output without what differs from run to run: when it was and how long it took."""
@@ -65,10 +67,7 @@ def test_every_exit_code_and_every_word_is_explained() -> None:
         assert re.search(rf"^\| {code} \|", README, re.MULTILINE), code
     words = [
         *(f"| `{column}` |" for column in iam_audit.CSV_COLUMNS[2:]),
-        *(
-            f"`{word}`"
-            for word in (*iam_audit.FINDINGS_COLUMNS, *iam_audit.PRIORITIES, *iam_audit.GAP_COUNTS)
-        ),
+        *(f"`{word}`" for word in (*iam_audit.FINDINGS_COLUMNS, *iam_audit.GAP_COUNTS)),
         *(
             f"`{change}`"
             for change in (
@@ -100,9 +99,28 @@ def test_every_exit_code_and_every_word_is_explained() -> None:
                 "Unknown",
             )
         ),
+        *(f"`{name}`" for name in {rule.name for rule in iam_audit.RULES}),
         *(f"| {level} |" for level in iam_audit.LEVELS),
     ]
     assert [word for word in words if word not in README] == []
+
+
+def test_the_table_of_findings_is_the_programs() -> None:
+    """Each priority with the findings that can have it, as the rules say, in the order of the priorities."""
+    section = README[README.index("### findings.csv") : README.index("### Maturity")]
+    told = {
+        int(number): set(re.findall(r"`([a-z0-9-]+)`", text))
+        for number, text in PRIORITY_ROW.findall(section)
+    }
+    findings = {rule.name for rule in iam_audit.RULES}
+    expected: dict[int, set[str]] = {}
+    for rule in iam_audit.RULES:
+        assert iam_audit.MOST_URGENT <= rule.priority <= iam_audit.LEAST_URGENT, rule
+        expected.setdefault(rule.priority, set()).add(rule.name)
+    assert {number: names & findings for number, names in told.items()} == expected
+    assert (
+        list(told) == sorted(told) == list(range(iam_audit.MOST_URGENT, iam_audit.LEAST_URGENT + 1))
+    )
 
 
 @pytest.mark.program

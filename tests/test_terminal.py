@@ -58,6 +58,7 @@ from iam_audit import (
     exit_code,
     original,
     parse_arguments,
+    reasons_of,
     summary_document,
     terminal_summary,
 )
@@ -360,7 +361,7 @@ def test_reasons_are_never_cut(name: str, one: AccessKey) -> None:
     found = run_of([audited(user(name, dataclasses.replace(one, id=key_id)))])
     text = " ".join(" ".join(shown(found)).split())
     for each in found.findings:
-        assert f"{key_id}: {'; '.join(each.reasons)} " in text
+        assert f"{key_id}: {'; '.join(reasons_of(each, found.plan))} " in text
 
 
 ANY_TEXT = st.text(max_size=90) | st.text(

@@ -32,7 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iam_audit
-from iam_audit import ROOT, Account, Change, Event, Trail, UserState
+from iam_audit import ROOT, Account, Change, Event, KeyState, Trail, UserState
 
 ELEVEN = "110000000000"
 ALICE = "arn:aws:sts::999999999999:assumed-role/Admin/alice"
@@ -50,7 +50,9 @@ ON, OFF = "Configurada", "No configurada"
 def state(password_status: str = OFF, mfa_status: str = "None", **keys: str) -> UserState:
     """`keys` are their status and, after a slash, the day of creation."""
     parts = {name: text.partition("/") for name, text in keys.items()}
-    made = {name: (status, f"2024-01-{day or '01'}") for name, (status, _, day) in parts.items()}
+    made = {
+        name: KeyState(status, f"2024-01-{day or '01'}") for name, (status, _, day) in parts.items()
+    }
     return UserState(password_status, mfa_status, made)
 
 
@@ -258,14 +260,8 @@ def test_what_is_written_compares_as_unchanged(tmp_path: Path, users: list[iam_a
         path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(audited(*users, account=ACCOUNT))
     )
     read = iam_audit.read_states(path, ONE)
-    assert (
-        list(
-            iam_audit.changes_between(
-                ACCOUNT, read, {one.name: iam_audit.state_of(one) for one in users}
-            )
-        )
-        == []
-    )
+    after = iam_audit.states_of(iam_audit.rows_of(audited))
+    assert list(iam_audit.changes_between(ACCOUNT, read, after)) == []
     assert set(read) == {one.name for one in users}
 
 
