@@ -255,12 +255,10 @@ people = st.builds(
 @given(st.lists(people, max_size=4, unique_by=lambda one: one.name))
 @settings(max_examples=50)
 def test_what_is_written_compares_as_unchanged(tmp_path: Path, users: list[iam_audit.User]) -> None:
-    path = tmp_path / "account.csv"
-    iam_audit.write_csv(
-        path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(audited(*users, account=ACCOUNT))
-    )
+    path, found = tmp_path / "account.csv", audited(*users, account=ACCOUNT)
+    iam_audit.write_csv(path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(found))
     read = iam_audit.read_states(path, ONE)
-    after = iam_audit.states_of(iam_audit.rows_of(audited))
+    after = iam_audit.states_of(iam_audit.rows_of(found))
     assert list(iam_audit.changes_between(ACCOUNT, read, after)) == []
     assert set(read) == {one.name for one in users}
 
