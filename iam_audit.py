@@ -3015,9 +3015,7 @@ def may_match_user(pattern: str, users: str) -> bool:
 
 
 class ConditionRule(NamedTuple):
-    """A row: the effects of a condition with one of these operators, this key, and such values."""
-
-    operators: tuple[str, ...]
+    operators: tuple[str, ...]  # the rule fits a condition with one of these, and this key
     key: str
     quantifier: Callable[[Iterable[bool]], bool]  # any or all of the values must match
     matches: Callable[[str, str], bool]  # of a value and the ARN pattern of all IAM users
