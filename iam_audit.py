@@ -2731,10 +2731,10 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
     return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
 
-async def best_effort(what: str, reading: Awaitable[T], otherwise: T) -> tuple[T, str]:
+async def best_effort(what: str, question: Awaitable[T], otherwise: T) -> tuple[T, str]:
     """What was read and "", or `otherwise` and why it is not checked: the audit goes on."""
     try:
-        return await reading, ""
+        return await question, ""
     except StepFailed as failure:
         return otherwise, f"{what}: {failure.code}: {failure.message}"
     except Exception as error:
@@ -2767,8 +2767,8 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
         if account.id == run.organization.management_account:
             paths[account.id] = ()  # no service control policy applies to it
         elif not why_not:
-            reading = path_of(aws, account, parents)
-            paths[account.id], why_not = await best_effort("ListParents", reading, None)
+            question = path_of(aws, account, parents)
+            paths[account.id], why_not = await best_effort("ListParents", question, None)
     run.enforcement = replace(run.enforcement, why_not=why_not)
     for account in accounts:
         path = None if why_not else paths[account.id]
@@ -2964,9 +2964,7 @@ def may_match_user(pattern: str, users: str) -> bool:
 
 
 class ConditionRule(NamedTuple):
-    """A row: the effects of a condition with one of these operators, this key, and such values."""
-
-    operators: tuple[str, ...]
+    operators: tuple[str, ...]  # the rule fits a condition with one of these, and this key
     key: str
     quantifier: Callable[[Iterable[bool]], bool]  # any or all of the values must match
     matches: Callable[[str, str], bool]  # of a value and the ARN pattern of all IAM users
@@ -3837,7 +3835,7 @@ def role_template(role: str) -> dict[str, Any]:
     statement = trust({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
     statement["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    role_resource = resource(
+    role_resource = template_resource(
         "AWS::IAM::Role",
         RoleName={"Ref": "RoleName"},
         Path=f"{path}/",
@@ -3900,9 +3898,11 @@ def alert_rule() -> dict[str, Any]:
         "(for us-east-1)",
         "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
-            "Topic": resource("AWS::SNS::Topic", Subscription=[email]),
-            "TopicPolicy": resource("AWS::SNS::TopicPolicy", Topics=[topic], PolicyDocument=policy),
-            "Rule": resource("AWS::Events::Rule", EventPattern=pattern, Targets=[target]),
+            "Topic": template_resource("AWS::SNS::Topic", Subscription=[email]),
+            "TopicPolicy": template_resource(
+                "AWS::SNS::TopicPolicy", Topics=[topic], PolicyDocument=policy
+            ),
+            "Rule": template_resource("AWS::Events::Rule", EventPattern=pattern, Targets=[target]),
         },
     }
 
@@ -3911,8 +3911,8 @@ def parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
     return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
-def resource(resource_type: str, **properties: Any) -> dict[str, Any]:
-    return {"Type": resource_type, "Properties": properties}
+def template_resource(kind: str, **properties: Any) -> dict[str, Any]:
+    return {"Type": kind, "Properties": properties}
 
 
 def policy_document(*statements: Mapping[str, Any]) -> dict[str, Any]:
@@ -4046,9 +4046,9 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="where the run's own folder is made (default: %(default)s)")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
-        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N or "
-            f"more urgent ({MOST_URGENT} to {LEAST_URGENT}), or with new-keys any access key created "
-             "since the earlier run")
+        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N "
+            f"or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or with new-keys any access key "
+             "created since the earlier run")
     add("-q", "--quiet", action="store_true",
         help="print nothing unless something needs attention (an account failed, say)")
     add("-v", "--verbose", action="store_true",

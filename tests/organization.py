@@ -469,7 +469,8 @@ def _assume_role(request: _Request, _state: _State) -> _Answer | None:
         for role in iam_backends[request.account]["aws"].roles.values()
     ):
         return None
-    message = f"User: arn:aws:iam::{request.caller}:user/moto is not authorized to perform: sts:AssumeRole on resource: "
+    caller = f"arn:aws:iam::{request.caller}:user/moto"
+    message = f"User: {caller} is not authorized to perform: sts:AssumeRole on resource: "
     return _error(request, 403, "AccessDenied", message + arn)
 
 
