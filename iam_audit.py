@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NOT_DONE
 
 
-def run_audit(options: argparse.Namespace, started: datetime) -> int:
+def run_audit(options: Any, started: datetime) -> int:
     """Audit the organization, write the files, print the summary."""
     folder = make_run_folder(Path(options.output_dir), started)
     try:
@@ -152,44 +152,28 @@ def run_audit(options: argparse.Namespace, started: datetime) -> int:
 
 
 def plan_of(
-    options: argparse.Namespace,
-    caller: Caller,
-    organization: Organization,
-    tracking: Tracking,
-    started: datetime,
+    options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
     """What the options ask for, in this organization and since the earlier run."""
-    reads = list(ROLE_READS)
+    reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
     own_account = caller.account if caller.account == organization.management_account else None
-    events_since, out_of_reach = None, False
-    if options.cloudtrail:
-        reads += CLOUDTRAIL_READS
-        wanted, oldest = options.since, started - CLOUDTRAIL_KEEPS
-        if wanted is None and tracking.earlier is not None:
-            wanted = tracking.earlier.started
-        elif wanted is None:
-            wanted = started - CLOUDTRAIL_FIRST_LOOK
-        events_since, out_of_reach = max(wanted, oldest), wanted < oldest
+    earlier = tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK
+    wanted, oldest = options.since or earlier, started - CLOUDTRAIL_KEEPS
+    policy = session_policy(reads)
     return Plan(
-        role=Role(
-            name=options.role,
-            partition=caller.partition,
-            session_policy=session_policy(reads),
-            external_id=options.external_id,
-            own_account=own_account,
-        ),
+        role=Role(options.role, caller.partition, policy, options.external_id, own_account),
         scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
         workers=options.workers,
         report_timeout=options.report_timeout,
         production=options.production,
         max_key_age=options.max_key_age,
         event_names=EVENT_NAMES,
-        events_since=events_since,
-        events_out_of_reach=out_of_reach,
+        events_since=max(wanted, oldest) if options.cloudtrail else None,
+        events_out_of_reach=wanted < oldest,
     )
 
 
-async def audit_into(run: Run, aws: Aws, options: argparse.Namespace) -> None:
+async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     """Audit the accounts side by side while the service control policies are read."""
     progress = Progress()
     status = Status(sys.stderr, progress, options.quiet, options.verbose)
@@ -283,10 +267,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into Interrupted.
-
-    The event loop's tasks are cancelled first, so that no file is cut off.
-    """
+    """Turn SIGINT and SIGTERM into Interrupted, after the event loop's tasks are cancelled."""
     received: list[int] = []
 
     def interrupt(signum: int, _frame: Any) -> None:
@@ -345,18 +326,6 @@ ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # the report 
 NOT_APPLICABLE = "N/A"
 
 CLOUDTRAIL_KEEPS = timedelta(days=90)
-
-# AWS's error codes
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
-SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
-# fmt: off
-THROTTLED = {
-    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
-    "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
-}
-# fmt: on
-# The step in place of AssumeRole in the profile's own account
-PROFILE_CREDENTIALS = "profile credentials"
 
 T = TypeVar("T")
 Log = Callable[[str], None]
@@ -485,11 +454,6 @@ class Scope:
     ous: frozenset[str] = frozenset()
     include_management: bool = False
 
-    @property
-    def needs_whole_list(self) -> bool:
-        """Whether it names accounts or OUs, which must exist: only the complete list can tell."""
-        return bool(self.accounts or self.ous)
-
 
 @dataclass(frozen=True)
 class Role:
@@ -555,10 +519,7 @@ class AuditError(Exception):
 
 
 class StepFailed(Exception):
-    """A call failed for good: the operation, the error code and the message.
-
-    `kind` says whether a repetition may help: `throttled` and `transient` do, `final` does not.
-    """
+    """A call failed: the operation, the code and the message; only a `final` one is not repeated."""
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
         super().__init__(f"{step}: {code}: {message}")
@@ -671,8 +632,7 @@ PLACEHOLDERS: Any = {"aws_access_key_id": "none", "aws_secret_access_key": "none
 def open_session(profile: str | None) -> boto3.Session:
     """The SDK's session, its credentials resolved, so that a prompt for an MFA code comes first.
 
-    Raises AuditError for a profile that needs an MFA code where nobody can type one: botocore would
-    wait on a pipe forever. Raises BotoCoreError for an unknown profile or missing credentials.
+    Raises AuditError where nobody can type that code: botocore would wait on a pipe forever.
     """
     core = botocore.session.Session(profile=profile)
     credentials = core.get_credentials()
@@ -742,8 +702,8 @@ def connect(session: boto3.Session, workers: int) -> Aws:
 
 def get_caller_identity(sts: Any, region: str) -> Caller:
     identity = sts.get_caller_identity()
-    partition = identity["Arn"].split(":")[1]
-    return Caller(identity["Account"], identity["Arn"], partition, region)
+    account, arn = identity["Account"], identity["Arn"]
+    return Caller(account, arn, partition=arn.split(":")[1], region=region)
 
 
 def client_config(*, connections: int, attempts: int) -> Config:
@@ -812,6 +772,8 @@ STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="Assu
 FIRST = (False, 0)  # the highest place in the queue for threads
 # Steps that jump the queue, so that all reports are generated in parallel
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
+PROFILE_CREDENTIALS = "profile credentials"  # the step in place of AssumeRole, in its own account
+SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
 TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
 CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls: AWS allows two per second and account
 
@@ -831,17 +793,15 @@ class AccountSession:
         self._pace = Pace()
         self._cloudtrail_pace = Pace(least_gap=CLOUDTRAIL_GAP)
         self._renewal = asyncio.Lock()
-        self._credentials: Credentials | None = None
+        self._credentials: Credentials  # after sign_in
 
     async def sign_in(self) -> None:
         """Get credentials: the role's or, in the profile's own account, the profile's."""
+        step, gate = "AssumeRole", self.aws.assume_role_gate
+        get = functools.partial(assume_role, self.aws, self.role, self.account.id)
         if self.role.own_account == self.account.id:
-            read = self.aws.profile_credentials
-            self._credentials = await self._repeat(PROFILE_CREDENTIALS, read, self._pace)
-        else:
-            assume = functools.partial(assume_role, self.aws, self.role, self.account.id)
-            gate = self.aws.assume_role_gate
-            self._credentials = await self._repeat("AssumeRole", assume, self._pace, gate)
+            step, get = PROFILE_CREDENTIALS, functools.partial(self.aws.profile_credentials)
+        self._credentials = await self._repeat(step, get, self._pace, gate)
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
         """Call an operation of a shared client in this account, or raise StepFailed.
@@ -896,11 +856,9 @@ class AccountSession:
 
 
 def call_as(
-    credentials: Credentials | None, operation: Callable[..., T], parameters: Mapping[str, Any]
+    credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]
 ) -> T:
     """Call an operation of a shared client, signed with these credentials, in this thread."""
-    if credentials is None:
-        raise LookupError("sign_in comes first")
     before = SIGNING.set(credentials)
     try:
         return operation(**parameters)
@@ -909,10 +867,7 @@ def call_as(
 
 
 def sign_as_account(request: Any, **_: Any) -> None:
-    """Handler of botocore's `before-sign` event: sign with the credentials that `call_as` has set.
-
-    Outside `call_as` it raises LookupError, and nothing is sent.
-    """
+    """Handler of `before-sign`: without `call_as` it raises LookupError, and nothing is sent."""
     signing = request.context.get("signing", {})
     request.context["signing"] = {**signing, "request_credentials": SIGNING.get()}
 
@@ -988,8 +943,7 @@ class Threads:
 def stay_on_one_cpu() -> None:
     """Keep this thread and those that it starts on one CPU, where the system allows it.
 
-    Python runs one of them at a time anyway. On several CPUs they wake each other across caches at
-    every turn: a run then costs a fifth more CPU and takes longer.
+    Python runs one at a time anyway; on several CPUs, a run costs a fifth more CPU and takes longer.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # some containers do not allow it
@@ -1023,20 +977,14 @@ def account_of(entry: Mapping[str, Any]) -> Account:
     """An entry of ListAccounts. State replaces Status, which AWS retired on 2026-09-09."""
     state = entry.get("State") or entry.get("Status")
     if not state:
-        raise AuditError(
-            f"ListAccounts gave no State for account {entry['Id']}: botocore "
-            f"{botocore.__version__} may be too old (1.40.27 is the first that knows it). Upgrade "
-            "boto3 and botocore."
-        )
+        raise sdk_too_old(f"State for account {entry['Id']}")
     paths = entry.get("Paths") or [None]
     return Account(entry["Id"], entry.get("Name", ""), state, paths[0])
 
 
-def paths_missing() -> AuditError:
-    return AuditError(
-        f"--ou: ListAccounts gave no Paths: botocore {botocore.__version__} may be too old to know "
-        "them. Upgrade boto3 and botocore."
-    )
+def sdk_too_old(what: str) -> AuditError:
+    upgrade = "may be too old. Upgrade boto3 and botocore."
+    return AuditError(f"ListAccounts gave no {what}: botocore {botocore.__version__} {upgrade}")
 
 
 def list_policies(aws: Aws) -> list[tuple[str, str]]:
@@ -1177,9 +1125,8 @@ async def lookup_events(session: AccountSession, name: str, since: datetime) -> 
 def event_of(record: Mapping[str, Any]) -> Event | None:
     """The event of a CloudTrail record; None if the call failed or was not IAM's.
 
-    Transfer Family, for example, also has a CreateUser. What was acted on is in the request and the
-    response; the attributes that LookupEvents itself gives are those of the caller. See "CloudTrail
-    record contents" in the CloudTrail User Guide.
+    The attributes that LookupEvents itself gives are the caller's: what was acted on is in the
+    request and the response. See "CloudTrail record contents" in the CloudTrail User Guide.
     """
     if record.get("errorCode") or not str(record.get("eventSource", "")).startswith("iam."):
         return None
@@ -1205,14 +1152,19 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
 # --- errors ---
 
 SDK_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
+# fmt: off
+THROTTLED = {
+    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
+    "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
+}
+# fmt: on
 # As is every HTTP status from 500
 TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
 # botocore's own text quotes the answer, which may hold credentials.
 NOT_UNDERSTOOD = "AWS's answer could not be understood"
 SIGN_IN_AGAIN = "Sign in again (aws sso login, for one)."
 CANNOT_START = {
-    "AWSOrganizationsNotInUseException": "The profile must belong to an account of an "
-    "organization.",
+    "AWSOrganizationsNotInUseException": "The profile's account must be in an organization.",
     "AccessDenied": "The profile needs the permissions that README.md lists.",
     "AccessDeniedException": "The profile must belong to the management account or to a delegated "
     "administrator, and have the permissions that README.md lists.",
@@ -1266,7 +1218,7 @@ def sdk_error_in_words(error: Exception) -> str:
 def without_secrets(message: str) -> str:
     """An error message's first line without what looks like a signature or a session token.
 
-    SignatureDoesNotMatch, for example, goes on to quote the signed request with the token.
+    SignatureDoesNotMatch goes on to quote the signed request with the token.
     """
     first_line = message.strip().split("\n", 1)[0]
     return re.sub(r"[0-9a-f]{64}|[A-Za-z0-9+/=%]{100,}", "***", first_line)[:500]
@@ -1314,17 +1266,17 @@ async def audit_organization(
 async def accounts_in_question(
     aws: Aws, organization: Organization, scope: Scope, progress: Progress
 ) -> AsyncIterator[Account]:
-    """The accounts as they are listed; all at the end if the scope must be checked against them."""
-    listed = []
+    """The accounts as they are listed; if the scope names some, all at the end, once it is checked."""
+    listed, by_name = [], bool(scope.accounts or scope.ous)
     async for account in list_accounts(aws):
         if leave_out(account, organization, scope) is None:
             progress.listed += 1
-        if scope.needs_whole_list:
+        if by_name:
             listed.append(account)
         else:
             yield account
     progress.all_listed = True
-    if scope.needs_whole_list:
+    if by_name:
         check_scope(scope, organization, listed)
     for account in listed:
         yield account
@@ -1338,14 +1290,14 @@ def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Acc
         raise AuditError(f"--accounts: not in organization {organization.id}: {ids}")
     management = organization.management_account
     if management in scope.accounts and not scope.include_management:
-        reason = "is the management account: add --include-management."
-        raise AuditError(f"--accounts: {management} {reason}")
+        hint = "add --include-management."
+        raise AuditError(f"--accounts: {management} is the management account: {hint}")
     if not scope.ous:
         return
     places = set[str]()
     for account in accounts:
         if account.path is None:
-            raise paths_missing()
+            raise sdk_too_old("Paths for --ou")
         places.update(account.path.split("/"))
     if unknown := scope.ous - places:
         ids = ", ".join(sorted(unknown))
@@ -1582,10 +1534,9 @@ async def read_users(
             if user is not None:
                 users[user.name] = user
 
-    readers: list[asyncio.Task[None]] = []
-    for _ in range(min(READERS_PER_ACCOUNT, len(entries))):
-        reader = naming_the_step(session, read_one_after_another)
-        readers.append(asyncio.create_task(reader))
+    size = min(READERS_PER_ACCOUNT, len(entries))
+    works = [naming_the_step(session, read_one_after_another) for _ in range(size)]
+    readers = [asyncio.create_task(work) for work in works]
     try:
         await asyncio.gather(*readers)
     finally:  # after an error, nothing more is read
@@ -1662,20 +1613,13 @@ async def read_root(session: AccountSession, row: ReportRow) -> User:
         # A role cannot list root's other devices: what is not virtual is a token or a security key.
         virtual = row["arn"] in await list_virtual_mfa_devices(session)
         mfa = ("Virtual",) if virtual else ("Hardware",)
-    keys = []
-    for slot in (1, 2):
-        key = root_access_key(row, slot)
-        if key is not None:
-            keys.append(key)
+    keys = filter(None, (root_access_key(row, slot=1), root_access_key(row, slot=2)))
     return User(ROOT, password, last_used, mfa, by_creation(keys))
 
 
 def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
-    """Root's access key in that slot.
-
-    `active` is false both for no key and for an inactive key. Only `last_rotated` tells them apart,
-    and it is the creation date as far as the report knows it.
-    """
+    """Root's access key in that slot. `active` is false both for no key and for an inactive key:
+    only `last_rotated` tells them apart, and it is the creation date."""
     active = report_flag(row, f"access_key_{slot}_active")
     created = report_date(row, f"access_key_{slot}_last_rotated")
     if created is None:
