@@ -519,7 +519,7 @@ class AuditError(Exception):
 
 
 class StepFailed(Exception):
-    """A call failed: the operation, the code and the message; only a `final` one is not repeated."""
+    """A call failed: the operation, the code, the message. A `final` failure is not repeated."""
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
         super().__init__(f"{step}: {code}: {message}")
@@ -1266,7 +1266,7 @@ async def audit_organization(
 async def accounts_in_question(
     aws: Aws, organization: Organization, scope: Scope, progress: Progress
 ) -> AsyncIterator[Account]:
-    """The accounts as they are listed; if the scope names some, all at the end, once it is checked."""
+    """The accounts as they are listed; all at the end if the scope must be checked first."""
     listed, by_name = [], bool(scope.accounts or scope.ous)
     async for account in list_accounts(aws):
         if leave_out(account, organization, scope) is None:
@@ -1618,8 +1618,10 @@ async def read_root(session: AccountSession, row: ReportRow) -> User:
 
 
 def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
-    """Root's access key in that slot. `active` is false both for no key and for an inactive key:
-    only `last_rotated` tells them apart, and it is the creation date."""
+    """Root's access key in that slot.
+
+    `active` is false for no key too: only `last_rotated`, the creation date, tells them apart.
+    """
     active = report_flag(row, f"access_key_{slot}_active")
     created = report_date(row, f"access_key_{slot}_last_rotated")
     if created is None:
