@@ -943,7 +943,7 @@ class Threads:
 def stay_on_one_cpu() -> None:
     """Keep this thread and those that it starts on one CPU, where the system allows it.
 
-    Python runs one at a time anyway; on several CPUs, a run costs a fifth more CPU and takes longer.
+    Python runs one at a time anyway; on several CPUs a run costs a fifth more CPU and time.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # some containers do not allow it
