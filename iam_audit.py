@@ -3938,7 +3938,6 @@ def role_arns(role: str) -> str:
 # Options: the command line, its validators and help; the progress line
 # --------------------------------------------------------------------------------------------------
 
-
 # prod, prd, production or live as a word of its own (prod2 too), unless the word before it is no,
 # non, not or pre
 DEFAULT_PRODUCTION = (
@@ -4012,9 +4011,9 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--external-id", metavar="ID", type=parse_external_id,
         help="external ID that the role's trust policy asks for")
     add = parser.add_argument_group("which accounts").add_argument
-    add("--accounts", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+    add("--accounts", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
         help="audit only these accounts")
-    add("--exclude", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+    add("--exclude", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
         help="leave these accounts out")
     add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ou_ids, default=frozenset(),
         help="audit only accounts below these organizational units")
@@ -4068,57 +4067,37 @@ def matching(pattern: str, what: str, text: str) -> str:
     return text
 
 
-def each_matching(pattern: str, what: str, text: str) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [matching(pattern, what, part.strip()) for part in text.split(",")]
+def each_matching(kind: Callable[[Iterable[str]], T], pattern: str, what: str, text: str) -> T:
+    """The parts of a comma-separated list, as a tuple or frozenset."""
+    return kind(matching(pattern, what, part.strip()) for part in text.split(","))
 
 
-def parse_name(text: str) -> str:
-    return matching(r"(?s).+", "a name: it is empty", text)
-
-
-# As an ARN ends: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
-ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
-A_ROLE = "a role's name or path and name (no ARN: the account differs)"
-
-
-def parse_role(text: str) -> str:
-    return matching(ROLE, A_ROLE, text)
-
-
-def parse_roles(text: str) -> tuple[str, ...]:
-    return tuple(each_matching(ROLE, A_ROLE, text))
-
-
-def parse_external_id(text: str) -> str:
-    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-    what = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
-    return matching(r"[\w+=,.@:/-]{2,1224}", what, text)
-
-
-def parse_account_ids(text: str) -> frozenset[str]:
-    return frozenset(each_matching(r"\d{12}", "an account ID of 12 digits", text))
-
-
-def parse_ou_ids(text: str) -> frozenset[str]:
-    """https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html"""
-    what = "the ID of an organizational unit (ou-ab12-cdefgh34)"
-    return frozenset(each_matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, text))
-
-
-def parse_workers(text: str) -> int:
-    return whole_number("a number from 1 to 256", 256, text)
-
-
-def parse_days(text: str) -> timedelta:
-    return timedelta(days=whole_number("a number of days from 1 to 9999", 9999, text))
-
-
-def whole_number(what: str, most: int, text: str) -> int:
+def whole_number(most: int, what: str, text: str) -> int:
     number = int(matching(rf"\d{{1,{len(str(most))}}}", what, text))
     if not 1 <= number <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return number
+
+
+# Roles as ARNs end: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
+# External IDs: https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html
+# OUs: https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html
+ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
+A_ROLE = "a role's name or path and name (no ARN: the account differs)"
+AN_EXTERNAL_ID = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
+AN_OU_ID = "the ID of an organizational unit (ou-ab12-cdefgh34)"
+OU_ID = r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}"
+parse_name = functools.partial(matching, r"(?s).+", "a name: it is empty")
+parse_role = functools.partial(matching, ROLE, A_ROLE)
+parse_roles = functools.partial(each_matching, tuple, ROLE, A_ROLE)
+parse_external_id = functools.partial(matching, r"[\w+=,.@:/-]{2,1224}", AN_EXTERNAL_ID)
+parse_ids = functools.partial(each_matching, frozenset, r"\d{12}", "an account ID of 12 digits")
+parse_ou_ids = functools.partial(each_matching, frozenset, OU_ID, AN_OU_ID)
+parse_workers = functools.partial(whole_number, 256, "a number from 1 to 256")
+
+
+def parse_days(text: str) -> timedelta:
+    return timedelta(days=whole_number(9999, "a number of days from 1 to 9999", text))
 
 
 def parse_seconds(text: str) -> float:
@@ -4172,13 +4151,11 @@ class Status:
     If the stream is closed, or its reader has gone, these lines are lost and the run goes on.
     """
 
-    def __init__(
-        self, stream: TextIO | None, progress: Progress, quiet: bool, verbose: bool
-    ) -> None:
-        self._stream, self._progress = stream, progress
-        self._verbose = verbose and stream is not None
+    def __init__(self, out: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
+        self._out, self._progress = out, progress
+        self._verbose = verbose and out is not None
         dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._draws = stream is not None and stream.isatty() and not dumb and not quiet
+        self._draws = out is not None and out.isatty() and not dumb and not quiet
         self._started = time.monotonic()
 
     def log(self, line: str) -> None:
@@ -4197,10 +4174,10 @@ class Status:
                 self._write("")
 
     async def _keep_drawing(self) -> None:
-        while self._draws and self._stream is not None:
+        while self._draws and self._out is not None:
             columns = 80
             with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
-                columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+                columns = os.get_terminal_size(self._out.fileno()).columns or 80
             line = progress_line(self._progress, time.monotonic() - self._started)
             self._write(line[: columns - 1])
             await asyncio.sleep(0.2)
@@ -4210,7 +4187,7 @@ class Status:
         if self._draws:
             text = "\r\x1b[K" + text
         try:
-            print(text, end="", file=self._stream, flush=True)
+            print(text, end="", file=self._out, flush=True)
         except OSError:
             self._draws = self._verbose = False
 
