@@ -3078,51 +3078,72 @@ def texts(value: Any) -> tuple[str, ...]:
 # Terminal: the summary for stdout and for mail, summary.json; values in, text out
 # --------------------------------------------------------------------------------------------------
 
-
 FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
 LINES_SHOWN = 10  # of other lists
+Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 
 
 def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
+    summary = summary_document(run, finished)
     if quiet:
-        return fitted(quiet_lines(run))
+        return fitted(quiet_lines(run, summary))
+    heading = audited_lines(run, summary, finished)
+    heading += failed_lines(run, summary) + left_out_lines(run, summary)
     blocks = [
-        [*audited_lines(run, finished), *failed_lines(run), *left_out_lines(run)],
-        maturity_lines(run),
-        gap_lines(run),
+        heading,
+        maturity_lines(run, summary) + held_back_lines(run, summary),
+        gap_lines(run, summary),
         finding_lines(run, run.findings[:FINDINGS_SHOWN]),
-        enforcement_lines(run),
-        change_lines(run),
-        witness_lines(run),
-        run_lines(run),
+        enforcement_lines(run, summary),
+        change_lines(run, summary),
+        witness_lines(run, summary),
+        run_lines(run, summary),
     ]
     text = "\n".join(map(fitted, filter(None, blocks)))
     return f"{text}\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
 
 
-def quiet_lines(run: Run) -> list[str]:
-    lines = failed_lines(run)
-    urgent = [finding for finding in run.findings if finding.priority == MOST_URGENT]
-    if urgent:
+def quiet_lines(run: Run, summary: Summary) -> list[str]:
+    """Failed accounts, the most urgent findings, and the changes for the worse."""
+    lines, since = failed_lines(run, summary), "since the earlier run"
+    if urgent := [finding for finding in run.findings if finding.priority == MOST_URGENT]:
         if lines:
             lines.append("")
         lines += finding_lines(run, urgent)
-    return lines + alert_lines(run)
+    without_mfa = map(change_line, run.tracking.mfa_new)
+    removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
+    unseen = []  # what is new there is hardly known
+    for one in accounts_of(summary, "audited"):
+        if run.tracking.earlier and one["id"] not in run.tracking.compared:
+            unseen.append(f"{one['id']} {one['name']}")
+    not_compared = "Not compared, because the earlier run had not audited them: "
+    return [
+        *lines,
+        *new_key_lines(run),
+        *titled(f"New console users without MFA {since}", without_mfa),
+        *titled(f"MFA removed {since}", map(change_line, removed)),
+        *titled(not_compared + count(len(unseen), "account"), unseen[:ACCOUNTS_SHOWN]),
+    ]
 
 
-def audited_lines(run: Run, finished: datetime) -> list[str]:
-    totals, gaps = totals_document(run), total_gaps(run.audited)
+def accounts_of(summary: Summary, result: str) -> list[Summary]:
+    """The accounts that were audited, or failed, or skipped, by ID."""
+    return [entry for entry in summary["accounts"] if entry["result"] == result]
+
+
+def audited_lines(run: Run, summary: Summary, finished: datetime) -> list[str]:
+    totals, keys = summary["totals"], summary["gaps"]["organization"]["access_keys"]
+    took = clock(finished - run.started)
+    accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
+    users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
     lines = [
-        f"Organization {run.organization.id}, {iso(run.started)}, "
-        f"took {clock(finished - run.started)}",
-        f"Audited: {count(totals['audited'], 'account')} ({totals['production']:,} production), "
-        f"{count(totals['users'], 'user')}, {count(gaps.access_keys, 'access key')}",
+        f"Organization {run.organization.id}, {summary['started']}, took {took}",
+        f"Audited: {accounts}, {users}",
     ]
     if run.audited:
-        oldest = min(run.audited, key=lambda one: one.report_generated).report_generated
-        span = age(finished - oldest)
+        span = age(finished - min(one.report_generated for one in run.audited))
         lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
     if rootless := sum(not one.has_root for one in run.audited):
         number = count(rootless, "account")
@@ -3130,19 +3151,21 @@ def audited_lines(run: Run, finished: datetime) -> list[str]:
     return lines
 
 
-def failed_lines(run: Run) -> list[str]:
+def failed_lines(run: Run, summary: Summary) -> list[str]:
     """The failed accounts, grouped by step and error code, with the next step for each group."""
-    production = 0
-    groups: dict[tuple[str, str], list[FailedAccount]] = {}
-    for failed in sorted(run.failed, key=lambda one: one.account.id):
-        production += is_production(failed.account, run.plan.production)
-        groups.setdefault((failed.step, failed.code), []).append(failed)
-    number = f"{count(len(run.failed), 'account')} ({production:,} production)"
-    lines = [f"Failed: {number}, of which nothing is known"] if run.failed else []
+    failed = accounts_of(summary, "failed")
+    if not failed:
+        return []
+    production = sum(one["production"] for one in failed)
+    number = f"{count(len(failed), 'account')} ({production:,} production)"
+    lines = [f"Failed: {number}, of which nothing is known"]
+    groups: dict[tuple[str, str], list[Summary]] = {}
+    for one in failed:
+        groups.setdefault((one["step"], one["error"]["code"]), []).append(one)
     for (step, code), members in groups.items():
         lines.append(f"  {step}: {code}")
-        for failed in members:
-            lines += wrapped(f"    {failed.account.id} {failed.account.name}: {failed.message}")
+        for one in members:
+            lines += wrapped(f"    {one['id']} {one['name']}: {one['error']['message']}")
         if advice := next_step(step, code, run):
             lines += wrapped(f"    Next: {advice}")
     return lines
@@ -3177,58 +3200,51 @@ def next_step(step: str, code: str, run: Run) -> str:
     return ""
 
 
-def left_out_lines(run: Run) -> list[str]:
-    lines = []
-    for skipped in sorted(run.skipped, key=lambda one: one.account.id):
-        lines.append(f"{skipped.account.id} {skipped.account.name}: {skipped.account.state}")
-    lines = titled(f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}", lines)
-    management = run.organization.management_account
-    others = sum(one.account.id != management for one in run.out_of_scope)
-    if others < len(run.out_of_scope):
+def left_out_lines(run: Run, summary: Summary) -> list[str]:
+    skipped = accounts_of(summary, "skipped")
+    title = f"Skipped, because not ACTIVE: {count(len(skipped), 'account')}"
+    lines = titled(title, (f"{one['id']} {one['name']}: {one['state']}" for one in skipped))
+    management, left_out = run.organization.management_account, summary["out_of_scope"]
+    others = sum(one["id"] != management for one in left_out)
+    if others < len(left_out):
         lines.append(f"Not included: the management account, {management} (--include-management)")
     if others:
         lines.append(f"Out of scope: {count(others, 'account')}")
     return lines
 
 
-def maturity_lines(run: Run) -> list[str]:
-    gaps, days = total_gaps(run.audited), run.plan.max_key_age.days
+def maturity_lines(run: Run, summary: Summary) -> list[str]:
+    """Per phase, the organization's level, the reason for it, and the accounts at each level."""
+    gaps, days = summary["gaps"]["organization"], run.plan.max_key_age.days
     mfa, keys = "no console users", "no active keys"
-    if gaps.console_users:
-        users = count(gaps.console_users, "console user")
-        mfa = f"{gaps.console_users_without_mfa:,} of {users} without MFA"
-    if gaps.active_keys:
-        active = count(gaps.active_keys, "active key")
-        keys = f"{gaps.active_keys_older_than_max_age:,} of {active} older than {days} days"
-    return [
-        *phase_lines(run, "phase1", "Phase 1, multi-factor authentication", mfa),
-        *phase_lines(run, "phase2", "Phase 2, use temporary credentials", keys),
-        *held_back_lines(run),
-    ]
-
-
-def phase_lines(run: Run, phase: str, title: str, reason: str) -> list[str]:
-    """The organization's level with the reason for it, and how many accounts are at each level."""
-    maturity = maturity_document(run)[phase]
-    if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
-        reason = f"{count(len(run.failed), 'account')} not audited"
-    return [
-        f"{title:<38}{maturity['level']:<13}{reason}",
-        f"  accounts: {numbers_in_words(maturity['accounts']) or 'none'}",
-    ]
-
-
-def held_back_lines(run: Run) -> list[str]:
-    """The accounts with the largest gaps, then those that could not be audited."""
+    if gaps["console_users"]:
+        users = count(gaps["console_users"], "console user")
+        mfa = f"{gaps['console_users_without_mfa']:,} of {users} without MFA"
+    if gaps["active_keys"]:
+        active = count(gaps["active_keys"], "active key")
+        keys = f"{gaps['active_keys_older_than_max_age']:,} of {active} older than {days} days"
+    phase1 = ("Phase 1, multi-factor authentication", mfa, summary["maturity"]["phase1"])
+    phase2 = ("Phase 2, use temporary credentials", keys, summary["maturity"]["phase2"])
     lines = []
-    for one in accounts_with_gaps(run):
-        keys = count(one.gaps.active_keys_older_than_max_age, "active key")
-        lines.append(
-            f"{label(one.account)} {one.gaps.console_users_without_mfa:,} without MFA, "
-            f"{keys} older than {run.plan.max_key_age.days} days"
-        )
-    for failed in sorted(run.failed, key=lambda one: one.account.id):
-        lines.append(f"{label(failed.account)} not audited")
+    for title, gap, maturity in (phase1, phase2):
+        held_back_by_gap = maturity["level"] != IN_PROGRESS or maturity["accounts"][IN_PROGRESS]
+        reason = gap if held_back_by_gap else f"{count(len(run.failed), 'account')} not audited"
+        lines.append(f"{title:<38}{maturity['level']:<13}{reason}")
+        lines.append(f"  accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
+    return lines
+
+
+def held_back_lines(run: Run, summary: Summary) -> list[str]:
+    """The accounts with the largest gaps, then those that could not be audited."""
+    sized = []
+    for one in accounts_of(summary, "audited"):
+        users = one["gaps"]["console_users_without_mfa"]
+        keys = one["gaps"]["active_keys_older_than_max_age"]
+        old = f"{count(keys, 'active key')} older than {run.plan.max_key_age.days} days"
+        if users + keys:
+            sized.append((-users - keys, f"{label(one)} {users:,} without MFA, {old}"))
+    lines = [line for _size, line in sorted(sized)]  # of the same size: by ID
+    lines += [f"{label(one)} not audited" for one in accounts_of(summary, "failed")]
     return titled("Held back most by", lines[:ACCOUNTS_SHOWN])
 
 
@@ -3250,24 +3266,22 @@ GAP_LABELS = {
 }
 
 
-def gap_lines(run: Run) -> list[str]:
+def gap_lines(run: Run, summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
-    organization, production = total_gaps(run.audited), production_gaps(run)
     lines = [f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
     for name, words in GAP_LABELS.items():
-        cells = f"{gap_cell(organization, name):>18}{gap_cell(production, name):>18}"
-        lines.append(f"{words.format(days=run.plan.max_key_age.days):<38}{cells}")
-    if oldest := organization.oldest_active_key:
-        old = count(days_between(oldest.created, run.started), "day")
-        whose = f"{cut(oldest.username, 24)} in {oldest.account_id} {oldest.account_name}"
-        lines.append(f"oldest active key: {old}, {oldest.access_key_id} of {whose}")
+        line = f"{words.format(days=run.plan.max_key_age.days):<38}"
+        for gaps in summary["gaps"].values():
+            cell = f"{gaps[name]:,}"
+            if name == "mfa_coverage_percent":
+                cell = f"{gaps[name]:.1f} %" if gaps["console_users"] else "no console users"
+            line += f"{cell:>18}"
+        lines.append(line)
+    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
+        whose = f"{cut(oldest['username'], 24)} in {oldest['account_id']} {oldest['account_name']}"
+        key = f"{count(oldest['age_days'], 'day')}, {oldest['access_key_id']}"
+        lines.append(f"oldest active key: {key} of {whose}")
     return lines
-
-
-def gap_cell(gaps: Gaps, name: str) -> str:
-    if name == "mfa_coverage_percent":
-        return f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users"
-    return f"{getattr(gaps, name):,}"
 
 
 def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
@@ -3279,69 +3293,73 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     number = f"{len(findings):,} of {len(run.findings):,}"
     lines = [f"What to fix first ({number}; all are in findings.csv)"]
     for one in findings:
-        lines.append(f"  {one.priority}  {one.finding:<23}{label(one.account, 20)} {one.user}")
+        lines.append(
+            f"  {one.priority}  {one.finding:<23}{label(vars(one.account), 20)} {one.user}"
+        )
         key_id = f"{one.key.id}: " if one.key else ""
         lines += wrapped(f"     {key_id}{'; '.join(reasons_of(one, run.plan))}")
     return lines
 
 
-def enforcement_lines(run: Run) -> list[str]:
+def enforcement_lines(run: Run, summary: Summary) -> list[str]:
     """What service control policies already prevent, and where nothing does."""
-    lines = ["Enforced by service control policies"]
-    if run.enforcement.why_not:
-        lines += wrapped(f"  not checked: {run.enforcement.why_not}")
-    for control, verdicts in enforcement_document(run)["accounts"].items():
+    enforcement, lines = summary["enforcement"], ["Enforced by service control policies"]
+    if why_not := enforcement["why_not_checked"]:
+        lines += wrapped(f"  not checked: {why_not}")
+    for control, verdicts in enforcement["accounts"].items():
         lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
         for remark in shortened(control_remarks(run, control)):
             lines += wrapped(f"    {remark}")
     words = {True: "yes", False: "no", None: "not checked"}
-    managed = words[run.enforcement.root_credentials_managed]
+    managed = words[enforcement["root_credentials_managed_centrally"]]
     lines.append(f"  {'root credentials managed centrally':<36}{managed}")
-    if run.enforcement.root_why_not:
-        lines += wrapped(f"    {run.enforcement.root_why_not}")
+    if why_not := enforcement["root_credentials_why_not_checked"]:
+        lines += wrapped(f"    {why_not}")
     bare = []
-    for one in accounts_without_controls(run)[:ACCOUNTS_SHOWN]:
-        bare.append(f"{label(one.account)} {count(one.gaps.active_keys, 'active key')}")
-    return lines + titled("With neither control, and most active keys", bare)
+    for one in accounts_of(summary, "audited"):
+        verdicts = {control["verdict"] for control in one["controls"].values()}
+        if one["gaps"]["active_keys"] and verdicts == {ABSENT}:
+            bare.append(one)
+    bare.sort(key=lambda one: one["gaps"]["active_keys"], reverse=True)
+    most = [f"{label(one)} {count(one['gaps']['active_keys'], 'active key')}" for one in bare]
+    return lines + titled("With neither control, and most active keys", most[:ACCOUNTS_SHOWN])
 
 
 def control_remarks(run: Run, control: str) -> list[str]:
     """The policies behind a control's verdicts, once each, with their exemptions and conditions."""
-    remarks: dict[str, None] = {}  # a set that keeps the order
-    for account_id in sorted(run.controls):
-        found = run.controls[account_id][control]
-        if not found.policies:
-            continue
+    remarks = []
+    for _account_id, controls in sorted(run.controls.items()):
+        found = controls[control]
         policies = ", ".join(f"{name} ({each})" for each, name in found.policies.items())
         remark = f"{found.verdict} by {policies}"
         if found.exemptions:
             remark += f", except {', '.join(found.exemptions)}"
         if found.conditions:
             remark += f", only if {'; or if '.join(found.conditions)}"
-        remarks[remark] = None
-    return list(remarks)
+        if policies:
+            remarks.append(remark)
+    return list(dict.fromkeys(remarks))
 
 
-def change_lines(run: Run) -> list[str]:
+def change_lines(run: Run, summary: Summary) -> list[str]:
     """What has changed since the earlier run, for better and for worse."""
-    changes, earlier, days = changes_document(run), run.tracking.earlier, run.plan.max_key_age.days
-    if changes is None or earlier is None:
+    changes, earlier, days = summary["changes"], run.tracking.earlier, run.plan.max_key_age.days
+    if earlier is None:
         return ["No earlier run of this organization: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
+    keys = (
+        f"{counts[f'access-key-{did}']:,} {did}" for did in ("deleted", "deactivated", "created")
+    )
     lines = [
         f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
         f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
-        f"  access keys: {counts['access-key-deleted']:,} deleted, "
-        f"{counts['access-key-deactivated']:,} deactivated, "
-        f"{counts['access-key-created']:,} created",
+        f"  access keys: {', '.join(keys)}",
         f"  phase 1: {levels_in_words(changes['maturity']['phase1'])}",
         f"  phase 2: {levels_in_words(changes['maturity']['phase2'])}",
     ]
     if earlier.max_key_age_days != days:
-        lines.append(
-            f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}: "
-            "phase 2 and the number of old keys do not compare"
-        )
+        was = f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}"
+        lines.append(f"{was}: phase 2 and the number of old keys do not compare")
     joined, left = counts["account-joined"], counts["account-left"]
     if joined or left:
         lines.append(f"  accounts: {joined:,} joined, {left:,} left")
@@ -3351,7 +3369,7 @@ def change_lines(run: Run) -> list[str]:
     return lines + new_key_lines(run)
 
 
-def levels_in_words(levels: Mapping[str, str | None]) -> str:
+def levels_in_words(levels: Summary) -> str:
     """The organization's level then and now, and that of the accounts compared if it differs."""
     then, now = levels["compared_then"], levels["compared_now"]
     words = f"{levels['then']}, now {levels['now']}"
@@ -3363,24 +3381,9 @@ def levels_in_words(levels: Mapping[str, str | None]) -> str:
 def new_key_lines(run: Run) -> list[str]:
     lines = []
     for key in new_keys(run):
-        compared = key.account_id in run.tracking.compared
-        lines.append(change_line(key) if compared else f"{change_line(key)} (account not compared)")
+        where = "" if key.account_id in run.tracking.compared else " (account not compared)"
+        lines.append(change_line(key) + where)
     return titled("New access keys since the earlier run", shortened(lines))
-
-
-def alert_lines(run: Run) -> list[str]:
-    """The changes that --quiet shows: new access keys, new users without MFA, MFA removed."""
-    since = "since the earlier run"
-    removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
-    unseen = blind_spots(run)
-    number = count(len(unseen), "account")
-    names = [f"{account.id} {account.name}" for account in unseen[:ACCOUNTS_SHOWN]]
-    return [
-        *new_key_lines(run),
-        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
-        *titled(f"MFA removed {since}", map(change_line, removed)),
-        *titled(f"Not compared, because the earlier run had not audited them: {number}", names),
-    ]
 
 
 def change_line(change: Change) -> str:
@@ -3395,56 +3398,48 @@ def change_line(change: Change) -> str:
     return " ".join(filter(None, parts))
 
 
-def witness_lines(run: Run) -> list[str]:
+def witness_lines(run: Run, summary: Summary) -> list[str]:
     """What CloudTrail says about the changes, and where it could not be asked."""
-    trail, changes, since = cloudtrail_document(run), changes_document(run), run.plan.events_since
-    if trail is None or since is None:
+    trail, earlier, since = summary["cloudtrail"], run.tracking.earlier, run.plan.events_since
+    if since is None:
         return []
-    events = count(trail["events"], "IAM event")
-    lines = [f"CloudTrail since {trail['since']}: {events}, in events.csv"]
-    if run.plan.events_out_of_reach:
+    lines = [f"CloudTrail since {iso(since)}: {count(trail['events'], 'IAM event')}, in events.csv"]
+    if trail["out_of_reach"]:
         kept = f"CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days"
         lines.append(f"  {kept}: what happened before has no witness.")
-    elif run.tracking.earlier and run.tracking.earlier.started < since:
+    elif earlier and earlier.started < since:
         before = "The earlier run began before that"
         lines.append(f"  {before}: what happened in between has no witness.")
-    if changes is not None and changes["witnesses"]:
-        witnesses = dict(sorted(changes["witnesses"].items()))
-        lines.append(f"  changes: {numbers_in_words(witnesses)}")
-    return lines + no_witness_lines(trail["unavailable"])
-
-
-def no_witness_lines(unavailable: Mapping[str, str]) -> list[str]:
-    """Where CloudTrail could not be asked, grouped by step and error code."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for account_id, error in sorted(unavailable.items()):
+    if earlier and (witnesses := sorted(summary["changes"]["witnesses"].items())):
+        lines.append(f"  changes: {numbers_in_words(dict(witnesses))}")
+    groups: dict[str, list[str]] = {}
+    for account_id, error in sorted(trail["unavailable"].items()):
         step, code, _message = error.split(": ", 2)
-        groups.setdefault((step, code), []).append(account_id)
-    lines, denied = [], False
-    for (step, code), account_ids in groups.items():
+        groups.setdefault(f"{step}: {code}", []).append(account_id)
+    for cause, account_ids in groups.items():
         shown = ", ".join(account_ids[:ACCOUNTS_SHOWN])
         if len(account_ids) > ACCOUNTS_SHOWN:
             shown += ", ..."
         number = count(len(account_ids), "account")
-        lines += wrapped(f"  no witness in {number} ({shown}): {step}: {code}")
-        denied = denied or bool(re.search(ACCESS_DENIED, code))
-    if denied:
+        lines += wrapped(f"  no witness in {number} ({shown}): {cause}")
+    if re.search(ACCESS_DENIED, " ".join(groups)):
         advice = "the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
         lines.append(f"    Next: {advice}")
     return lines
 
 
-def run_lines(run: Run) -> list[str]:
+RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
+
+
+def run_lines(run: Run, summary: Summary) -> list[str]:
     """The table of runs; empty for the first one, which has nothing to be compared with."""
     if not run.tracking.runs:
         return []
     titles = f"{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"
     lines = [f"{'Runs':<28}{titles}"]
-    for one in all_runs(run):
-        lines.append(
-            f"{iso(one.started):<28}{one.audited:>9,}{one.console_users_without_mfa:>13,}"
-            f"{one.active_keys:>13,}{one.active_keys_older_than_max_age:>13,}"
-        )
+    for one in summary["runs"]:
+        line = f"{one['started']:<28}{one['audited']:>9,}"
+        lines.append(line + "".join(f"{one[name]:>13,}" for name in RUN_GAPS))
     if run.tracking.unreadable:
         lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
@@ -3476,9 +3471,9 @@ def shortened(lines: list[str]) -> list[str]:
     return [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
 
 
-def label(account: Account, width: int = 28) -> str:
+def label(account: Summary, width: int = 28) -> str:
     """The account's ID and its name, cut or padded to `width`, as columns of a table."""
-    return f"{account.id} {cut(account.name, width):<{width}}"
+    return f"{account['id']} {cut(account['name'], width):<{width}}"
 
 
 def numbers_in_words(numbers: Mapping[str, int]) -> str:
@@ -3498,10 +3493,7 @@ def age(span: timedelta) -> str:
 
 def fitted(lines: Iterable[str]) -> str:
     """The lines as text that neither wraps nor steers the terminal."""
-    text = ""
-    for line in lines:
-        text += cut(printable(line), TERMINAL_WIDTH) + "\n"
-    return text
+    return "".join(cut(printable(line), TERMINAL_WIDTH) + "\n" for line in lines)
 
 
 def wrapped(line: str) -> list[str]:
@@ -3519,8 +3511,19 @@ def cut(text: str, width: int) -> str:
 
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
-    caller = run.caller
-    out_of_scope = [{"id": one.account.id, "name": one.account.name} for one in run.out_of_scope]
+    caller, management = run.caller, run.organization.management_account
+    production = [figures for figures in run.audited if figures.production]
+    results = ("audited", "failed", "skipped", "out_of_scope")
+    totals = {result: len(getattr(run, result)) for result in results}
+    totals["production"] = len(production)
+    totals["users"] = sum(figures.users for figures in run.audited)
+    everywhere = gaps_document(total_gaps(run.audited), run.started)
+    runs = [{**vars(one), "started": iso(one.started)} for one in run.tracking.runs]
+    this_run = {"started": iso(run.started), "audited": len(run.audited)}
+    this_run.update({name: everywhere[name] for name in RUN_GAPS})
+    maturity = maturity_document(run)
+    priorities = map(str, range(MOST_URGENT, LEAST_URGENT + 1))
+    left_out = sorted((one.account.id, one.account.name) for one in run.out_of_scope)
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
@@ -3533,81 +3536,66 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
         "organization": {
             "id": run.organization.id,
-            "management_account": run.organization.management_account,
+            "management_account": management,
             "management_account_included": run.plan.scope.include_management,
         },
-        "totals": totals_document(run),
+        "totals": totals,
         "gaps": {
-            "organization": gaps_document(total_gaps(run.audited), run.started),
-            "production": gaps_document(production_gaps(run), run.started),
+            "organization": everywhere,
+            "production": gaps_document(total_gaps(production), run.started),
         },
-        "maturity": maturity_document(run),
-        "changes": changes_document(run),
-        "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
+        "maturity": maturity,
+        "changes": changes_document(run, maturity),
+        "runs": [*runs, this_run],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
-        "findings": findings_document(run),
+        "findings": tally(priorities, (str(finding.priority) for finding in run.findings)),
         "accounts": account_entries(run),
-        "out_of_scope": sorted(out_of_scope, key=lambda entry: entry["id"]),
+        "out_of_scope": [{"id": account_id, "name": name} for account_id, name in left_out],
     }
 
 
-def totals_document(run: Run) -> dict[str, int]:
-    return {
-        "audited": len(run.audited),
-        "failed": len(run.failed),
-        "skipped": len(run.skipped),
-        "out_of_scope": len(run.out_of_scope),
-        "production": sum(figures.production for figures in run.audited),
-        "users": sum(figures.users for figures in run.audited),
-    }
-
-
-def production_gaps(run: Run) -> Gaps:
-    return total_gaps(figures for figures in run.audited if figures.production)
+def tally(names: Iterable[str], found: Iterable[str]) -> dict[str, int]:
+    """How often each of the names was found, zeros too."""
+    numbers = Counter(found)
+    return {name: numbers[name] for name in names}
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
-    document = {**vars(gaps), "mfa_coverage_percent": gaps.mfa_coverage_percent}
-    oldest = document.pop("oldest_active_key")
-    if oldest is not None:
-        created, age_days = iso(oldest.created), days_between(oldest.created, now)
-        oldest = {**oldest._asdict(), "created": created, "age_days": age_days}
-    return {**document, "oldest_active_key": oldest}
+    key, oldest = gaps.oldest_active_key, None
+    if key is not None:
+        age_days = days_between(key.created, now)
+        oldest = {**key._asdict(), "created": iso(key.created), "age_days": age_days}
+    numbers = {name: getattr(gaps, name) for name in GAP_COUNTS}
+    coverage = gaps.mfa_coverage_percent
+    return {**numbers, "mfa_coverage_percent": coverage, "oldest_active_key": oldest}
 
 
 def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
     """For each phase, the organization's level and how many accounts are at each level."""
-    document = {}
+    document, failed = {}, len(run.failed)
     for phase in PHASES:
-        levels, accounts = [], dict.fromkeys(LEVELS, 0)
-        accounts[NOT_STARTED] = len(run.failed)
-        for figures in run.audited:
-            level = getattr(figures, phase)
-            levels.append(level)
-            accounts[level] += 1
-        level = organization_level(levels, len(run.failed))
-        document[phase] = {"level": level, "accounts": accounts}
+        levels = [getattr(figures, phase) for figures in run.audited]
+        accounts = tally(LEVELS, levels + [NOT_STARTED] * failed)
+        document[phase] = {"level": organization_level(levels, failed), "accounts": accounts}
     return document
 
 
-def changes_document(run: Run) -> dict[str, Any] | None:
+def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
     """What has changed since the earlier run; None without one."""
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
-    counts = Counter(change.change for change in tracking.changes)
-    witnesses = Counter(change.witness for change in tracking.changes if change.witness)
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
         "accounts_not_compared": not_compared(run, earlier),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": {kind: counts[kind] for kind in kinds},
-        "witnesses": dict(witnesses),
-        "maturity": maturity_changes(run, earlier),
+        "counts": tally(kinds, (change.change for change in tracking.changes)),
+        "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
+        "maturity": {phase: levels_then_and_now(run, earlier, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
@@ -3624,25 +3612,23 @@ def not_compared(run: Run, earlier: EarlierRun) -> int:
     return number
 
 
-def maturity_changes(run: Run, earlier: EarlierRun) -> dict[str, dict[str, str | None]]:
+def levels_then_and_now(
+    run: Run, earlier: EarlierRun, phase: str, maturity: Summary
+) -> dict[str, Any]:
     """The organization's levels then and now, and those of the accounts that both runs audited."""
-    changes = {}
-    for phase, maturity in maturity_document(run).items():
-        then, now = [], []
-        for figures in run.audited:
-            if figures.account.id in run.tracking.compared:
-                then.append(earlier.account_levels[figures.account.id][phase])
-                now.append(getattr(figures, phase))
-        changes[phase] = {
-            "then": earlier.levels[phase],
-            "now": maturity["level"],
-            "compared_then": min(then, key=LEVELS.index, default=None),
-            "compared_now": min(now, key=LEVELS.index, default=None),
-        }
-    return changes
+    both = [figures for figures in run.audited if figures.account.id in run.tracking.compared]
+    then = (earlier.account_levels[figures.account.id][phase] for figures in both)
+    now = (getattr(figures, phase) for figures in both)
+    return {
+        "then": earlier.levels[phase],
+        "now": maturity[phase]["level"],
+        "compared_then": min(then, key=LEVELS.index, default=None),
+        "compared_now": min(now, key=LEVELS.index, default=None),
+    }
 
 
 def new_key_document(key: Change, run: Run) -> dict[str, Any]:
+    event = key.event
     return {
         "account_id": key.account_id,
         "account_name": key.account_name,
@@ -3651,9 +3637,9 @@ def new_key_document(key: Change, run: Run) -> dict[str, Any]:
         "change": key.change,
         "account_compared": key.account_id in run.tracking.compared,
         "witness": key.witness,
-        "event_name": key.event.name if key.event else None,
-        "event_time": iso(key.event.time) if key.event else None,
-        "actor": key.event.actor if key.event else None,
+        "event_name": event.name if event else None,
+        "event_time": iso(event.time) if event else None,
+        "actor": event.actor if event else None,
     }
 
 
@@ -3661,16 +3647,11 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
     """How many events CloudTrail returned, and where it failed and why; None if not asked."""
     if run.plan.events_since is None:
         return None
-    events, unavailable = 0, {}
-    for account, trail in run.trails:
-        events += len(trail.events)
-        if trail.error:
-            unavailable[account.id] = trail.error
     return {
         "since": iso(run.plan.events_since),
         "out_of_reach": run.plan.events_out_of_reach,
-        "events": events,
-        "unavailable": unavailable,
+        "events": sum(len(trail.events) for _account, trail in run.trails),
+        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
     }
 
 
@@ -3678,9 +3659,8 @@ def enforcement_document(run: Run) -> dict[str, Any]:
     """How many of the accounts in scope have each verdict of each control."""
     accounts = {}
     for control in CONTROLS:
-        accounts[control] = dict.fromkeys(VERDICTS, 0)
-        for controls in run.controls.values():
-            accounts[control][controls[control].verdict] += 1
+        verdicts = (controls[control].verdict for controls in run.controls.values())
+        accounts[control] = tally(VERDICTS, verdicts)
     return {
         "why_not_checked": run.enforcement.why_not or None,
         "accounts": accounts,
@@ -3689,19 +3669,9 @@ def enforcement_document(run: Run) -> dict[str, Any]:
     }
 
 
-def findings_document(run: Run) -> dict[str, int]:
-    """The number of findings by priority."""
-    numbers = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
-    for finding in run.findings:
-        numbers[str(finding.priority)] += 1
-    return numbers
-
-
 def account_entries(run: Run) -> list[dict[str, Any]]:
     """The accounts in scope, by ID."""
-    entries = []
-    for skipped in run.skipped:
-        entries.append(account_entry(skipped.account, "skipped"))
+    entries = [account_entry(skipped.account, "skipped") for skipped in run.skipped]
     for failed in run.failed:
         entry = account_entry(failed.account, "failed")
         entry["step"] = failed.step
@@ -3713,9 +3683,7 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
     for figures in run.audited:
         entry = account_entry(figures.account, "audited")
         entry["report_generated"] = iso(figures.report_generated)
-        entry["users"] = figures.users
-        entry["root"] = figures.has_root
-        entry["production"] = figures.production
+        entry.update(users=figures.users, root=figures.has_root, production=figures.production)
         entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
         entry["controls"] = controls_document(run.controls[figures.account.id])
         entry["gaps"] = gaps_document(figures.gaps, run.started)
@@ -3735,53 +3703,11 @@ def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
     return document
 
 
-def all_runs(run: Run) -> list[RunFigures]:
-    """The last finished runs, this one at the end."""
-    gaps = total_gaps(run.audited)
-    this_run = RunFigures(
-        started=run.started,
-        audited=len(run.audited),
-        console_users_without_mfa=gaps.console_users_without_mfa,
-        active_keys=gaps.active_keys,
-        active_keys_older_than_max_age=gaps.active_keys_older_than_max_age,
-    )
-    return [*run.tracking.runs, this_run]
-
-
 def new_keys(run: Run) -> list[Change]:
     """The access keys created since the earlier run, with those that were deleted again."""
     kinds = ("access-key-created", CAME_AND_WENT)
     found = [change for change in run.tracking.changes if change.change in kinds]
     return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
-
-
-def blind_spots(run: Run) -> list[Account]:
-    """Audited accounts that the earlier run had not audited: what is new there is hardly known."""
-    found = []
-    for figures in run.audited:
-        if run.tracking.earlier and figures.account.id not in run.tracking.compared:
-            found.append(figures.account)
-    return sorted(found, key=lambda account: account.id)
-
-
-def accounts_with_gaps(run: Run) -> list[AccountFigures]:
-    """Largest gaps first."""
-    return sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id))
-
-
-def gap_size(figures: AccountFigures) -> int:
-    return figures.gaps.console_users_without_mfa + figures.gaps.active_keys_older_than_max_age
-
-
-def accounts_without_controls(run: Run) -> list[AccountFigures]:
-    """The accounts with active keys where neither control is even partial, most keys first."""
-    bare = []
-    for figures in run.audited:
-        controls = run.controls[figures.account.id]
-        verdicts = (controls[MFA_REQUIRED].verdict, controls[NEW_KEYS_PREVENTED].verdict)
-        if figures.gaps.active_keys and verdicts == (ABSENT, ABSENT):
-            bare.append(figures)
-    return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
 
 
 # --------------------------------------------------------------------------------------------------
