@@ -3081,6 +3081,7 @@ def texts(value: Any) -> tuple[str, ...]:
 FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
 LINES_SHOWN = 10  # of other lists
+RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 
 
@@ -3112,7 +3113,6 @@ def quiet_lines(run: Run, summary: Summary) -> list[str]:
         if lines:
             lines.append("")
         lines += finding_lines(run, urgent)
-    without_mfa = map(change_line, run.tracking.mfa_new)
     removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
     unseen = []  # what is new there is hardly known
     for one in accounts_of(summary, "audited"):
@@ -3122,7 +3122,7 @@ def quiet_lines(run: Run, summary: Summary) -> list[str]:
     return [
         *lines,
         *new_key_lines(run),
-        *titled(f"New console users without MFA {since}", without_mfa),
+        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
         *titled(f"MFA removed {since}", map(change_line, removed)),
         *titled(not_compared + count(len(unseen), "account"), unseen[:ACCOUNTS_SHOWN]),
     ]
@@ -3138,10 +3138,8 @@ def audited_lines(run: Run, summary: Summary, finished: datetime) -> list[str]:
     took = clock(finished - run.started)
     accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
     users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
-    lines = [
-        f"Organization {run.organization.id}, {summary['started']}, took {took}",
-        f"Audited: {accounts}, {users}",
-    ]
+    lines = [f"Organization {run.organization.id}, {summary['started']}, took {took}"]
+    lines.append(f"Audited: {accounts}, {users}")
     if run.audited:
         span = age(finished - min(one.report_generated for one in run.audited))
         lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
@@ -3154,11 +3152,9 @@ def audited_lines(run: Run, summary: Summary, finished: datetime) -> list[str]:
 def failed_lines(run: Run, summary: Summary) -> list[str]:
     """The failed accounts, grouped by step and error code, with the next step for each group."""
     failed = accounts_of(summary, "failed")
-    if not failed:
-        return []
     production = sum(one["production"] for one in failed)
     number = f"{count(len(failed), 'account')} ({production:,} production)"
-    lines = [f"Failed: {number}, of which nothing is known"]
+    lines = [f"Failed: {number}, of which nothing is known"] if failed else []
     groups: dict[tuple[str, str], list[Summary]] = {}
     for one in failed:
         groups.setdefault((one["step"], one["error"]["code"]), []).append(one)
@@ -3166,8 +3162,11 @@ def failed_lines(run: Run, summary: Summary) -> list[str]:
         lines.append(f"  {step}: {code}")
         for one in members:
             lines += wrapped(f"    {one['id']} {one['name']}: {one['error']['message']}")
-        if advice := next_step(step, code, run):
-            lines += wrapped(f"    Next: {advice}")
+        for at_step, codes, advice in NEXT_STEPS:
+            if at_step in ("", step) and re.search(codes, code):
+                words = advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
+                lines += wrapped(f"    Next: {words}")
+                break
     return lines
 
 
@@ -3185,19 +3184,11 @@ NEXT_STEPS = (
      "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."),
     ("", ACCESS_DENIED,
      "the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."),
-    ("", "ReportTimeout",
-     "run the audit again, or give the report longer with --report-timeout."),
+    ("", "ReportTimeout", "run the audit again, or give the report longer with --report-timeout."),
     ("", "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
      "something else uses up the account's IAM API rate: run the audit again later."),
 )
 # fmt: on
-
-
-def next_step(step: str, code: str, run: Run) -> str:
-    for at_step, codes, advice in NEXT_STEPS:
-        if at_step in ("", step) and re.search(codes, code):
-            return advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
-    return ""
 
 
 def left_out_lines(run: Run, summary: Summary) -> list[str]:
@@ -3293,9 +3284,8 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     number = f"{len(findings):,} of {len(run.findings):,}"
     lines = [f"What to fix first ({number}; all are in findings.csv)"]
     for one in findings:
-        lines.append(
-            f"  {one.priority}  {one.finding:<23}{label(vars(one.account), 20)} {one.user}"
-        )
+        whose = f"{label(vars(one.account), 20)} {one.user}"
+        lines.append(f"  {one.priority}  {one.finding:<23}{whose}")
         key_id = f"{one.key.id}: " if one.key else ""
         lines += wrapped(f"     {key_id}{'; '.join(reasons_of(one, run.plan))}")
     return lines
@@ -3347,16 +3337,19 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
     if earlier is None:
         return ["No earlier run of this organization: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
-    keys = (
-        f"{counts[f'access-key-{did}']:,} {did}" for did in ("deleted", "deactivated", "created")
-    )
+    deleted, deactivated = counts["access-key-deleted"], counts["access-key-deactivated"]
+    keys = f"{deleted:,} deleted, {deactivated:,} deactivated"
     lines = [
         f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
         f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
-        f"  access keys: {', '.join(keys)}",
-        f"  phase 1: {levels_in_words(changes['maturity']['phase1'])}",
-        f"  phase 2: {levels_in_words(changes['maturity']['phase2'])}",
+        f"  access keys: {keys}, {counts['access-key-created']:,} created",
     ]
+    for phase, levels in zip(("phase 1", "phase 2"), changes["maturity"].values()):
+        then, now = levels["then"], levels["now"]
+        compared = (levels["compared_then"], levels["compared_now"])
+        differs = compared not in ((None, None), (then, now))
+        words = " (the accounts compared: {}, now {})".format(*compared) if differs else ""
+        lines.append(f"  {phase}: {then}, now {now}{words}")
     if earlier.max_key_age_days != days:
         was = f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}"
         lines.append(f"{was}: phase 2 and the number of old keys do not compare")
@@ -3367,15 +3360,6 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
         number = count(changes["accounts_not_compared"], "account")
         lines.append(f"  not compared: {number}, not audited in this run or the earlier one")
     return lines + new_key_lines(run)
-
-
-def levels_in_words(levels: Summary) -> str:
-    """The organization's level then and now, and that of the accounts compared if it differs."""
-    then, now = levels["compared_then"], levels["compared_now"]
-    words = f"{levels['then']}, now {levels['now']}"
-    if then is not None and (then, now) != (levels["then"], levels["now"]):
-        words += f" (the accounts compared: {then}, now {now})"
-    return words
 
 
 def new_key_lines(run: Run) -> list[str]:
@@ -3420,26 +3404,24 @@ def witness_lines(run: Run, summary: Summary) -> list[str]:
         shown = ", ".join(account_ids[:ACCOUNTS_SHOWN])
         if len(account_ids) > ACCOUNTS_SHOWN:
             shown += ", ..."
-        number = count(len(account_ids), "account")
-        lines += wrapped(f"  no witness in {number} ({shown}): {cause}")
+        lines += wrapped(f"  no witness in {count(len(account_ids), 'account')} ({shown}): {cause}")
     if re.search(ACCESS_DENIED, " ".join(groups)):
-        advice = "the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
-        lines.append(f"    Next: {advice}")
+        lines.append(
+            "    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
+        )
     return lines
-
-
-RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
 
 
 def run_lines(run: Run, summary: Summary) -> list[str]:
     """The table of runs; empty for the first one, which has nothing to be compared with."""
     if not run.tracking.runs:
         return []
-    titles = f"{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"
-    lines = [f"{'Runs':<28}{titles}"]
+    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"]
     for one in summary["runs"]:
         line = f"{one['started']:<28}{one['audited']:>9,}"
-        lines.append(line + "".join(f"{one[name]:>13,}" for name in RUN_GAPS))
+        for name in RUN_GAPS:
+            line += f"{one[name]:>13,}"
+        lines.append(line)
     if run.tracking.unreadable:
         lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
@@ -3466,9 +3448,7 @@ def titled(title: str, lines: Iterable[str]) -> list[str]:
 def shortened(lines: list[str]) -> list[str]:
     """The first lines, and how many more summary.json has."""
     more = len(lines) - LINES_SHOWN
-    if more <= 0:
-        return lines
-    return [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
+    return lines if more <= 0 else [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
 
 
 def label(account: Summary, width: int = 28) -> str:
@@ -3484,11 +3464,10 @@ def numbers_in_words(numbers: Mapping[str, int]) -> str:
 def age(span: timedelta) -> str:
     """A rough age: `12 minutes`, `3 hours`, `5 days`."""
     minutes = max(0, int(span.total_seconds() // 60))
-    if minutes < 120:
-        return count(minutes, "minute")
-    if minutes < 48 * 60:
-        return count(minutes // 60, "hour")
-    return count(minutes // 1440, "day")
+    for length, unit in ((1440, "day"), (60, "hour")):
+        if minutes >= 2 * length:
+            return count(minutes // length, unit)
+    return count(minutes, "minute")
 
 
 def fitted(lines: Iterable[str]) -> str:
@@ -3499,9 +3478,8 @@ def fitted(lines: Iterable[str]) -> str:
 def wrapped(line: str) -> list[str]:
     """The line, folded at TERMINAL_WIDTH, with all but the first part indented two more spaces."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(
-        printable(line), TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False
-    )
+    text = printable(line)
+    return textwrap.wrap(text, TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def cut(text: str, width: int) -> str:
@@ -3513,14 +3491,16 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
     caller, management = run.caller, run.organization.management_account
     production = [figures for figures in run.audited if figures.production]
-    results = ("audited", "failed", "skipped", "out_of_scope")
-    totals = {result: len(getattr(run, result)) for result in results}
-    totals["production"] = len(production)
+    totals = {"audited": len(run.audited), "failed": len(run.failed), "skipped": len(run.skipped)}
+    totals.update(out_of_scope=len(run.out_of_scope), production=len(production))
     totals["users"] = sum(figures.users for figures in run.audited)
-    everywhere = gaps_document(total_gaps(run.audited), run.started)
-    runs = [{**vars(one), "started": iso(one.started)} for one in run.tracking.runs]
+    gaps = {}
+    for name, accounts in (("organization", run.audited), ("production", production)):
+        gaps[name] = gaps_document(total_gaps(accounts), run.started)
+    runs = [vars(one) | {"started": iso(one.started)} for one in run.tracking.runs]
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
-    this_run.update({name: everywhere[name] for name in RUN_GAPS})
+    for name in RUN_GAPS:
+        this_run[name] = gaps["organization"][name]
     maturity = maturity_document(run)
     priorities = map(str, range(MOST_URGENT, LEAST_URGENT + 1))
     left_out = sorted((one.account.id, one.account.name) for one in run.out_of_scope)
@@ -3540,10 +3520,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
             "management_account_included": run.plan.scope.include_management,
         },
         "totals": totals,
-        "gaps": {
-            "organization": everywhere,
-            "production": gaps_document(total_gaps(production), run.started),
-        },
+        "gaps": gaps,
         "maturity": maturity,
         "changes": changes_document(run, maturity),
         "runs": [*runs, this_run],
@@ -3562,13 +3539,11 @@ def tally(names: Iterable[str], found: Iterable[str]) -> dict[str, int]:
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
-    key, oldest = gaps.oldest_active_key, None
-    if key is not None:
+    document = {**vars(gaps), "mfa_coverage_percent": gaps.mfa_coverage_percent}
+    if key := document.pop("oldest_active_key"):
         age_days = days_between(key.created, now)
-        oldest = {**key._asdict(), "created": iso(key.created), "age_days": age_days}
-    numbers = {name: getattr(gaps, name) for name in GAP_COUNTS}
-    coverage = gaps.mfa_coverage_percent
-    return {**numbers, "mfa_coverage_percent": coverage, "oldest_active_key": oldest}
+        key = {**key._asdict(), "created": iso(key.created), "age_days": age_days}
+    return {**document, "oldest_active_key": key}
 
 
 def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
@@ -3587,34 +3562,25 @@ def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
     if earlier is None:
         return None
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
+    stayed = earlier.accounts.keys() & accounts_now(run).keys()
+    for one in run.out_of_scope:
+        if one.account.id in stayed and earlier.accounts[one.account.id].result == "out of scope":
+            stayed.remove(one.account.id)  # out of scope of both runs
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": not_compared(run, earlier),
+        "accounts_not_compared": len(stayed - tracking.compared),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
         "counts": tally(kinds, (change.change for change in tracking.changes)),
         "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
-        "maturity": {phase: levels_then_and_now(run, earlier, phase, maturity) for phase in PHASES},
+        "maturity": {phase: level_changes(run, earlier, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
 
 
-def not_compared(run: Run, earlier: EarlierRun) -> int:
-    """Accounts in scope of either run, neither joined nor left, that only one or no run audited."""
-    now, left_out_now = accounts_now(run), {one.account.id for one in run.out_of_scope}
-    number = 0
-    for account_id, (_name, result) in earlier.accounts.items():
-        in_scope = result != "out of scope" or account_id not in left_out_now
-        if in_scope and account_id in now and account_id not in run.tracking.compared:
-            number += 1
-    return number
-
-
-def levels_then_and_now(
-    run: Run, earlier: EarlierRun, phase: str, maturity: Summary
-) -> dict[str, Any]:
+def level_changes(run: Run, earlier: EarlierRun, phase: str, maturity: Summary) -> dict[str, Any]:
     """The organization's levels then and now, and those of the accounts that both runs audited."""
     both = [figures for figures in run.audited if figures.account.id in run.tracking.compared]
     then = (earlier.account_levels[figures.account.id][phase] for figures in both)
@@ -3628,7 +3594,6 @@ def levels_then_and_now(
 
 
 def new_key_document(key: Change, run: Run) -> dict[str, Any]:
-    event = key.event
     return {
         "account_id": key.account_id,
         "account_name": key.account_name,
@@ -3637,9 +3602,9 @@ def new_key_document(key: Change, run: Run) -> dict[str, Any]:
         "change": key.change,
         "account_compared": key.account_id in run.tracking.compared,
         "witness": key.witness,
-        "event_name": event.name if event else None,
-        "event_time": iso(event.time) if event else None,
-        "actor": event.actor if event else None,
+        "event_name": key.event.name if key.event else None,
+        "event_time": iso(key.event.time) if key.event else None,
+        "actor": key.event.actor if key.event else None,
     }
 
 
@@ -3674,8 +3639,7 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
     entries = [account_entry(skipped.account, "skipped") for skipped in run.skipped]
     for failed in run.failed:
         entry = account_entry(failed.account, "failed")
-        entry["step"] = failed.step
-        entry["error"] = {"code": failed.code, "message": failed.message}
+        entry.update(step=failed.step, error={"code": failed.code, "message": failed.message})
         entry["production"] = is_production(failed.account, run.plan.production)
         entry["maturity"] = dict.fromkeys(PHASES, NOT_STARTED)
         entry["controls"] = controls_document(run.controls[failed.account.id])
@@ -3864,8 +3828,7 @@ def role_arns(role: str) -> str:
 # Options: the command line, its validators and help; the progress line
 # --------------------------------------------------------------------------------------------------
 
-# prod, prd, production or live as a word of its own (prod2 too), unless the word before it is no,
-# non, not or pre
+# prod, prd, production or live as a word of its own (prod2 too), but not after no, non, not or pre
 DEFAULT_PRODUCTION = (
     r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
     r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
@@ -3909,8 +3872,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --print: {what}")
     if options.exempt_role:
         length = len(print_document(options.document, "", options.exempt_role))
+        what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
         if length > SCP_LONGEST:
-            what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
             parser.error(f"argument --exempt-role: {what}")
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
@@ -3931,9 +3894,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--profile", metavar="NAME", type=parse_name,
         help="AWS profile of the management account or of a delegated administrator "
              "(default: the SDK's default credential chain)")
-    add("--role", metavar="NAME", type=parse_role,
-        help="role to assume in each account, required for an audit: a name, or a path and a name "
-             "(audit/IAMAuditRole)")
+    add("--role", metavar="NAME", type=parse_role, help="role to assume in each account, required "
+        "for an audit: a name, or a path and a name (audit/IAMAuditRole)")
     add("--external-id", metavar="ID", type=parse_external_id,
         help="external ID that the role's trust policy asks for")
     add = parser.add_argument_group("which accounts").add_argument
@@ -3958,15 +3920,12 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
         help="older active access keys are a gap (default: %(default)s)")
     add = parser.add_argument_group("what has changed").add_argument
-    add("--previous", metavar="DIR", type=parse_folder,
-        help="folder of the run to compare with (default: the newest finished one of this "
-             "organization in --output-dir)")
-    add("--cloudtrail", action="store_true",
-        help="ask CloudTrail in each account who made the changes; the role then needs "
-             "cloudtrail:LookupEvents")
-    add("--since", metavar="DATE", type=parse_past_date,
-        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since "
-             "the earlier run began, or 30 days)")
+    add("--previous", metavar="DIR", type=parse_folder, help="folder of the run to compare with "
+        "(default: the newest finished one of this organization in --output-dir)")
+    add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
+        "changes; the role then needs cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on, "
+        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run began, or 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="where the run's own folder is made (default: %(default)s)")
@@ -4011,14 +3970,13 @@ def whole_number(most: int, what: str, text: str) -> int:
 ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
 A_ROLE = "a role's name or path and name (no ARN: the account differs)"
 AN_EXTERNAL_ID = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
-AN_OU_ID = "the ID of an organizational unit (ou-ab12-cdefgh34)"
-OU_ID = r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}"
+OU = (r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", "the ID of an organizational unit (ou-ab12-cdefgh34)")
 parse_name = functools.partial(matching, r"(?s).+", "a name: it is empty")
 parse_role = functools.partial(matching, ROLE, A_ROLE)
 parse_roles = functools.partial(each_matching, tuple, ROLE, A_ROLE)
 parse_external_id = functools.partial(matching, r"[\w+=,.@:/-]{2,1224}", AN_EXTERNAL_ID)
 parse_ids = functools.partial(each_matching, frozenset, r"\d{12}", "an account ID of 12 digits")
-parse_ou_ids = functools.partial(each_matching, frozenset, OU_ID, AN_OU_ID)
+parse_ou_ids = functools.partial(each_matching, frozenset, *OU)
 parse_workers = functools.partial(whole_number, 256, "a number from 1 to 256")
 
 
@@ -4058,24 +4016,20 @@ def parse_past_date(text: str) -> datetime:
 
 def parse_fail_on(text: str) -> FailOn:
     """Of several priorities, the least urgent one counts."""
-    priorities = f"{MOST_URGENT}-{LEAST_URGENT}"
+    pattern = rf"findings(:[{MOST_URGENT}-{LEAST_URGENT}])?|new-keys"
     what = f"findings, findings:N with N from {MOST_URGENT} to {LEAST_URGENT}, or new-keys"
-    chosen = FailOn()
-    for part in text.split(","):
-        word = matching(rf"findings(:[{priorities}])?|new-keys", what, part.strip())
+    priority, created = 0, False
+    for word in each_matching(list[str], pattern, what, text):
         if word == "new-keys":
-            chosen = chosen._replace(new_keys=True)
+            created = True
         else:
-            priority = int(word.partition(":")[2] or LEAST_URGENT)
-            chosen = chosen._replace(priority=max(chosen.priority, priority))
-    return chosen
+            priority = max(priority, int(word.partition(":")[2] or LEAST_URGENT))
+    return FailOn(priority, created)
 
 
 class Status:
-    """stderr: the progress line, if it is a terminal, and the lines of --verbose.
-
-    If the stream is closed, or its reader has gone, these lines are lost and the run goes on.
-    """
+    """stderr: the progress line, if it is a terminal, and the lines of --verbose. If the stream is
+    closed, or its reader has gone, these lines are lost and the run goes on."""
 
     def __init__(self, out: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
         self._out, self._progress = out, progress
@@ -4104,8 +4058,8 @@ class Status:
             columns = 80
             with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
                 columns = os.get_terminal_size(self._out.fileno()).columns or 80
-            line = progress_line(self._progress, time.monotonic() - self._started)
-            self._write(line[: columns - 1])
+            elapsed = time.monotonic() - self._started
+            self._write(progress_line(self._progress, elapsed)[: columns - 1])
             await asyncio.sleep(0.2)
 
     def _write(self, text: str) -> None:
