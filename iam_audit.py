@@ -3024,51 +3024,70 @@ def texts(value: Any) -> tuple[str, ...]:
 # Terminal: the summary for stdout and for mail, summary.json; values in, text out
 # --------------------------------------------------------------------------------------------------
 
-
 FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
 LINES_SHOWN = 10  # of other lists
+RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
+Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 
 
 def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
+    summary = summary_document(run, finished)
     if quiet:
-        return fitted(quiet_lines(run))
+        return fitted(quiet_lines(run, summary))
+    heading = audited_lines(run, summary, finished)
+    heading += failed_lines(run, summary) + left_out_lines(run, summary)
     blocks = [
-        [*audited_lines(run, finished), *failed_lines(run), *left_out_lines(run)],
-        maturity_lines(run),
-        gap_lines(run),
+        heading,
+        maturity_lines(run, summary) + held_back_lines(run, summary),
+        gap_lines(run, summary),
         finding_lines(run, run.findings[:FINDINGS_SHOWN]),
-        enforcement_lines(run),
-        change_lines(run),
-        witness_lines(run),
-        run_lines(run),
+        enforcement_lines(run, summary),
+        change_lines(run, summary),
+        witness_lines(run, summary),
+        run_lines(run, summary),
     ]
     text = "\n".join(map(fitted, filter(None, blocks)))
     return f"{text}\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
 
 
-def quiet_lines(run: Run) -> list[str]:
-    lines = failed_lines(run)
-    urgent = [finding for finding in run.findings if finding.priority == MOST_URGENT]
-    if urgent:
+def quiet_lines(run: Run, summary: Summary) -> list[str]:
+    """Failed accounts, the most urgent findings, and the changes for the worse."""
+    lines, since = failed_lines(run, summary), "since the earlier run"
+    if urgent := [finding for finding in run.findings if finding.priority == MOST_URGENT]:
         if lines:
             lines.append("")
         lines += finding_lines(run, urgent)
-    return lines + alert_lines(run)
-
-
-def audited_lines(run: Run, finished: datetime) -> list[str]:
-    totals, gaps = totals_document(run), total_gaps(run.audited)
-    lines = [
-        f"Organization {run.organization.id}, {iso(run.started)}, "
-        f"took {clock(finished - run.started)}",
-        f"Audited: {count(totals['audited'], 'account')} ({totals['production']:,} production), "
-        f"{count(totals['users'], 'user')}, {count(gaps.access_keys, 'access key')}",
+    removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
+    unseen = []  # what is new there is hardly known
+    for one in accounts_of(summary, "audited"):
+        if run.tracking.earlier and one["id"] not in run.tracking.compared:
+            unseen.append(f"{one['id']} {one['name']}")
+    not_compared = "Not compared, because the earlier run had not audited them: "
+    return [
+        *lines,
+        *new_key_lines(run),
+        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
+        *titled(f"MFA removed {since}", map(change_line, removed)),
+        *titled(not_compared + count(len(unseen), "account"), unseen[:ACCOUNTS_SHOWN]),
     ]
+
+
+def accounts_of(summary: Summary, result: str) -> list[Summary]:
+    """The accounts that were audited, or failed, or skipped, by ID."""
+    return [entry for entry in summary["accounts"] if entry["result"] == result]
+
+
+def audited_lines(run: Run, summary: Summary, finished: datetime) -> list[str]:
+    totals, keys = summary["totals"], summary["gaps"]["organization"]["access_keys"]
+    took = clock(finished - run.started)
+    accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
+    users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
+    lines = [f"Organization {run.organization.id}, {summary['started']}, took {took}"]
+    lines.append(f"Audited: {accounts}, {users}")
     if run.audited:
-        oldest = min(run.audited, key=lambda one: one.report_generated).report_generated
-        span = age(finished - oldest)
+        span = age(finished - min(one.report_generated for one in run.audited))
         lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
     if rootless := sum(not one.has_root for one in run.audited):
         number = count(rootless, "account")
@@ -3076,21 +3095,24 @@ def audited_lines(run: Run, finished: datetime) -> list[str]:
     return lines
 
 
-def failed_lines(run: Run) -> list[str]:
+def failed_lines(run: Run, summary: Summary) -> list[str]:
     """The failed accounts, grouped by step and error code, with the next step for each group."""
-    production = 0
-    groups: dict[tuple[str, str], list[FailedAccount]] = {}
-    for failed in sorted(run.failed, key=lambda one: one.account.id):
-        production += is_production(failed.account, run.plan.production)
-        groups.setdefault((failed.step, failed.code), []).append(failed)
-    number = f"{count(len(run.failed), 'account')} ({production:,} production)"
-    lines = [f"Failed: {number}, of which nothing is known"] if run.failed else []
+    failed = accounts_of(summary, "failed")
+    production = sum(one["production"] for one in failed)
+    number = f"{count(len(failed), 'account')} ({production:,} production)"
+    lines = [f"Failed: {number}, of which nothing is known"] if failed else []
+    groups: dict[tuple[str, str], list[Summary]] = {}
+    for one in failed:
+        groups.setdefault((one["step"], one["error"]["code"]), []).append(one)
     for (step, code), members in groups.items():
         lines.append(f"  {step}: {code}")
-        for failed in members:
-            lines += wrapped(f"    {failed.account.id} {failed.account.name}: {failed.message}")
-        if advice := next_step(step, code, run):
-            lines += wrapped(f"    Next: {advice}")
+        for one in members:
+            lines += wrapped(f"    {one['id']} {one['name']}: {one['error']['message']}")
+        for at_step, codes, advice in NEXT_STEPS:
+            if at_step in ("", step) and re.search(codes, code):
+                words = advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
+                lines += wrapped(f"    Next: {words}")
+                break
     return lines
 
 
@@ -3108,73 +3130,58 @@ NEXT_STEPS = (
      "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."),
     ("", ACCESS_DENIED,
      "the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."),
-    ("", "ReportTimeout",
-     "run the audit again, or give the report longer with --report-timeout."),
+    ("", "ReportTimeout", "run the audit again, or give the report longer with --report-timeout."),
     ("", "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
      "something else uses up the account's IAM API rate: run the audit again later."),
 )
 # fmt: on
 
 
-def next_step(step: str, code: str, run: Run) -> str:
-    for at_step, codes, advice in NEXT_STEPS:
-        if at_step in ("", step) and re.search(codes, code):
-            return advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
-    return ""
-
-
-def left_out_lines(run: Run) -> list[str]:
-    lines = []
-    for skipped in sorted(run.skipped, key=lambda one: one.account.id):
-        lines.append(f"{skipped.account.id} {skipped.account.name}: {skipped.account.state}")
-    lines = titled(f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}", lines)
-    management = run.organization.management_account
-    others = sum(one.account.id != management for one in run.out_of_scope)
-    if others < len(run.out_of_scope):
+def left_out_lines(run: Run, summary: Summary) -> list[str]:
+    skipped = accounts_of(summary, "skipped")
+    title = f"Skipped, because not ACTIVE: {count(len(skipped), 'account')}"
+    lines = titled(title, (f"{one['id']} {one['name']}: {one['state']}" for one in skipped))
+    management, left_out = run.organization.management_account, summary["out_of_scope"]
+    others = sum(one["id"] != management for one in left_out)
+    if others < len(left_out):
         lines.append(f"Not included: the management account, {management} (--include-management)")
     if others:
         lines.append(f"Out of scope: {count(others, 'account')}")
     return lines
 
 
-def maturity_lines(run: Run) -> list[str]:
-    gaps, days = total_gaps(run.audited), run.plan.max_key_age.days
+def maturity_lines(run: Run, summary: Summary) -> list[str]:
+    """Per phase, the organization's level, the reason for it, and the accounts at each level."""
+    gaps, days = summary["gaps"]["organization"], run.plan.max_key_age.days
     mfa, keys = "no console users", "no active keys"
-    if gaps.console_users:
-        users = count(gaps.console_users, "console user")
-        mfa = f"{gaps.console_users_without_mfa:,} of {users} without MFA"
-    if gaps.active_keys:
-        active = count(gaps.active_keys, "active key")
-        keys = f"{gaps.active_keys_older_than_max_age:,} of {active} older than {days} days"
-    return [
-        *phase_lines(run, "phase1", "Phase 1, multi-factor authentication", mfa),
-        *phase_lines(run, "phase2", "Phase 2, use temporary credentials", keys),
-        *held_back_lines(run),
-    ]
-
-
-def phase_lines(run: Run, phase: str, title: str, reason: str) -> list[str]:
-    """The organization's level with the reason for it, and how many accounts are at each level."""
-    maturity = maturity_document(run)[phase]
-    if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
-        reason = f"{count(len(run.failed), 'account')} not audited"
-    return [
-        f"{title:<38}{maturity['level']:<13}{reason}",
-        f"  accounts: {numbers_in_words(maturity['accounts']) or 'none'}",
-    ]
-
-
-def held_back_lines(run: Run) -> list[str]:
-    """The accounts with the largest gaps, then those that could not be audited."""
+    if gaps["console_users"]:
+        users = count(gaps["console_users"], "console user")
+        mfa = f"{gaps['console_users_without_mfa']:,} of {users} without MFA"
+    if gaps["active_keys"]:
+        active = count(gaps["active_keys"], "active key")
+        keys = f"{gaps['active_keys_older_than_max_age']:,} of {active} older than {days} days"
+    phase1 = ("Phase 1, multi-factor authentication", mfa, summary["maturity"]["phase1"])
+    phase2 = ("Phase 2, use temporary credentials", keys, summary["maturity"]["phase2"])
     lines = []
-    for one in accounts_with_gaps(run):
-        keys = count(one.gaps.active_keys_older_than_max_age, "active key")
-        lines.append(
-            f"{label(one.account)} {one.gaps.console_users_without_mfa:,} without MFA, "
-            f"{keys} older than {run.plan.max_key_age.days} days"
-        )
-    for failed in sorted(run.failed, key=lambda one: one.account.id):
-        lines.append(f"{label(failed.account)} not audited")
+    for title, gap, maturity in (phase1, phase2):
+        held_back_by_gap = maturity["level"] != IN_PROGRESS or maturity["accounts"][IN_PROGRESS]
+        reason = gap if held_back_by_gap else f"{count(len(run.failed), 'account')} not audited"
+        lines.append(f"{title:<38}{maturity['level']:<13}{reason}")
+        lines.append(f"  accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
+    return lines
+
+
+def held_back_lines(run: Run, summary: Summary) -> list[str]:
+    """The accounts with the largest gaps, then those that could not be audited."""
+    sized = []
+    for one in accounts_of(summary, "audited"):
+        users = one["gaps"]["console_users_without_mfa"]
+        keys = one["gaps"]["active_keys_older_than_max_age"]
+        old = f"{count(keys, 'active key')} older than {run.plan.max_key_age.days} days"
+        if users + keys:
+            sized.append((-users - keys, f"{label(one)} {users:,} without MFA, {old}"))
+    lines = [line for _size, line in sorted(sized)]  # of the same size: by ID
+    lines += [f"{label(one)} not audited" for one in accounts_of(summary, "failed")]
     return titled("Held back most by", lines[:ACCOUNTS_SHOWN])
 
 
@@ -3196,24 +3203,22 @@ GAP_LABELS = {
 }
 
 
-def gap_lines(run: Run) -> list[str]:
+def gap_lines(run: Run, summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
-    organization, production = total_gaps(run.audited), production_gaps(run)
     lines = [f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
     for name, words in GAP_LABELS.items():
-        cells = f"{gap_cell(organization, name):>18}{gap_cell(production, name):>18}"
-        lines.append(f"{words.format(days=run.plan.max_key_age.days):<38}{cells}")
-    if oldest := organization.oldest_active_key:
-        old = count(days_between(oldest.created, run.started), "day")
-        whose = f"{cut(oldest.username, 24)} in {oldest.account_id} {oldest.account_name}"
-        lines.append(f"oldest active key: {old}, {oldest.access_key_id} of {whose}")
+        line = f"{words.format(days=run.plan.max_key_age.days):<38}"
+        for gaps in summary["gaps"].values():
+            cell = f"{gaps[name]:,}"
+            if name == "mfa_coverage_percent":
+                cell = f"{gaps[name]:.1f} %" if gaps["console_users"] else "no console users"
+            line += f"{cell:>18}"
+        lines.append(line)
+    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
+        whose = f"{cut(oldest['username'], 24)} in {oldest['account_id']} {oldest['account_name']}"
+        key = f"{count(oldest['age_days'], 'day')}, {oldest['access_key_id']}"
+        lines.append(f"oldest active key: {key} of {whose}")
     return lines
-
-
-def gap_cell(gaps: Gaps, name: str) -> str:
-    if name == "mfa_coverage_percent":
-        return f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users"
-    return f"{getattr(gaps, name):,}"
 
 
 def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
@@ -3225,69 +3230,75 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     number = f"{len(findings):,} of {len(run.findings):,}"
     lines = [f"What to fix first ({number}; all are in findings.csv)"]
     for one in findings:
-        lines.append(f"  {one.priority}  {one.finding:<23}{label(one.account, 20)} {one.user}")
+        whose = f"{label(vars(one.account), 20)} {one.user}"
+        lines.append(f"  {one.priority}  {one.finding:<23}{whose}")
         key_id = f"{one.key.id}: " if one.key else ""
         lines += wrapped(f"     {key_id}{'; '.join(reasons_of(one, run.plan))}")
     return lines
 
 
-def enforcement_lines(run: Run) -> list[str]:
+def enforcement_lines(run: Run, summary: Summary) -> list[str]:
     """What service control policies already prevent, and where nothing does."""
-    lines = ["Enforced by service control policies"]
-    if run.enforcement.why_not:
-        lines += wrapped(f"  not checked: {run.enforcement.why_not}")
-    for control, verdicts in enforcement_document(run)["accounts"].items():
+    enforcement, lines = summary["enforcement"], ["Enforced by service control policies"]
+    if why_not := enforcement["why_not_checked"]:
+        lines += wrapped(f"  not checked: {why_not}")
+    for control, verdicts in enforcement["accounts"].items():
         lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
         for remark in shortened(control_remarks(run, control)):
             lines += wrapped(f"    {remark}")
     words = {True: "yes", False: "no", None: "not checked"}
-    managed = words[run.enforcement.root_credentials_managed]
+    managed = words[enforcement["root_credentials_managed_centrally"]]
     lines.append(f"  {'root credentials managed centrally':<36}{managed}")
-    if run.enforcement.root_why_not:
-        lines += wrapped(f"    {run.enforcement.root_why_not}")
+    if why_not := enforcement["root_credentials_why_not_checked"]:
+        lines += wrapped(f"    {why_not}")
     bare = []
-    for one in accounts_without_controls(run)[:ACCOUNTS_SHOWN]:
-        bare.append(f"{label(one.account)} {count(one.gaps.active_keys, 'active key')}")
-    return lines + titled("With neither control, and most active keys", bare)
+    for one in accounts_of(summary, "audited"):
+        verdicts = {control["verdict"] for control in one["controls"].values()}
+        if one["gaps"]["active_keys"] and verdicts == {ABSENT}:
+            bare.append(one)
+    bare.sort(key=lambda one: one["gaps"]["active_keys"], reverse=True)
+    most = [f"{label(one)} {count(one['gaps']['active_keys'], 'active key')}" for one in bare]
+    return lines + titled("With neither control, and most active keys", most[:ACCOUNTS_SHOWN])
 
 
 def control_remarks(run: Run, control: str) -> list[str]:
     """The policies behind a control's verdicts, once each, with their exemptions and conditions."""
-    remarks: dict[str, None] = {}  # a set that keeps the order
-    for account_id in sorted(run.controls):
-        found = run.controls[account_id][control]
-        if not found.policies:
-            continue
+    remarks = []
+    for _account_id, controls in sorted(run.controls.items()):
+        found = controls[control]
         policies = ", ".join(f"{name} ({each})" for each, name in found.policies.items())
         remark = f"{found.verdict} by {policies}"
         if found.exemptions:
             remark += f", except {', '.join(found.exemptions)}"
         if found.conditions:
             remark += f", only if {'; or if '.join(found.conditions)}"
-        remarks[remark] = None
-    return list(remarks)
+        if policies:
+            remarks.append(remark)
+    return list(dict.fromkeys(remarks))
 
 
-def change_lines(run: Run) -> list[str]:
+def change_lines(run: Run, summary: Summary) -> list[str]:
     """What has changed since the earlier run, for better and for worse."""
-    changes, earlier, days = changes_document(run), run.tracking.earlier, run.plan.max_key_age.days
-    if changes is None or earlier is None:
+    changes, earlier, days = summary["changes"], run.tracking.earlier, run.plan.max_key_age.days
+    if earlier is None:
         return ["No earlier run of this organization: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
+    deleted, deactivated = counts["access-key-deleted"], counts["access-key-deactivated"]
+    keys = f"{deleted:,} deleted, {deactivated:,} deactivated"
     lines = [
         f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
         f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
-        f"  access keys: {counts['access-key-deleted']:,} deleted, "
-        f"{counts['access-key-deactivated']:,} deactivated, "
-        f"{counts['access-key-created']:,} created",
-        f"  phase 1: {levels_in_words(changes['maturity']['phase1'])}",
-        f"  phase 2: {levels_in_words(changes['maturity']['phase2'])}",
+        f"  access keys: {keys}, {counts['access-key-created']:,} created",
     ]
+    for phase, levels in zip(("phase 1", "phase 2"), changes["maturity"].values()):
+        then, now = levels["then"], levels["now"]
+        compared = (levels["compared_then"], levels["compared_now"])
+        differs = compared not in ((None, None), (then, now))
+        words = " (the accounts compared: {}, now {})".format(*compared) if differs else ""
+        lines.append(f"  {phase}: {then}, now {now}{words}")
     if earlier.max_key_age_days != days:
-        lines.append(
-            f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}: "
-            "phase 2 and the number of old keys do not compare"
-        )
+        was = f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}"
+        lines.append(f"{was}: phase 2 and the number of old keys do not compare")
     joined, left = counts["account-joined"], counts["account-left"]
     if joined or left:
         lines.append(f"  accounts: {joined:,} joined, {left:,} left")
@@ -3297,36 +3308,12 @@ def change_lines(run: Run) -> list[str]:
     return lines + new_key_lines(run)
 
 
-def levels_in_words(levels: Mapping[str, str | None]) -> str:
-    """The organization's level then and now, and that of the accounts compared if it differs."""
-    then, now = levels["compared_then"], levels["compared_now"]
-    words = f"{levels['then']}, now {levels['now']}"
-    if then is not None and (then, now) != (levels["then"], levels["now"]):
-        words += f" (the accounts compared: {then}, now {now})"
-    return words
-
-
 def new_key_lines(run: Run) -> list[str]:
     lines = []
     for key in new_keys(run):
-        compared = key.account_id in run.tracking.compared
-        lines.append(change_line(key) if compared else f"{change_line(key)} (account not compared)")
+        where = "" if key.account_id in run.tracking.compared else " (account not compared)"
+        lines.append(change_line(key) + where)
     return titled("New access keys since the earlier run", shortened(lines))
-
-
-def alert_lines(run: Run) -> list[str]:
-    """The changes that --quiet shows: new access keys, new users without MFA, MFA removed."""
-    since = "since the earlier run"
-    removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
-    unseen = blind_spots(run)
-    number = count(len(unseen), "account")
-    names = [f"{account.id} {account.name}" for account in unseen[:ACCOUNTS_SHOWN]]
-    return [
-        *new_key_lines(run),
-        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
-        *titled(f"MFA removed {since}", map(change_line, removed)),
-        *titled(f"Not compared, because the earlier run had not audited them: {number}", names),
-    ]
 
 
 def change_line(change: Change) -> str:
@@ -3341,56 +3328,46 @@ def change_line(change: Change) -> str:
     return " ".join(filter(None, parts))
 
 
-def witness_lines(run: Run) -> list[str]:
+def witness_lines(run: Run, summary: Summary) -> list[str]:
     """What CloudTrail says about the changes, and where it could not be asked."""
-    trail, changes, since = cloudtrail_document(run), changes_document(run), run.plan.events_since
-    if trail is None or since is None:
+    trail, earlier, since = summary["cloudtrail"], run.tracking.earlier, run.plan.events_since
+    if since is None:
         return []
-    events = count(trail["events"], "IAM event")
-    lines = [f"CloudTrail since {trail['since']}: {events}, in events.csv"]
-    if run.plan.events_out_of_reach:
+    lines = [f"CloudTrail since {iso(since)}: {count(trail['events'], 'IAM event')}, in events.csv"]
+    if trail["out_of_reach"]:
         kept = f"CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days"
         lines.append(f"  {kept}: what happened before has no witness.")
-    elif run.tracking.earlier and run.tracking.earlier.started < since:
+    elif earlier and earlier.started < since:
         before = "The earlier run began before that"
         lines.append(f"  {before}: what happened in between has no witness.")
-    if changes is not None and changes["witnesses"]:
-        witnesses = dict(sorted(changes["witnesses"].items()))
-        lines.append(f"  changes: {numbers_in_words(witnesses)}")
-    return lines + no_witness_lines(trail["unavailable"])
-
-
-def no_witness_lines(unavailable: Mapping[str, str]) -> list[str]:
-    """Where CloudTrail could not be asked, grouped by step and error code."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for account_id, error in sorted(unavailable.items()):
+    if earlier and (witnesses := sorted(summary["changes"]["witnesses"].items())):
+        lines.append(f"  changes: {numbers_in_words(dict(witnesses))}")
+    groups: dict[str, list[str]] = {}
+    for account_id, error in sorted(trail["unavailable"].items()):
         step, code, _message = error.split(": ", 2)
-        groups.setdefault((step, code), []).append(account_id)
-    lines, denied = [], False
-    for (step, code), account_ids in groups.items():
+        groups.setdefault(f"{step}: {code}", []).append(account_id)
+    for cause, account_ids in groups.items():
         shown = ", ".join(account_ids[:ACCOUNTS_SHOWN])
         if len(account_ids) > ACCOUNTS_SHOWN:
             shown += ", ..."
-        number = count(len(account_ids), "account")
-        lines += wrapped(f"  no witness in {number} ({shown}): {step}: {code}")
-        denied = denied or bool(re.search(ACCESS_DENIED, code))
-    if denied:
-        advice = "the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
-        lines.append(f"    Next: {advice}")
+        lines += wrapped(f"  no witness in {count(len(account_ids), 'account')} ({shown}): {cause}")
+    if re.search(ACCESS_DENIED, " ".join(groups)):
+        lines.append(
+            "    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
+        )
     return lines
 
 
-def run_lines(run: Run) -> list[str]:
+def run_lines(run: Run, summary: Summary) -> list[str]:
     """The table of runs; empty for the first one, which has nothing to be compared with."""
     if not run.tracking.runs:
         return []
-    titles = f"{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"
-    lines = [f"{'Runs':<28}{titles}"]
-    for one in all_runs(run):
-        lines.append(
-            f"{iso(one.started):<28}{one.audited:>9,}{one.console_users_without_mfa:>13,}"
-            f"{one.active_keys:>13,}{one.active_keys_older_than_max_age:>13,}"
-        )
+    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"]
+    for one in summary["runs"]:
+        line = f"{one['started']:<28}{one['audited']:>9,}"
+        for name in RUN_GAPS:
+            line += f"{one[name]:>13,}"
+        lines.append(line)
     if run.tracking.unreadable:
         lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
@@ -3417,14 +3394,12 @@ def titled(title: str, lines: Iterable[str]) -> list[str]:
 def shortened(lines: list[str]) -> list[str]:
     """The first lines, and how many more summary.json has."""
     more = len(lines) - LINES_SHOWN
-    if more <= 0:
-        return lines
-    return [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
+    return lines if more <= 0 else [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
 
 
-def label(account: Account, width: int = 28) -> str:
+def label(account: Summary, width: int = 28) -> str:
     """The account's ID and its name, cut or padded to `width`, as columns of a table."""
-    return f"{account.id} {cut(account.name, width):<{width}}"
+    return f"{account['id']} {cut(account['name'], width):<{width}}"
 
 
 def numbers_in_words(numbers: Mapping[str, int]) -> str:
@@ -3435,27 +3410,22 @@ def numbers_in_words(numbers: Mapping[str, int]) -> str:
 def age(span: timedelta) -> str:
     """A rough age: `12 minutes`, `3 hours`, `5 days`."""
     minutes = max(0, int(span.total_seconds() // 60))
-    if minutes < 120:
-        return count(minutes, "minute")
-    if minutes < 48 * 60:
-        return count(minutes // 60, "hour")
-    return count(minutes // 1440, "day")
+    for length, unit in ((1440, "day"), (60, "hour")):
+        if minutes >= 2 * length:
+            return count(minutes // length, unit)
+    return count(minutes, "minute")
 
 
 def fitted(lines: Iterable[str]) -> str:
     """The lines as text that neither wraps nor steers the terminal."""
-    text = ""
-    for line in lines:
-        text += cut(printable(line), TERMINAL_WIDTH) + "\n"
-    return text
+    return "".join(cut(printable(line), TERMINAL_WIDTH) + "\n" for line in lines)
 
 
 def wrapped(line: str) -> list[str]:
     """The line, folded at TERMINAL_WIDTH, with all but the first part indented two more spaces."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(
-        printable(line), TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False
-    )
+    text = printable(line)
+    return textwrap.wrap(text, TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def cut(text: str, width: int) -> str:
@@ -3465,8 +3435,21 @@ def cut(text: str, width: int) -> str:
 
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
-    caller = run.caller
-    out_of_scope = [{"id": one.account.id, "name": one.account.name} for one in run.out_of_scope]
+    caller, management = run.caller, run.organization.management_account
+    production = [figures for figures in run.audited if figures.production]
+    totals = {"audited": len(run.audited), "failed": len(run.failed), "skipped": len(run.skipped)}
+    totals.update(out_of_scope=len(run.out_of_scope), production=len(production))
+    totals["users"] = sum(figures.users for figures in run.audited)
+    gaps = {}
+    for name, accounts in (("organization", run.audited), ("production", production)):
+        gaps[name] = gaps_document(total_gaps(accounts), run.started)
+    runs = [vars(one) | {"started": iso(one.started)} for one in run.tracking.runs]
+    this_run = {"started": iso(run.started), "audited": len(run.audited)}
+    for name in RUN_GAPS:
+        this_run[name] = gaps["organization"][name]
+    maturity = maturity_document(run)
+    priorities = map(str, range(MOST_URGENT, LEAST_URGENT + 1))
+    left_out = sorted((one.account.id, one.account.name) for one in run.out_of_scope)
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
@@ -3479,113 +3462,81 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
         "organization": {
             "id": run.organization.id,
-            "management_account": run.organization.management_account,
+            "management_account": management,
             "management_account_included": run.plan.scope.include_management,
         },
-        "totals": totals_document(run),
-        "gaps": {
-            "organization": gaps_document(total_gaps(run.audited), run.started),
-            "production": gaps_document(production_gaps(run), run.started),
-        },
-        "maturity": maturity_document(run),
-        "changes": changes_document(run),
-        "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
+        "totals": totals,
+        "gaps": gaps,
+        "maturity": maturity,
+        "changes": changes_document(run, maturity),
+        "runs": [*runs, this_run],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
-        "findings": findings_document(run),
+        "findings": tally(priorities, (str(finding.priority) for finding in run.findings)),
         "accounts": account_entries(run),
-        "out_of_scope": sorted(out_of_scope, key=lambda entry: entry["id"]),
+        "out_of_scope": [{"id": account_id, "name": name} for account_id, name in left_out],
     }
 
 
-def totals_document(run: Run) -> dict[str, int]:
-    return {
-        "audited": len(run.audited),
-        "failed": len(run.failed),
-        "skipped": len(run.skipped),
-        "out_of_scope": len(run.out_of_scope),
-        "production": sum(figures.production for figures in run.audited),
-        "users": sum(figures.users for figures in run.audited),
-    }
-
-
-def production_gaps(run: Run) -> Gaps:
-    return total_gaps(figures for figures in run.audited if figures.production)
+def tally(names: Iterable[str], found: Iterable[str]) -> dict[str, int]:
+    """How often each of the names was found, zeros too."""
+    numbers = Counter(found)
+    return {name: numbers[name] for name in names}
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
     document = {**vars(gaps), "mfa_coverage_percent": gaps.mfa_coverage_percent}
-    oldest = document.pop("oldest_active_key")
-    if oldest is not None:
-        created, age_days = iso(oldest.created), days_between(oldest.created, now)
-        oldest = {**oldest._asdict(), "created": created, "age_days": age_days}
-    return {**document, "oldest_active_key": oldest}
+    if key := document.pop("oldest_active_key"):
+        age_days = days_between(key.created, now)
+        key = {**key._asdict(), "created": iso(key.created), "age_days": age_days}
+    return {**document, "oldest_active_key": key}
 
 
 def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
     """For each phase, the organization's level and how many accounts are at each level."""
-    document = {}
+    document, failed = {}, len(run.failed)
     for phase in PHASES:
-        levels, accounts = [], dict.fromkeys(LEVELS, 0)
-        accounts[NOT_STARTED] = len(run.failed)
-        for figures in run.audited:
-            level = getattr(figures, phase)
-            levels.append(level)
-            accounts[level] += 1
-        level = organization_level(levels, len(run.failed))
-        document[phase] = {"level": level, "accounts": accounts}
+        levels = [getattr(figures, phase) for figures in run.audited]
+        accounts = tally(LEVELS, levels + [NOT_STARTED] * failed)
+        document[phase] = {"level": organization_level(levels, failed), "accounts": accounts}
     return document
 
 
-def changes_document(run: Run) -> dict[str, Any] | None:
+def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
     """What has changed since the earlier run; None without one."""
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
-    counts = Counter(change.change for change in tracking.changes)
-    witnesses = Counter(change.witness for change in tracking.changes if change.witness)
+    stayed = earlier.accounts.keys() & accounts_now(run).keys()
+    for one in run.out_of_scope:
+        if one.account.id in stayed and earlier.accounts[one.account.id].result == "out of scope":
+            stayed.remove(one.account.id)  # out of scope of both runs
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": not_compared(run, earlier),
+        "accounts_not_compared": len(stayed - tracking.compared),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": {kind: counts[kind] for kind in kinds},
-        "witnesses": dict(witnesses),
-        "maturity": maturity_changes(run, earlier),
+        "counts": tally(kinds, (change.change for change in tracking.changes)),
+        "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
+        "maturity": {phase: level_changes(run, earlier, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
 
 
-def not_compared(run: Run, earlier: EarlierRun) -> int:
-    """Accounts in scope of either run, neither joined nor left, that only one or no run audited."""
-    now, left_out_now = accounts_now(run), {one.account.id for one in run.out_of_scope}
-    number = 0
-    for account_id, (_name, result) in earlier.accounts.items():
-        in_scope = result != "out of scope" or account_id not in left_out_now
-        if in_scope and account_id in now and account_id not in run.tracking.compared:
-            number += 1
-    return number
-
-
-def maturity_changes(run: Run, earlier: EarlierRun) -> dict[str, dict[str, str | None]]:
+def level_changes(run: Run, earlier: EarlierRun, phase: str, maturity: Summary) -> dict[str, Any]:
     """The organization's levels then and now, and those of the accounts that both runs audited."""
-    changes = {}
-    for phase, maturity in maturity_document(run).items():
-        then, now = [], []
-        for figures in run.audited:
-            if figures.account.id in run.tracking.compared:
-                then.append(earlier.account_levels[figures.account.id][phase])
-                now.append(getattr(figures, phase))
-        changes[phase] = {
-            "then": earlier.levels[phase],
-            "now": maturity["level"],
-            "compared_then": min(then, key=LEVELS.index, default=None),
-            "compared_now": min(now, key=LEVELS.index, default=None),
-        }
-    return changes
+    both = [figures for figures in run.audited if figures.account.id in run.tracking.compared]
+    then = (earlier.account_levels[figures.account.id][phase] for figures in both)
+    now = (getattr(figures, phase) for figures in both)
+    return {
+        "then": earlier.levels[phase],
+        "now": maturity[phase]["level"],
+        "compared_then": min(then, key=LEVELS.index, default=None),
+        "compared_now": min(now, key=LEVELS.index, default=None),
+    }
 
 
 def new_key_document(key: Change, run: Run) -> dict[str, Any]:
@@ -3607,16 +3558,11 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
     """How many events CloudTrail returned, and where it failed and why; None if not asked."""
     if run.plan.events_since is None:
         return None
-    events, unavailable = 0, {}
-    for account, trail in run.trails:
-        events += len(trail.events)
-        if trail.error:
-            unavailable[account.id] = trail.error
     return {
         "since": iso(run.plan.events_since),
         "out_of_reach": run.plan.events_out_of_reach,
-        "events": events,
-        "unavailable": unavailable,
+        "events": sum(len(trail.events) for _account, trail in run.trails),
+        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
     }
 
 
@@ -3624,9 +3570,8 @@ def enforcement_document(run: Run) -> dict[str, Any]:
     """How many of the accounts in scope have each verdict of each control."""
     accounts = {}
     for control in CONTROLS:
-        accounts[control] = dict.fromkeys(VERDICTS, 0)
-        for controls in run.controls.values():
-            accounts[control][controls[control].verdict] += 1
+        verdicts = (controls[control].verdict for controls in run.controls.values())
+        accounts[control] = tally(VERDICTS, verdicts)
     return {
         "why_not_checked": run.enforcement.why_not or None,
         "accounts": accounts,
@@ -3635,23 +3580,12 @@ def enforcement_document(run: Run) -> dict[str, Any]:
     }
 
 
-def findings_document(run: Run) -> dict[str, int]:
-    """The number of findings by priority."""
-    numbers = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
-    for finding in run.findings:
-        numbers[str(finding.priority)] += 1
-    return numbers
-
-
 def account_entries(run: Run) -> list[dict[str, Any]]:
     """The accounts in scope, by ID."""
-    entries = []
-    for skipped in run.skipped:
-        entries.append(account_entry(skipped.account, "skipped"))
+    entries = [account_entry(skipped.account, "skipped") for skipped in run.skipped]
     for failed in run.failed:
         entry = account_entry(failed.account, "failed")
-        entry["step"] = failed.step
-        entry["error"] = {"code": failed.code, "message": failed.message}
+        entry.update(step=failed.step, error={"code": failed.code, "message": failed.message})
         entry["production"] = is_production(failed.account, run.plan.production)
         entry["maturity"] = dict.fromkeys(PHASES, NOT_STARTED)
         entry["controls"] = controls_document(run.controls[failed.account.id])
@@ -3659,9 +3593,7 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
     for figures in run.audited:
         entry = account_entry(figures.account, "audited")
         entry["report_generated"] = iso(figures.report_generated)
-        entry["users"] = figures.users
-        entry["root"] = figures.has_root
-        entry["production"] = figures.production
+        entry.update(users=figures.users, root=figures.has_root, production=figures.production)
         entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
         entry["controls"] = controls_document(run.controls[figures.account.id])
         entry["gaps"] = gaps_document(figures.gaps, run.started)
@@ -3681,53 +3613,11 @@ def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
     return document
 
 
-def all_runs(run: Run) -> list[RunFigures]:
-    """The last finished runs, this one at the end."""
-    gaps = total_gaps(run.audited)
-    this_run = RunFigures(
-        started=run.started,
-        audited=len(run.audited),
-        console_users_without_mfa=gaps.console_users_without_mfa,
-        active_keys=gaps.active_keys,
-        active_keys_older_than_max_age=gaps.active_keys_older_than_max_age,
-    )
-    return [*run.tracking.runs, this_run]
-
-
 def new_keys(run: Run) -> list[Change]:
     """The access keys created since the earlier run, with those that were deleted again."""
     kinds = ("access-key-created", CAME_AND_WENT)
     found = [change for change in run.tracking.changes if change.change in kinds]
     return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
-
-
-def blind_spots(run: Run) -> list[Account]:
-    """Audited accounts that the earlier run had not audited: what is new there is hardly known."""
-    found = []
-    for figures in run.audited:
-        if run.tracking.earlier and figures.account.id not in run.tracking.compared:
-            found.append(figures.account)
-    return sorted(found, key=lambda account: account.id)
-
-
-def accounts_with_gaps(run: Run) -> list[AccountFigures]:
-    """Largest gaps first."""
-    return sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id))
-
-
-def gap_size(figures: AccountFigures) -> int:
-    return figures.gaps.console_users_without_mfa + figures.gaps.active_keys_older_than_max_age
-
-
-def accounts_without_controls(run: Run) -> list[AccountFigures]:
-    """The accounts with active keys where neither control is even partial, most keys first."""
-    bare = []
-    for figures in run.audited:
-        controls = run.controls[figures.account.id]
-        verdicts = (controls[MFA_REQUIRED].verdict, controls[NEW_KEYS_PREVENTED].verdict)
-        if figures.gaps.active_keys and verdicts == (ABSENT, ABSENT):
-            bare.append(figures)
-    return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3884,9 +3774,7 @@ def role_arns(role: str) -> str:
 # Options: the command line, its validators and help; the progress line
 # --------------------------------------------------------------------------------------------------
 
-
-# prod, prd, production or live as a word of its own (prod2 too), unless the word before it is no,
-# non, not or pre
+# prod, prd, production or live as a word of its own (prod2 too), but not after no, non, not or pre
 DEFAULT_PRODUCTION = (
     r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
     r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
@@ -3930,8 +3818,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --print: {what}")
     if options.exempt_role:
         length = len(print_document(options.document, "", options.exempt_role))
+        what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
         if length > SCP_LONGEST:
-            what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
             parser.error(f"argument --exempt-role: {what}")
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
@@ -3952,15 +3840,14 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--profile", metavar="NAME", type=parse_name,
         help="AWS profile of the management account or of a delegated administrator "
              "(default: the SDK's default credential chain)")
-    add("--role", metavar="NAME", type=parse_role,
-        help="role to assume in each account, required for an audit: a name, or a path and a name "
-             "(audit/IAMAuditRole)")
+    add("--role", metavar="NAME", type=parse_role, help="role to assume in each account, required "
+        "for an audit: a name, or a path and a name (audit/IAMAuditRole)")
     add("--external-id", metavar="ID", type=parse_external_id,
         help="external ID that the role's trust policy asks for")
     add = parser.add_argument_group("which accounts").add_argument
-    add("--accounts", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+    add("--accounts", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
         help="audit only these accounts")
-    add("--exclude", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+    add("--exclude", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
         help="leave these accounts out")
     add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ou_ids, default=frozenset(),
         help="audit only accounts below these organizational units")
@@ -3979,15 +3866,12 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
         help="older active access keys are a gap (default: %(default)s)")
     add = parser.add_argument_group("what has changed").add_argument
-    add("--previous", metavar="DIR", type=parse_folder,
-        help="folder of the run to compare with (default: the newest finished one of this "
-             "organization in --output-dir)")
-    add("--cloudtrail", action="store_true",
-        help="ask CloudTrail in each account who made the changes; the role then needs "
-             "cloudtrail:LookupEvents")
-    add("--since", metavar="DATE", type=parse_past_date,
-        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since "
-             "the earlier run began, or 30 days)")
+    add("--previous", metavar="DIR", type=parse_folder, help="folder of the run to compare with "
+        "(default: the newest finished one of this organization in --output-dir)")
+    add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
+        "changes; the role then needs cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on, "
+        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run began, or 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="where the run's own folder is made (default: %(default)s)")
@@ -4014,57 +3898,36 @@ def matching(pattern: str, what: str, text: str) -> str:
     return text
 
 
-def each_matching(pattern: str, what: str, text: str) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [matching(pattern, what, part.strip()) for part in text.split(",")]
+def each_matching(kind: Callable[[Iterable[str]], T], pattern: str, what: str, text: str) -> T:
+    """The parts of a comma-separated list, as a tuple or frozenset."""
+    return kind(matching(pattern, what, part.strip()) for part in text.split(","))
 
 
-def parse_name(text: str) -> str:
-    return matching(r"(?s).+", "a name: it is empty", text)
-
-
-# As an ARN ends: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
-ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
-A_ROLE = "a role's name or path and name (no ARN: the account differs)"
-
-
-def parse_role(text: str) -> str:
-    return matching(ROLE, A_ROLE, text)
-
-
-def parse_roles(text: str) -> tuple[str, ...]:
-    return tuple(each_matching(ROLE, A_ROLE, text))
-
-
-def parse_external_id(text: str) -> str:
-    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-    what = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
-    return matching(r"[\w+=,.@:/-]{2,1224}", what, text)
-
-
-def parse_account_ids(text: str) -> frozenset[str]:
-    return frozenset(each_matching(r"\d{12}", "an account ID of 12 digits", text))
-
-
-def parse_ou_ids(text: str) -> frozenset[str]:
-    """https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html"""
-    what = "the ID of an organizational unit (ou-ab12-cdefgh34)"
-    return frozenset(each_matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, text))
-
-
-def parse_workers(text: str) -> int:
-    return whole_number("a number from 1 to 256", 256, text)
-
-
-def parse_days(text: str) -> timedelta:
-    return timedelta(days=whole_number("a number of days from 1 to 9999", 9999, text))
-
-
-def whole_number(what: str, most: int, text: str) -> int:
+def whole_number(most: int, what: str, text: str) -> int:
     number = int(matching(rf"\d{{1,{len(str(most))}}}", what, text))
     if not 1 <= number <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return number
+
+
+# Roles as ARNs end: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
+# External IDs: https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html
+# OUs: https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html
+ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
+A_ROLE = "a role's name or path and name (no ARN: the account differs)"
+AN_EXTERNAL_ID = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
+OU = (r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", "the ID of an organizational unit (ou-ab12-cdefgh34)")
+parse_name = functools.partial(matching, r"(?s).+", "a name: it is empty")
+parse_role = functools.partial(matching, ROLE, A_ROLE)
+parse_roles = functools.partial(each_matching, tuple, ROLE, A_ROLE)
+parse_external_id = functools.partial(matching, r"[\w+=,.@:/-]{2,1224}", AN_EXTERNAL_ID)
+parse_ids = functools.partial(each_matching, frozenset, r"\d{12}", "an account ID of 12 digits")
+parse_ou_ids = functools.partial(each_matching, frozenset, *OU)
+parse_workers = functools.partial(whole_number, 256, "a number from 1 to 256")
+
+
+def parse_days(text: str) -> timedelta:
+    return timedelta(days=whole_number(9999, "a number of days from 1 to 9999", text))
 
 
 def parse_seconds(text: str) -> float:
@@ -4099,32 +3962,26 @@ def parse_past_date(text: str) -> datetime:
 
 def parse_fail_on(text: str) -> FailOn:
     """Of several priorities, the least urgent one counts."""
-    priorities = f"{MOST_URGENT}-{LEAST_URGENT}"
+    pattern = rf"findings(:[{MOST_URGENT}-{LEAST_URGENT}])?|new-keys"
     what = f"findings, findings:N with N from {MOST_URGENT} to {LEAST_URGENT}, or new-keys"
-    chosen = FailOn()
-    for part in text.split(","):
-        word = matching(rf"findings(:[{priorities}])?|new-keys", what, part.strip())
+    priority, created = 0, False
+    for word in each_matching(list[str], pattern, what, text):
         if word == "new-keys":
-            chosen = chosen._replace(new_keys=True)
+            created = True
         else:
-            priority = int(word.partition(":")[2] or LEAST_URGENT)
-            chosen = chosen._replace(priority=max(chosen.priority, priority))
-    return chosen
+            priority = max(priority, int(word.partition(":")[2] or LEAST_URGENT))
+    return FailOn(priority, created)
 
 
 class Status:
-    """stderr: the progress line, if it is a terminal, and the lines of --verbose.
+    """stderr: the progress line, if it is a terminal, and the lines of --verbose. If the stream is
+    closed, or its reader has gone, these lines are lost and the run goes on."""
 
-    If the stream is closed, or its reader has gone, these lines are lost and the run goes on.
-    """
-
-    def __init__(
-        self, stream: TextIO | None, progress: Progress, quiet: bool, verbose: bool
-    ) -> None:
-        self._stream, self._progress = stream, progress
-        self._verbose = verbose and stream is not None
+    def __init__(self, out: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
+        self._out, self._progress = out, progress
+        self._verbose = verbose and out is not None
         dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._draws = stream is not None and stream.isatty() and not dumb and not quiet
+        self._draws = out is not None and out.isatty() and not dumb and not quiet
         self._started = time.monotonic()
 
     def log(self, line: str) -> None:
@@ -4143,12 +4000,12 @@ class Status:
                 self._write("")
 
     async def _keep_drawing(self) -> None:
-        while self._draws and self._stream is not None:
+        while self._draws and self._out is not None:
             columns = 80
             with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
-                columns = os.get_terminal_size(self._stream.fileno()).columns or 80
-            line = progress_line(self._progress, time.monotonic() - self._started)
-            self._write(line[: columns - 1])
+                columns = os.get_terminal_size(self._out.fileno()).columns or 80
+            elapsed = time.monotonic() - self._started
+            self._write(progress_line(self._progress, elapsed)[: columns - 1])
             await asyncio.sleep(0.2)
 
     def _write(self, text: str) -> None:
@@ -4156,7 +4013,7 @@ class Status:
         if self._draws:
             text = "\r\x1b[K" + text
         try:
-            print(text, end="", file=self._stream, flush=True)
+            print(text, end="", file=self._out, flush=True)
         except OSError:
             self._draws = self._verbose = False
 
