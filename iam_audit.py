@@ -2679,41 +2679,29 @@ VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the 
 ALL_BUT_USERS = "all principals but IAM users"  # an exemption
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What a statement or policy does for a control; one condition per narrowed statement."""
-
-    verdict: str
+class Judgement(NamedTuple):
+    verdict: str  # what a statement or policy does for a control
     exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()  # one per narrowed statement
 
 
-@dataclass(frozen=True)
-class Policy:
-    """A service control policy, the IDs it is attached to, and its judgement for each control."""
-
+class Policy(NamedTuple):
     id: str
     name: str
-    targets: frozenset[str]
-    judgements: Mapping[str, Judgement]
+    targets: frozenset[str]  # the IDs that it is attached to
+    judgements: Mapping[str, Judgement]  # by control
 
 
-@dataclass(frozen=True)
-class Control:
-    """What holds in one account, and the policies that it rests on: their names by ID."""
-
-    verdict: str
-    policies: Mapping[str, str]
+class Control(NamedTuple):
+    verdict: str  # what holds in one account
+    policies: Mapping[str, str]  # what it rests on: the policies' names by ID
     exemptions: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Enforcement:
-    """The organization's policies and its root credentials, or why they are not known."""
-
+class Enforcement(NamedTuple):
     judged: tuple[Policy, ...] = ()
-    why_not: str = ""
+    why_not: str = ""  # why the policies are not known
     root_credentials_managed: bool | None = None
     root_why_not: str = ""
 
@@ -2769,7 +2757,7 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
         elif not why_not:
             question = path_of(aws, account, parents)
             paths[account.id], why_not = await best_effort("ListParents", question, None)
-    run.enforcement = replace(run.enforcement, why_not=why_not)
+    run.enforcement = run.enforcement._replace(why_not=why_not)
     for account in accounts:
         path = None if why_not else paths[account.id]
         run.controls[account.id] = controls_of_account(path, run.enforcement.judged)
@@ -2834,6 +2822,7 @@ NEVER_HOLDS = "holds for nobody whom the control is about"
 ONLY_USERS = "holds for every IAM user and for no other principal"
 EXEMPTS = "holds for everybody except the principals that it names"
 NARROWS = "holds for some, or it is not known for whom"
+ANY_USER = "arn:*:iam::*:user/*"
 
 
 class Condition(NamedTuple):
@@ -2910,14 +2899,13 @@ def judge_rest(control: str, statement: Statement, users: str, narrowed: list[st
             tests_mfa = True  # a second test may contradict the first: it narrows
         elif effect != ALWAYS_HOLDS:
             narrowed.append(condition.text)
-    if narrowed:
-        return Judgement(PARTIAL, tuple(exemptions), (" and ".join(narrowed),))
-    return Judgement(ENFORCED, tuple(exemptions))
+    conditions = (" and ".join(narrowed),) if narrowed else ()
+    return Judgement(PARTIAL if narrowed else ENFORCED, tuple(exemptions), conditions)
 
 
 def effect_of(condition: Condition, control: str, users: str) -> str:
     """The effect by the first of CONDITION_RULES that fits; without one, the condition narrows."""
-    values = [ALL_USERS if covers_arn(value, users) else value for value in condition.values]
+    values = [ANY_USER if covers_arn(value, users) else value for value in condition.values]
     for rule in CONDITION_RULES:
         effect = rule.on_mfa if control == MFA_REQUIRED else rule.on_new_keys
         about = condition.operator in rule.operators and condition.key == rule.key
@@ -2960,20 +2948,17 @@ class ConditionRule(NamedTuple):
     on_new_keys: str
 
 
-FALSE, TRUE, ALL_USERS = "(?ai)false", "(?ai)true", "arn:*:iam::*:user/*"
+FALSE, TRUE, ALL_USERS = "(?ai)false", "(?ai)true", re.escape(ANY_USER)
 EQUALS, LIKE_ARN = ("stringequals", "stringlike"), ("arnlike", "arnequals", "stringlike")
 NOT = ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals")
-# Any role may be exempt from MFA, because roles are not console users. From new-keys-prevented only
-# roles that are named. A name may end in * after - or _ (stacksets-exec-*), unless that includes
-# AWS's own roles; those of one Identity Center permission set (AWSReservedSSO_Admin_*) are named
-# too. A policy variable ($) can stand for anybody.
+# Roles are not console users: any may be exempt from MFA, but from new-keys-prevented only those
+# that are named. A name may end in * after - or _ (stacksets-exec-*), but not include AWS's roles,
+# except those of one permission set (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
 IAM_PRINCIPAL = r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
 ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*"
-USER_OR_ROLE, USER_OR_ANY_ROLE = (
-    f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})",
-    f"{IAM_PRINCIPAL}role/.+)",
-)
+USER_OR_ROLE = f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})"
+USER_OR_ANY_ROLE = f"{IAM_PRINCIPAL}role/.+)"
 CONDITION_RULES = (
     # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
     # Null true of that key stops the first and not the second: it narrows.
@@ -2985,9 +2970,7 @@ CONDITION_RULES = (
     # those requests say MFA false even for an access key. The caller's own request comes first.
     ConditionRule(("bool",), "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
     ConditionRule(EQUALS, "aws:principaltype", any, "User", ALWAYS_HOLDS, ONLY_USERS),
-    ConditionRule(
-        LIKE_ARN, "aws:principalarn", any, re.escape(ALL_USERS), ALWAYS_HOLDS, ONLY_USERS
-    ),
+    ConditionRule(LIKE_ARN, "aws:principalarn", any, ALL_USERS, ALWAYS_HOLDS, ONLY_USERS),
     # A bare * is everybody for a string operator; no ARN operator is known to take it.
     ConditionRule(("stringlike",), "aws:principalarn", any, r"\*", ALWAYS_HOLDS, ONLY_USERS),
     ConditionRule(NOT, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
@@ -2999,18 +2982,27 @@ ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "
 
 def parse_policy(content: str) -> list[Statement]:
     """The Deny statements of a policy. ValueError for anything but a service control policy."""
-    document = expect_object(json.loads(content, object_pairs_hook=without_repetition))
-    listed = document.get("Statement")
+    document = json.loads(content, object_pairs_hook=without_repetition)
+    listed = document.get("Statement") if isinstance(document, dict) else None
     denies = []
-    for value in listed if isinstance(listed, list) else [listed]:
-        members = expect_object(value)
-        if members.get("Effect") not in ("Allow", "Deny") or members.keys() - ELEMENTS:
+    for members in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(members, dict) or members.keys() - ELEMENTS:
             raise ValueError("not a statement of a service control policy")
+        action, actions = parse_element(members, "Action")
+        resource, resources = parse_element(members, "Resource")
         conditions = parse_conditions(members.get("Condition", {}))
-        elements = *parse_element(members, "Action"), *parse_element(members, "Resource")
-        if members["Effect"] == "Deny":
-            denies.append(Statement(*elements, conditions))
+        if members.get("Effect") == "Deny":
+            denies.append(Statement(action, actions, resource, resources, conditions))
+        elif members.get("Effect") != "Allow":
+            raise ValueError("neither Allow nor Deny")
     return denies
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError if a name occurs twice: AWS does not say which one counts."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return dict(pairs)
 
 
 def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str, ...]]:
@@ -3024,27 +3016,15 @@ def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str
 def parse_conditions(block: Any) -> tuple[Condition, ...]:
     """ForAnyValue and IfExists are dropped: every signed request has the keys judged here. Where
     the operator negates or tests for absence, ForAnyValue stays: it fails on an absent key."""
+    if not isinstance(block, dict) or not all(isinstance(keys, dict) for keys in block.values()):
+        raise ValueError("not an object of objects")
     conditions = []
-    for operator, keys in expect_object(block).items():
+    for operator, keys in block.items():
         plain = re.sub(r"^foranyvalue:(?!null|\w*not)|ifexists$", "", operator.lower())
-        for key, value in expect_object(keys).items():
-            values = texts(value)
+        for key, values in zip(keys, map(texts, keys.values())):
             text = f"{operator} {key} {', '.join(values)}"
             conditions.append(Condition(plain, key.lower(), values, text))
     return tuple(conditions)
-
-
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError if a name occurs twice: AWS does not say which one counts."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name occurs twice in an object")
-    return dict(pairs)
-
-
-def expect_object(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    raise ValueError("not a JSON object")
 
 
 def texts(value: Any) -> tuple[str, ...]:
