@@ -2671,7 +2671,6 @@ def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
 # Enforce: what the organization's policies already prevent
 # --------------------------------------------------------------------------------------------------
 
-
 MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
 CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
 ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
@@ -2692,7 +2691,8 @@ class Policy(NamedTuple):
     judgements: Mapping[str, Judgement]  # by control
 
 
-class Control(NamedTuple):
+@dataclass(frozen=True)
+class Control:
     verdict: str  # what holds in one account
     policies: Mapping[str, str]  # what it rests on: the policies' names by ID
     exemptions: tuple[str, ...] = ()
@@ -2822,7 +2822,6 @@ NEVER_HOLDS = "holds for nobody whom the control is about"
 ONLY_USERS = "holds for every IAM user and for no other principal"
 EXEMPTS = "holds for everybody except the principals that it names"
 NARROWS = "holds for some, or it is not known for whom"
-ANY_USER = "arn:*:iam::*:user/*"
 
 
 class Condition(NamedTuple):
@@ -2885,8 +2884,7 @@ def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
 
 def judge_rest(control: str, statement: Statement, users: str, narrowed: list[str]) -> Judgement:
     """Enforced, unless a condition narrows the statement or other elements have `narrowed` it."""
-    exemptions: list[str] = []
-    tests_mfa = False
+    exemptions, tests_mfa = list[str](), False
     for condition in statement.conditions:
         effect = effect_of(condition, control, users)
         if effect == NEVER_HOLDS:
@@ -2948,7 +2946,7 @@ class ConditionRule(NamedTuple):
     on_new_keys: str
 
 
-FALSE, TRUE, ALL_USERS = "(?ai)false", "(?ai)true", re.escape(ANY_USER)
+FALSE, TRUE, ANY_USER = "(?ai)false", "(?ai)true", "arn:*:iam::*:user/*"
 EQUALS, LIKE_ARN = ("stringequals", "stringlike"), ("arnlike", "arnequals", "stringlike")
 NOT = ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals")
 # Roles are not console users: any may be exempt from MFA, but from new-keys-prevented only those
@@ -2958,7 +2956,6 @@ IAM_PRINCIPAL = r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
 ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*"
 USER_OR_ROLE = f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})"
-USER_OR_ANY_ROLE = f"{IAM_PRINCIPAL}role/.+)"
 CONDITION_RULES = (
     # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
     # Null true of that key stops the first and not the second: it narrows.
@@ -2966,16 +2963,15 @@ CONDITION_RULES = (
     ConditionRule(("bool",), "aws:multifactorauthpresent", all, TRUE, NEVER_HOLDS, NARROWS),
     ConditionRule(("null",), "aws:multifactorauthage", all, TRUE, TESTS_MFA, NARROWS),
     ConditionRule(("null",), "aws:multifactorauthage", all, FALSE, NEVER_HOLDS, NARROWS),
-    # Spares what a service then requests for the caller (Athena of S3, CloudFormation of EC2):
-    # those requests say MFA false even for an access key. The caller's own request comes first.
+    # A service's requests for a caller say MFA false even for a key. The caller's own come first.
     ConditionRule(("bool",), "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
     ConditionRule(EQUALS, "aws:principaltype", any, "User", ALWAYS_HOLDS, ONLY_USERS),
-    ConditionRule(LIKE_ARN, "aws:principalarn", any, ALL_USERS, ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(LIKE_ARN, "aws:principalarn", any, re.escape(ANY_USER), ALWAYS_HOLDS, ONLY_USERS),
     # A bare * is everybody for a string operator; no ARN operator is known to take it.
     ConditionRule(("stringlike",), "aws:principalarn", any, r"\*", ALWAYS_HOLDS, ONLY_USERS),
     ConditionRule(NOT, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
     ConditionRule(NOT, "aws:principalarn", all, USER_OR_ROLE, NARROWS, EXEMPTS),
-    ConditionRule(NOT, "aws:principalarn", all, USER_OR_ANY_ROLE, EXEMPTS, NARROWS),
+    ConditionRule(NOT, "aws:principalarn", all, f"{IAM_PRINCIPAL}role/.+)", EXEMPTS, NARROWS),
 )
 ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
 
@@ -3021,7 +3017,8 @@ def parse_conditions(block: Any) -> tuple[Condition, ...]:
     conditions = []
     for operator, keys in block.items():
         plain = re.sub(r"^foranyvalue:(?!null|\w*not)|ifexists$", "", operator.lower())
-        for key, values in zip(keys, map(texts, keys.values())):
+        for key, value in keys.items():
+            values = texts(value)
             text = f"{operator} {key} {', '.join(values)}"
             conditions.append(Condition(plain, key.lower(), values, text))
     return tuple(conditions)
@@ -3749,7 +3746,6 @@ def accounts_without_controls(run: Run) -> list[AccountFigures]:
 # Documents: what --print prints
 # --------------------------------------------------------------------------------------------------
 
-
 DOCUMENTS = {
     "caller-policy": "IAM policy of the profile",
     "role-policy": "IAM policy of the role",
@@ -3765,9 +3761,14 @@ SCP_LONGEST = 5120  # characters, including white space
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
+    scps = "arn:*:organizations::*:policy/*service_control_policy/*"
     role_policy = policy_of(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
     documents = {
-        "caller-policy": caller_policy(role),
+        "caller-policy": policy_of(
+            allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
+            allow("ReadPolicies", POLICY_READS, scps),
+            allow("AssumeAuditRole", ["sts:AssumeRole"], f"arn:*:iam::*:role/{role}"),
+        ),
         "role-policy": role_policy,
         "role-trust": policy_of(grant({"AWS": "111122223333"}, "sts:AssumeRole")),  # AWS's example
         "role-template": role_template(role, role_policy),
@@ -3776,15 +3777,6 @@ def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[s
         "alert-rule": alert_rule(),
     }
     return json.dumps(documents[name], indent=2) + "\n"
-
-
-def caller_policy(role: str) -> dict[str, Any]:
-    scps = "arn:*:organizations::*:policy/*service_control_policy/*"
-    return policy_of(
-        allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
-        allow("ReadPolicies", POLICY_READS, scps),
-        allow("AssumeAuditRole", ["sts:AssumeRole"], f"arn:*:iam::*:role/{role}"),
-    )
 
 
 def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
