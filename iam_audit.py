@@ -2617,7 +2617,6 @@ def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
 # Enforce: what the organization's policies already prevent
 # --------------------------------------------------------------------------------------------------
 
-
 MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
 CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
 ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
@@ -2625,41 +2624,30 @@ VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the 
 ALL_BUT_USERS = "all principals but IAM users"  # an exemption
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What a statement or policy does for a control; one condition per narrowed statement."""
-
-    verdict: str
+class Judgement(NamedTuple):
+    verdict: str  # what a statement or policy does for a control
     exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()  # one per narrowed statement
 
 
-@dataclass(frozen=True)
-class Policy:
-    """A service control policy, the IDs it is attached to, and its judgement for each control."""
-
+class Policy(NamedTuple):
     id: str
     name: str
-    targets: frozenset[str]
-    judgements: Mapping[str, Judgement]
+    targets: frozenset[str]  # the IDs that it is attached to
+    judgements: Mapping[str, Judgement]  # by control
 
 
 @dataclass(frozen=True)
 class Control:
-    """What holds in one account, and the policies that it rests on: their names by ID."""
-
-    verdict: str
-    policies: Mapping[str, str]
+    verdict: str  # what holds in one account
+    policies: Mapping[str, str]  # what it rests on: the policies' names by ID
     exemptions: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Enforcement:
-    """The organization's policies and its root credentials, or why they are not known."""
-
+class Enforcement(NamedTuple):
     judged: tuple[Policy, ...] = ()
-    why_not: str = ""
+    why_not: str = ""  # why the policies are not known
     root_credentials_managed: bool | None = None
     root_why_not: str = ""
 
@@ -2715,7 +2703,7 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
         elif not why_not:
             question = path_of(aws, account, parents)
             paths[account.id], why_not = await best_effort("ListParents", question, None)
-    run.enforcement = replace(run.enforcement, why_not=why_not)
+    run.enforcement = run.enforcement._replace(why_not=why_not)
     for account in accounts:
         path = None if why_not else paths[account.id]
         run.controls[account.id] = controls_of_account(path, run.enforcement.judged)
@@ -2762,11 +2750,8 @@ def strongest(judgements: Sequence[Judgement]) -> Judgement:
     same = [each for each in judgements if each.verdict == verdict]
     if verdict == ENFORCED:
         return min(same, key=lambda one: (ALL_BUT_USERS in one.exemptions, len(one.exemptions)))
-    exemptions: dict[str, None] = {}  # as an ordered set
-    conditions: dict[str, None] = {}
-    for each in same:
-        exemptions.update(dict.fromkeys(each.exemptions))
-        conditions.update(dict.fromkeys(each.conditions))
+    exemptions = dict.fromkeys(itertools.chain(*[each.exemptions for each in same]))
+    conditions = dict.fromkeys(itertools.chain(*[each.conditions for each in same]))
     return Judgement(verdict, tuple(exemptions), tuple(conditions))
 
 
@@ -2775,8 +2760,7 @@ def strongest(judgements: Sequence[Judgement]) -> Judgement:
 # deactivates an MFA device (iam:DeleteVirtualMFADevice deletes only devices that nobody has).
 MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
-    "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token",
-)  # fmt: skip
+    "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
 # The effects that a condition can have on a control
 TESTS_MFA = "holds for a console user without MFA"
 ALWAYS_HOLDS = "holds for everybody whom the control is about"
@@ -2794,7 +2778,6 @@ class Condition(NamedTuple):
 
 
 class Statement(NamedTuple):
-    effect: str
     action: str  # Action or NotAction
     actions: tuple[str, ...]
     resource: str  # Resource or NotResource
@@ -2809,11 +2792,8 @@ def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
         statements = parse_policy(content)
     except (ValueError, RecursionError):  # RecursionError: the JSON is nested too deep
         return dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED))
-    on_mfa, on_new_keys = [], []
-    for statement in statements:
-        if statement.effect == "Deny":
-            on_mfa.append(judge_mfa_required(statement, users))
-            on_new_keys.append(judge_new_keys_prevented(statement, users))
+    on_mfa = [judge_mfa_required(statement, users) for statement in statements]
+    on_new_keys = [judge_new_keys_prevented(statement, users) for statement in statements]
     return {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
 
 
@@ -2825,12 +2805,10 @@ def judge_mfa_required(statement: Statement, users: str) -> Judgement:
     denies_no_resource = statement.resource == "NotResource" and all_resources
     if denies_no_action or denies_no_resource or not about_mfa:
         return Judgement(ABSENT)
-    narrowing = list(statement.actions)
+    narrowing: Sequence[str] = () if all_actions else statement.actions
     if statement.action == "NotAction":
         narrowing = [name for name in narrowing if not any_covers(MFA_BASICS, name.lower())]
-    narrowed = []
-    if narrowing and not all_actions:
-        narrowed.append(f"{statement.action} {', '.join(narrowing)}")
+    narrowed = [f"{statement.action} {', '.join(narrowing)}"] if narrowing else []
     if not all_resources:
         narrowed.append(f"{statement.resource} {', '.join(statement.resources)}")
     return judge_rest(MFA_REQUIRED, statement, users, narrowed)
@@ -2838,24 +2816,21 @@ def judge_mfa_required(statement: Statement, users: str) -> Judgement:
 
 def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
     """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
-    named = any_covers(statement.actions, "iam:createaccesskey")
-    denied = named if statement.action == "Action" else not named
-    all_users = some_users = False
-    for pattern in statement.resources:
-        all_users = all_users or pattern == "*" or covers_arn(pattern, users)
-        some_users = some_users or may_match_user(pattern, users)
+    denied = any_covers(statement.actions, "iam:createaccesskey") == (statement.action == "Action")
+    resources = statement.resources
+    all_users = "*" in resources or any(covers_arn(pattern, users) for pattern in resources)
+    some_users = any(may_match_user(pattern, users) for pattern in resources)
     if statement.resource == "NotResource":
         all_users, some_users = not some_users, not all_users
     if not denied or not some_users:
         return Judgement(ABSENT)
-    narrowed = [] if all_users else [f"{statement.resource} {', '.join(statement.resources)}"]
+    narrowed = [] if all_users else [f"{statement.resource} {', '.join(resources)}"]
     return judge_rest(NEW_KEYS_PREVENTED, statement, users, narrowed)
 
 
 def judge_rest(control: str, statement: Statement, users: str, narrowed: list[str]) -> Judgement:
     """Enforced, unless a condition narrows the statement or other elements have `narrowed` it."""
-    exemptions: list[str] = []
-    tests_mfa = False
+    exemptions, tests_mfa = list[str](), False
     for condition in statement.conditions:
         effect = effect_of(condition, control, users)
         if effect == NEVER_HOLDS:
@@ -2868,19 +2843,19 @@ def judge_rest(control: str, statement: Statement, users: str, narrowed: list[st
             tests_mfa = True  # a second test may contradict the first: it narrows
         elif effect != ALWAYS_HOLDS:
             narrowed.append(condition.text)
-    if narrowed:
-        return Judgement(PARTIAL, tuple(exemptions), (" and ".join(narrowed),))
-    return Judgement(ENFORCED, tuple(exemptions))
+    conditions = (" and ".join(narrowed),) if narrowed else ()
+    return Judgement(PARTIAL if narrowed else ENFORCED, tuple(exemptions), conditions)
 
 
 def effect_of(condition: Condition, control: str, users: str) -> str:
     """The effect by the first of CONDITION_RULES that fits; without one, the condition narrows."""
+    values = [ANY_USER if covers_arn(value, users) else value for value in condition.values]
     for rule in CONDITION_RULES:
+        effect = rule.on_mfa if control == MFA_REQUIRED else rule.on_new_keys
         about = condition.operator in rule.operators and condition.key == rule.key
-        if about and rule.quantifier(rule.matches(value, users) for value in condition.values):
-            effect = rule.on_mfa if control == MFA_REQUIRED else rule.on_new_keys
-            if effect != NARROWS:
-                return effect
+        matches = (re.fullmatch(rule.value, value) for value in values)
+        if effect != NARROWS and about and rule.quantifier(matches):
+            return effect
     return NARROWS
 
 
@@ -2890,8 +2865,7 @@ def any_covers(patterns: Iterable[str], action: str) -> bool:
 
 
 def covers(pattern: str, other: str) -> bool:
-    """Whether an IAM pattern matches all that `other` stands for. `other` may be a pattern itself:
-    its * is a character that only a * matches."""
+    """Whether an IAM pattern matches all that `other` stands for: only a * matches its *."""
     return fnmatchcase(other, pattern.replace("[", "[[]").replace("?", "[!*]"))
 
 
@@ -2912,28 +2886,22 @@ def may_match_user(pattern: str, users: str) -> bool:
 class ConditionRule(NamedTuple):
     operators: tuple[str, ...]  # the rule fits a condition with one of these, and this key
     key: str
-    quantifier: Callable[[Iterable[bool]], bool]  # any or all of the values must match
-    matches: Callable[[str, str], bool]  # of a value and the ARN pattern of all IAM users
+    quantifier: Callable[[Iterable[object]], bool]  # any or all of the values must match
+    value: str  # a regular expression
     on_mfa: str
     on_new_keys: str
 
 
-def like(regex: str) -> Callable[[str, str], bool]:
-    return lambda value, users: re.fullmatch(regex, value) is not None
-
-
-FALSE, TRUE = like("(?ai)false"), like("(?ai)true")
+FALSE, TRUE, ANY_USER = "(?ai)false", "(?ai)true", "arn:*:iam::*:user/*"
 EQUALS, LIKE_ARN = ("stringequals", "stringlike"), ("arnlike", "arnequals", "stringlike")
 NOT = ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals")
-# Any role may be exempt from MFA, because roles are not console users. From new-keys-prevented only
-# roles that are named. A name may end in * after - or _ (stacksets-exec-*), unless that includes
-# AWS's own roles; those of one Identity Center permission set (AWSReservedSSO_Admin_*) are named
-# too. A policy variable ($) can stand for anybody.
+# Roles are not console users: any may be exempt from MFA, but from new-keys-prevented only those
+# that are named. A name may end in * after - or _ (stacksets-exec-*), but not include AWS's roles,
+# except those of one permission set (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
 IAM_PRINCIPAL = r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
 ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*"
-USER_OR_ROLE = like(f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})")
-USER_OR_ANY_ROLE = like(f"{IAM_PRINCIPAL}role/.+)")
+USER_OR_ROLE = f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})"
 CONDITION_RULES = (
     # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
     # Null true of that key stops the first and not the second: it narrows.
@@ -2941,83 +2909,73 @@ CONDITION_RULES = (
     ConditionRule(("bool",), "aws:multifactorauthpresent", all, TRUE, NEVER_HOLDS, NARROWS),
     ConditionRule(("null",), "aws:multifactorauthage", all, TRUE, TESTS_MFA, NARROWS),
     ConditionRule(("null",), "aws:multifactorauthage", all, FALSE, NEVER_HOLDS, NARROWS),
-    # Spares what a service then requests for the caller (Athena of S3, CloudFormation of EC2):
-    # those requests say MFA false even for an access key. The caller's own request comes first.
+    # A service's requests for a caller say MFA false even for a key. The caller's own come first.
     ConditionRule(("bool",), "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
-    ConditionRule(EQUALS, "aws:principaltype", any, like("User"), ALWAYS_HOLDS, ONLY_USERS),
-    ConditionRule(LIKE_ARN, "aws:principalarn", any, covers_arn, ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(EQUALS, "aws:principaltype", any, "User", ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(LIKE_ARN, "aws:principalarn", any, re.escape(ANY_USER), ALWAYS_HOLDS, ONLY_USERS),
     # A bare * is everybody for a string operator; no ARN operator is known to take it.
-    ConditionRule(("stringlike",), "aws:principalarn", any, like(r"\*"), ALWAYS_HOLDS, ONLY_USERS),
-    ConditionRule(NOT, "aws:username", all, like(r"[^*?$]*"), EXEMPTS, EXEMPTS),
+    ConditionRule(("stringlike",), "aws:principalarn", any, r"\*", ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(NOT, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
     ConditionRule(NOT, "aws:principalarn", all, USER_OR_ROLE, NARROWS, EXEMPTS),
-    ConditionRule(NOT, "aws:principalarn", all, USER_OR_ANY_ROLE, EXEMPTS, NARROWS),
+    ConditionRule(NOT, "aws:principalarn", all, f"{IAM_PRINCIPAL}role/.+)", EXEMPTS, NARROWS),
 )
 ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
 
 
 def parse_policy(content: str) -> list[Statement]:
-    """The statements of a policy. ValueError for anything but a service control policy."""
-    document = expect_object(json.loads(content, object_pairs_hook=without_repetition))
-    listed = document.get("Statement")
-    return list(map(parse_statement, listed if isinstance(listed, list) else [listed]))
+    """The Deny statements of a policy. ValueError for anything but a service control policy."""
+    document = json.loads(content, object_pairs_hook=without_repetition)
+    listed = document.get("Statement") if isinstance(document, dict) else None
+    denies = []
+    for members in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(members, dict) or members.keys() - ELEMENTS:
+            raise ValueError("not a statement of a service control policy")
+        action, actions = parse_element(members, "Action")
+        resource, resources = parse_element(members, "Resource")
+        conditions = parse_conditions(members.get("Condition", {}))
+        if members.get("Effect") == "Deny":
+            denies.append(Statement(action, actions, resource, resources, conditions))
+        elif members.get("Effect") != "Allow":
+            raise ValueError("neither Allow nor Deny")
+    return denies
 
 
-def parse_statement(value: Any) -> Statement:
-    members = expect_object(value)
-    effect = members.get("Effect")
-    if effect not in ("Allow", "Deny") or members.keys() - ELEMENTS:
-        raise ValueError("not a statement of a service control policy")
-    action, actions = parse_element(members, "Action")
-    resource, resources = parse_element(members, "Resource")
-    conditions = parse_conditions(members.get("Condition", {}))
-    return Statement(effect, action, actions, resource, resources, conditions)
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError if a name occurs twice: AWS does not say which one counts."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return dict(pairs)
 
 
 def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str, ...]]:
     """The name and values of this element or of its negation: a statement has one of the two."""
-    values, excepted = texts(members.get(name, [])), texts(members.get(f"Not{name}", []))
-    if bool(values) == bool(excepted):
+    given = [each for each in (name, f"Not{name}") if members.get(each, []) != []]
+    if len(given) != 1:
         raise ValueError(f"not exactly one of {name} and Not{name}")
-    return (name, values) if values else (f"Not{name}", excepted)
+    return given[0], texts(members[given[0]])
 
 
 def parse_conditions(block: Any) -> tuple[Condition, ...]:
     """ForAnyValue and IfExists are dropped: every signed request has the keys judged here. Where
     the operator negates or tests for absence, ForAnyValue stays: it fails on an absent key."""
+    if not isinstance(block, dict) or not all(isinstance(keys, dict) for keys in block.values()):
+        raise ValueError("not an object of objects")
     conditions = []
-    for operator, keys in expect_object(block).items():
+    for operator, keys in block.items():
         plain = re.sub(r"^foranyvalue:(?!null|\w*not)|ifexists$", "", operator.lower())
-        for key, value in expect_object(keys).items():
+        for key, value in keys.items():
             values = texts(value)
-            if not values:
-                raise ValueError("a condition without a value")
             text = f"{operator} {key} {', '.join(values)}"
             conditions.append(Condition(plain, key.lower(), values, text))
     return tuple(conditions)
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError if a name occurs twice: AWS does not say which one counts."""
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a name occurs twice in an object")
-    return members
-
-
-def expect_object(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    raise ValueError("not a JSON object")
-
-
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    written = []
-    for each in value if isinstance(value, list) else [value]:
-        if not isinstance(each, (str, int, float)):
-            raise ValueError("not a string, boolean or number")
-        written.append(each if isinstance(each, str) else json.dumps(each))
-    return tuple(written)
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(each, (str, int, float)) for each in values):
+        raise ValueError("not a string, boolean or number, nor a list of them")
+    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3624,7 +3582,6 @@ def new_keys(run: Run) -> list[Change]:
 # Documents: what --print prints
 # --------------------------------------------------------------------------------------------------
 
-
 DOCUMENTS = {
     "caller-policy": "IAM policy of the profile",
     "role-policy": "IAM policy of the role",
@@ -3640,45 +3597,38 @@ SCP_LONGEST = 5120  # characters, including white space
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    builders: Mapping[str, Callable[[], dict[str, Any]]] = {
-        "caller-policy": lambda: caller_policy(role),
-        "role-policy": role_policy,
-        "role-trust": lambda: policy_document(trust("111122223333")),  # AWS's example account
-        "role-template": lambda: role_template(role),
-        "scp-require-mfa": scp_require_mfa,
-        "scp-deny-access-keys": lambda: scp_deny_access_keys(exempt_roles),
-        "alert-rule": alert_rule,
-    }
-    return json.dumps(builders[name](), indent=2) + "\n"
-
-
-def caller_policy(role: str) -> dict[str, Any]:
     scps = "arn:*:organizations::*:policy/*service_control_policy/*"
-    return policy_document(
-        allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
-        allow("ReadPolicies", POLICY_READS, scps),
-        allow("AssumeAuditRole", ["sts:AssumeRole"], role_arns(role)),
-    )
+    role_policy = policy_of(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
+    documents = {
+        "caller-policy": policy_of(
+            allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
+            allow("ReadPolicies", POLICY_READS, scps),
+            allow("AssumeAuditRole", ["sts:AssumeRole"], f"arn:*:iam::*:role/{role}"),
+        ),
+        "role-policy": role_policy,
+        "role-trust": policy_of(grant({"AWS": "111122223333"}, "sts:AssumeRole")),  # AWS's example
+        "role-template": role_template(role, role_policy),
+        "scp-require-mfa": scp_require_mfa(),
+        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
+        "alert-rule": alert_rule(),
+    }
+    return json.dumps(documents[name], indent=2) + "\n"
 
 
-def role_policy() -> dict[str, Any]:
-    return policy_document(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
-
-
-def role_template(role: str) -> dict[str, Any]:
+def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
     """CloudFormation for a StackSet: the role in every account, to be assumed from one account."""
     path, name = f"/{role}".rsplit("/", 1)
-    statement = trust({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
+    account = {"AWS": {"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"}}
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
-    statement["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    role_resource = template_resource(
-        "AWS::IAM::Role",
-        RoleName={"Ref": "RoleName"},
-        Path=f"{path}/",
-        Description="Read by iam_audit.py: users, access keys and MFA devices",
-        AssumeRolePolicyDocument=policy_document(statement),
-        Policies=[{"PolicyName": "iam-audit", "PolicyDocument": role_policy()}],
-    )
+    condition = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
+    trust = policy_of(grant(account, "sts:AssumeRole", Condition=condition))
+    properties = {
+        "RoleName": {"Ref": "RoleName"},
+        "Path": f"{path}/",
+        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
+        "AssumeRolePolicyDocument": trust,
+        "Policies": [{"PolicyName": "iam-audit", "PolicyDocument": role_policy}],
+    }
     id_pattern = r"([\w+=,.@:/-]{2,1224})?"
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
@@ -3689,7 +3639,7 @@ def role_template(role: str) -> dict[str, Any]:
             "ExternalId": parameter("Value of --external-id, if any", id_pattern, Default=""),
         },
         "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
-        "Resources": {"Role": role_resource},
+        "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
     }
 
 
@@ -3700,16 +3650,16 @@ def scp_require_mfa() -> dict[str, Any]:
         "ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"},
     }
     statement = {"Sid": "DenyUsersWithoutMFA", "Effect": "Deny", "NotAction": list(MFA_SETUP)}
-    return policy_document({**statement, "Resource": "*", "Condition": condition})
+    return policy_of({**statement, "Resource": "*", "Condition": condition})
 
 
 def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
     statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
     statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
     if exempt_roles:
-        exempt = [role_arns(role) for role in exempt_roles]
+        exempt = [f"arn:*:iam::*:role/{role}" for role in exempt_roles]
         statement["Condition"] = {"ArnNotLike": {"aws:PrincipalArn": exempt}}
-    return policy_document(statement)
+    return policy_of(statement)
 
 
 def alert_rule() -> dict[str, Any]:
@@ -3717,9 +3667,8 @@ def alert_rule() -> dict[str, Any]:
     topic = {"Ref": "Topic"}
     email = {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
     # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
-    events = {"Service": "events.amazonaws.com"}
-    publish = {"Effect": "Allow", "Principal": events, "Action": "sns:Publish", "Resource": topic}
-    policy = policy_document(publish)
+    publish = grant({"Service": "events.amazonaws.com"}, "sns:Publish", Resource=topic)
+    policy = {"Topics": [topic], "PolicyDocument": policy_of(publish)}
     succeeded = {
         "eventSource": ["iam.amazonaws.com"],
         "eventName": ["CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice"],
@@ -3727,18 +3676,16 @@ def alert_rule() -> dict[str, Any]:
     }
     cloudtrail = ["AWS API Call via CloudTrail"]
     pattern = {"source": ["aws.iam"], "detail-type": cloudtrail, "detail": succeeded}
-    target = {"Id": "Topic", "Arn": topic}
+    rule = {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "A message when an access key or password is created or MFA is deactivated "
         "(for us-east-1)",
         "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
-            "Topic": template_resource("AWS::SNS::Topic", Subscription=[email]),
-            "TopicPolicy": template_resource(
-                "AWS::SNS::TopicPolicy", Topics=[topic], PolicyDocument=policy
-            ),
-            "Rule": template_resource("AWS::Events::Rule", EventPattern=pattern, Targets=[target]),
+            "Topic": {"Type": "AWS::SNS::Topic", "Properties": {"Subscription": [email]}},
+            "TopicPolicy": {"Type": "AWS::SNS::TopicPolicy", "Properties": policy},
+            "Rule": {"Type": "AWS::Events::Rule", "Properties": rule},
         },
     }
 
@@ -3747,11 +3694,7 @@ def parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
     return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
-def template_resource(kind: str, **properties: Any) -> dict[str, Any]:
-    return {"Type": kind, "Properties": properties}
-
-
-def policy_document(*statements: Mapping[str, Any]) -> dict[str, Any]:
+def policy_of(*statements: Mapping[str, Any]) -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
 
@@ -3761,13 +3704,8 @@ def allow(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, A
     return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resources}
 
 
-def trust(principal: Any) -> dict[str, Any]:
-    return {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "sts:AssumeRole"}
-
-
-def role_arns(role: str) -> str:
-    """The role of this name, or path and name, in any account of any partition."""
-    return f"arn:*:iam::*:role/{role}"
+def grant(principal: Mapping[str, Any], action: str, **more: Any) -> dict[str, Any]:
+    return {"Effect": "Allow", "Principal": principal, "Action": action, **more}
 
 
 # --------------------------------------------------------------------------------------------------
