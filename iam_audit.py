@@ -1706,12 +1706,8 @@ async def read_trail(session: AccountSession, names: Sequence[str], since: datet
 # Files: rows, cells, atomic writing, reading a run back
 # --------------------------------------------------------------------------------------------------
 
-
-PASSWORD_SET = "Configurada"
-PASSWORD_NOT_SET = "No configurada"
-PASSWORD_NEVER_USED = "Nunca"
-KEY_NEVER_USED = "Nunca utilizada"
-NO_MFA = "None"
+PASSWORD_SET, PASSWORD_NOT_SET, PASSWORD_NEVER_USED = "Configurada", "No configurada", "Nunca"
+KEY_NEVER_USED, NO_MFA = "Nunca utilizada", "None"
 AccountRow = namedtuple(
     "AccountRow",
     "account_id account_name username password_status password_last_used access_key_id status "
@@ -1749,29 +1745,18 @@ def account_csv(folder: Path, account_id: str) -> Path:
 def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
     """One row for each access key, one for a user without keys."""
     for user in audited.users:
-        for key in user.keys or (None,):
-            yield account_row(audited.account, user, key)
-
-
-def account_row(account: Account, user: User, key: AccessKey | None) -> AccountRow:
-    password_last_used = last_used_cell(user.password_last_used, PASSWORD_NEVER_USED)
-    return AccountRow(
-        account_id=account.id,
-        account_name=account.name,
-        username=user.name,
-        password_status=PASSWORD_SET if user.password else PASSWORD_NOT_SET,
-        password_last_used=password_last_used if user.password else NOT_APPLICABLE,
-        access_key_id=key.id if key else NOT_APPLICABLE,
-        status=key.status if key else NOT_APPLICABLE,
-        created_date=iso(key.created) if key else NOT_APPLICABLE,
-        last_used_date=last_used_cell(key.last_used, KEY_NEVER_USED) if key else NOT_APPLICABLE,
-        service_name=key.service_name if key else NOT_APPLICABLE,
-        mfa_status="+".join(user.mfa) or NO_MFA,
-    )
-
-
-def last_used_cell(last_used: datetime | None, never: str) -> str:
-    return iso(last_used) if last_used else never
+        password = (PASSWORD_NOT_SET, NOT_APPLICABLE)
+        if user.password:
+            last_used = user.password_last_used
+            password = (PASSWORD_SET, iso(last_used) if last_used else PASSWORD_NEVER_USED)
+        whose = (audited.account.id, audited.account.name, user.name, *password)
+        mfa = "+".join(user.mfa) or NO_MFA
+        for key in user.keys:
+            used = iso(key.last_used) if key.last_used else KEY_NEVER_USED
+            of_key = (key.id, key.status, iso(key.created), used, key.service_name)
+            yield AccountRow(*whose, *of_key, mfa)
+        if not user.keys:
+            yield AccountRow(*whose, *[NOT_APPLICABLE] * 5, mfa)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -1782,15 +1767,14 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]])
             writer.writerow(map(neutral, row))
 
 
-class LineFeeds:
+class LineFeeds(NamedTuple):
     """Ends the rows of csv.writer in LF, as grep and awk expect. The writer itself must end them in
     CRLF: only then does every version of Python quote both CR and LF inside a cell."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    file: TextIO
 
     def write(self, row: str) -> None:
-        self._file.write(row[:-2] + "\n")
+        self.file.write(row[:-2] + "\n")
 
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet runs as a formula
@@ -1815,20 +1799,18 @@ def write_json(path: Path, document: Any) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
     """A file that exists in full or not at all: written beside its place, as 0600, then renamed."""
-    temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        # backslashreplace: a user agent may hold half a character, which must not cost the file
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:  # backslashreplace: half a character in a user agent must not cost the file
+            with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+            os.replace(temporary, path)
+        except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise AuditError(f"Cannot write {path}: {error.strerror or error}") from None
-        raise
+            raise
+    except OSError as error:
+        raise AuditError(f"Cannot write {path}: {error.strerror or error}") from None
 
 
 class KeyState(NamedTuple):
@@ -1850,21 +1832,19 @@ class UserState(NamedTuple):
 
 Keys = Mapping[str, KeyState]  # by access key ID
 States = Mapping[str, UserState]  # by user name
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
+DAMAGE = (OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 def finished_runs(output_dir: Path) -> list[Path]:
     """The folders of finished runs, newest first. A run that has finished has a summary.json."""
-    runs: dict[tuple[str, int, str], Path] = {}
+    runs = []
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
         if name and os.path.exists(folder / "summary.json"):
-            runs[name[1], int(name[2] or 1), folder.name] = folder
-    return [runs[each] for each in sorted(runs, reverse=True)]
-
-
-DAMAGE = (csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
-SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+            runs.append((name[1], int(name[2] or 1), folder))
+    return [folder for *_, folder in sorted(runs, reverse=True)]
 
 
 @contextlib.contextmanager
@@ -1872,10 +1852,9 @@ def reading(path: Path) -> Iterator[None]:
     """Whatever is wrong with an earlier run's file becomes an AuditError that names the file."""
     try:
         yield
-    except OSError as error:
-        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
     except DAMAGE as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        why = getattr(error, "strerror", why)
         raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
 
 
@@ -1889,6 +1868,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
     """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
+    found = []
     with reading(path):
         text = path.read_bytes().decode("utf-8")
         if not text.endswith("\n"):
@@ -1896,19 +1876,15 @@ def read_states(path: Path, account_id: str) -> dict[str, UserState]:
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
         if tuple(next(rows)) != CSV_COLUMNS:
             raise ValueError("its header is not that of an account's CSV")
-        return states_of(checked_rows(rows, account_id))
-
-
-def checked_rows(rows: Iterable[Sequence[str]], account_id: str) -> Iterator[AccountRow]:
-    """The rows after the header, as they were before `neutral`. Raises ValueError if damaged."""
-    for number, cells in enumerate(rows, 2):
-        if len(cells) != len(CSV_COLUMNS) or cells[0] != account_id:
-            raise ValueError(f"row {number} is not one of account {account_id}")
-        row = AccountRow(*map(original, cells))
-        known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
-        if not known or row.status not in KEY_STATUSES or not row.mfa_status:
-            raise ValueError(f"row {number} has words that no such CSV has")
-        yield row
+        for number, cells in enumerate(rows, 2):
+            if len(cells) != len(CSV_COLUMNS) or cells[0] != account_id:
+                raise ValueError(f"row {number} is not one of account {account_id}")
+            row = AccountRow(*map(original, cells))
+            known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
+            if not known or row.status not in KEY_STATUSES or not row.mfa_status:
+                raise ValueError(f"row {number} has words that no such CSV has")
+            found.append(row)
+    return states_of(found)
 
 
 def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
@@ -1985,16 +1961,16 @@ class AccountFigures:
 
 
 def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
-    gaps, has_root = Gaps(), False
+    account, has_root = audited.account, any(user.name == ROOT for user in audited.users)
+    gaps = Gaps()
     for user in audited.users:
-        gaps += gaps_of(audited.account, user, plan.max_key_age, now)
-        has_root = has_root or user.name == ROOT
+        gaps += gaps_of(account, user, plan.max_key_age, now)
     return AccountFigures(
-        account=audited.account,
+        account=account,
         report_generated=audited.report_generated,
         has_root=has_root,
         users=len(audited.users) - has_root,
-        production=is_production(audited.account, plan.production),
+        production=is_production(account, plan.production),
         gaps=gaps,
         phase1=phase1_level(gaps),
         phase2=phase2_level(gaps),
@@ -2017,6 +1993,7 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
     statuses = Counter(key.status for key in user.keys)
     ages = [now - key.created for key in active]
     unused = [now - key.last_used for key in active if key.last_used is not None]
+    keys = [OldestKey(key.created, account.id, account.name, user.name, key.id) for key in active]
     return Gaps(
         console_users=int(user.password),
         console_users_without_mfa=int(user.password and not user.mfa),
@@ -2031,10 +2008,7 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
         active_keys_used_within_30_days=len(unused) - number_above(IN_USE_WITHIN, unused),
         root_access_keys=len(user.keys) if user.name == ROOT else 0,
         users_with_two_active_keys=int(len(active) > 1),
-        oldest_active_key=min(
-            (OldestKey(key.created, account.id, account.name, user.name, key.id) for key in active),
-            default=None,
-        ),
+        oldest_active_key=min(keys, default=None),
     )
 
 
@@ -2077,47 +2051,19 @@ FINDINGS_COLUMNS = (
     *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
 )
 USER, ACTIVE_KEY, INACTIVE_KEY, EXPIRED_KEY = "user", "active key", "inactive key", "expired key"
+NEVER = timedelta.max
 
 
 class Case(NamedTuple):
     """What rules judge: a user, or one of their access keys."""
 
     about: str  # USER, ACTIVE_KEY, ...
-    user: User
+    root: bool
+    lacks_mfa: bool
     production: bool
-    max_key_age: timedelta
+    max_age: timedelta
     age: timedelta = timedelta(0)
-    unused: timedelta | None = None  # since the last use; None: never used
-
-    def always(self) -> bool:
-        return True
-
-    def is_of_root(self) -> bool:
-        return self.user.name == ROOT
-
-    def lacks_mfa(self) -> bool:
-        return self.user.password and not self.user.mfa
-
-    def is_root_without_mfa(self) -> bool:
-        return self.is_of_root() and self.lacks_mfa()
-
-    def lacks_mfa_in_production(self) -> bool:
-        return self.production and self.lacks_mfa()
-
-    def is_over_a_year_old(self) -> bool:
-        return self.age > ONE_YEAR
-
-    def is_in_use(self) -> bool:
-        return self.unused is not None and self.unused <= IN_USE_WITHIN
-
-    def was_never_used(self) -> bool:
-        return self.age > UNUSED_AFTER and self.unused is None  # a younger one may yet be used
-
-    def is_unused(self) -> bool:
-        return self.age > UNUSED_AFTER and self.unused is not None and self.unused > UNUSED_AFTER
-
-    def is_too_old(self) -> bool:
-        return self.age > self.max_key_age
+    unused: timedelta = NEVER  # since the last use; NEVER: it was never used
 
 
 @dataclass(frozen=True)
@@ -2134,6 +2080,7 @@ class Rule:
     controls: tuple[str, ...] = ()
 
 
+# fmt: off
 REGISTER_MFA = (
     "Have the user register an MFA device or, if temporary credentials serve, remove the password: "
     "`aws iam delete-login-profile {user}` in account {account}."
@@ -2149,18 +2096,24 @@ DELETE = "Delete it: `aws iam delete-access-key {user} {key}` in account {accoun
 # apply are its reasons, in this order. The advice is that of the first that has any: what to do
 # about an old key depends on its use.
 RULES = (
-    Rule("root-access-key", 1, ACTIVE_KEY, Case.is_of_root, "active root access key"),
-    Rule("console-without-mfa", 4, USER, Case.lacks_mfa, "console user without MFA", REGISTER_MFA),
-    Rule("console-without-mfa", 4, USER, Case.is_root_without_mfa, "root"),
-    Rule("console-without-mfa", 1, USER, Case.lacks_mfa_in_production, "production"),
-    Rule("key-older-than-1-year", 2, ACTIVE_KEY, Case.is_over_a_year_old, "older than 1 year"),
-    Rule("key-in-use", 3, ACTIVE_KEY, Case.is_in_use, "used within 30 days", DEACTIVATE_USED),
-    Rule("unused-key", 5, ACTIVE_KEY, Case.was_never_used, "never used", DEACTIVATE_UNUSED),
-    Rule("unused-key", 5, ACTIVE_KEY, Case.is_unused, "not used for 90 days", DEACTIVATE_UNUSED),
-    Rule("key-older-than-90-days", 6, ACTIVE_KEY, Case.is_too_old, "older than {max_key_age} days"),
-    Rule("inactive-key", 7, INACTIVE_KEY, Case.always, "inactive", DELETE),
-    Rule("inactive-key", 7, EXPIRED_KEY, Case.always, "expired", DELETE),
+    Rule("root-access-key", 1, ACTIVE_KEY, lambda it: it.root, "active root access key"),
+    Rule("console-without-mfa", 4, USER, lambda it: it.lacks_mfa,
+         "console user without MFA", REGISTER_MFA),
+    Rule("console-without-mfa", 4, USER, lambda it: it.lacks_mfa and it.root, "root"),
+    Rule("console-without-mfa", 1, USER, lambda it: it.lacks_mfa and it.production, "production"),
+    Rule("key-older-than-1-year", 2, ACTIVE_KEY, lambda it: it.age > ONE_YEAR, "older than 1 year"),
+    Rule("key-in-use", 3, ACTIVE_KEY, lambda it: it.unused <= IN_USE_WITHIN,
+         "used within 30 days", DEACTIVATE_USED),
+    Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > UNUSED_AFTER and it.unused == NEVER,
+         "never used", DEACTIVATE_UNUSED),  # a younger one may yet be used
+    Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > UNUSED_AFTER < it.unused < NEVER,
+         "not used for 90 days", DEACTIVATE_UNUSED),
+    Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
+         "older than {max_key_age} days"),
+    Rule("inactive-key", 7, INACTIVE_KEY, lambda it: True, "inactive", DELETE),
+    Rule("inactive-key", 7, EXPIRED_KEY, lambda it: True, "expired", DELETE),
 )
+# fmt: on
 
 
 class Finding(NamedTuple):
@@ -2180,24 +2133,21 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
     account, production = audited.account, is_production(audited.account, plan.production)
     for user in audited.users:
         for key in (None, *user.keys):
-            case = case_of(user, key, production, plan.max_key_age, now)
+            case = case_of(user, key, production, plan, now)
             rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
             if rules:
-                rule = min(rules, key=lambda each: each.priority)
-                last_used = user.password_last_used
-                yield Finding(
-                    rule.priority, rule.name, account, production, user.name, key, last_used, rules
-                )
+                first = min(rules, key=lambda rule: rule.priority)
+                which = (user.name, key, user.password_last_used)
+                yield Finding(first.priority, first.name, account, production, *which, rules)
 
 
-def case_of(
-    user: User, key: AccessKey | None, production: bool, max_key_age: timedelta, now: datetime
-) -> Case:
+def case_of(user: User, key: AccessKey | None, production: bool, plan: Plan, now: datetime) -> Case:
+    whose = (user.name == ROOT, user.password and not user.mfa, production, plan.max_key_age)
     if key is None:
-        return Case(USER, user, production, max_key_age)
+        return Case(USER, *whose)
     about = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}.get(key.status, INACTIVE_KEY)
-    unused = now - key.last_used if key.last_used else None
-    return Case(about, user, production, max_key_age, now - key.created, unused)
+    unused = now - key.last_used if key.last_used else NEVER
+    return Case(about, *whose, now - key.created, unused)
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
@@ -2210,25 +2160,17 @@ def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
     """The finding's row in findings.csv."""
-    key = finding.key
+    account, key, used = finding.account, finding.key, finding.password_last_used
     if key:
         age_days = str(days_between(key.created, run.started))
-        last_used = last_used_cell(key.last_used, KEY_NEVER_USED)
+        last_used = iso(key.last_used) if key.last_used else KEY_NEVER_USED
         credential = (key.id, age_days, last_used, key.service_name)
     else:
-        last_used = last_used_cell(finding.password_last_used, PASSWORD_NEVER_USED)
+        last_used = iso(used) if used else PASSWORD_NEVER_USED
         credential = (NOT_APPLICABLE, "", last_used, NOT_APPLICABLE)
-    return (
-        str(finding.priority),
-        finding.finding,
-        finding.account.id,
-        finding.account.name,
-        "true" if finding.production else "false",
-        finding.user,
-        *credential,
-        "; ".join(reasons_of(finding, run.plan)),
-        recommendation(finding, run),
-    )
+    whose = (account.id, account.name, "true" if finding.production else "false", finding.user)
+    words = ("; ".join(reasons_of(finding, run.plan)), recommendation(finding, run))
+    return (str(finding.priority), finding.finding, *whose, *credential, *words)
 
 
 def reasons_of(finding: Finding, plan: Plan) -> list[str]:
@@ -2241,10 +2183,9 @@ def recommendation(finding: Finding, run: Run) -> str:
     if finding.user == ROOT:
         return recommendation_for_root(finding, run)
     key = finding.key
-    advice = FIND_OUT if key and key.last_used else ASK_OWNER
-    for rule in reversed(finding.rules):
-        advice = rule.advice or advice
-    return advice.format(
+    advised = [rule.advice for rule in finding.rules if rule.advice]
+    advised.append(FIND_OUT if key and key.last_used else ASK_OWNER)
+    return advised[0].format(
         user=f"--user-name={shlex.quote(printable(finding.user))}",
         key=f"--access-key-id={shlex.quote(printable(key.id))}" if key else "",
         account=finding.account.id,
@@ -2256,19 +2197,18 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
     """
-    account = finding.account.id
+    key, account = finding.key, finding.account.id
     if account == run.organization.management_account:
-        to_do = "delete the access key" if finding.key else "register an MFA device"
+        to_do = "delete the access key" if key else "register an MFA device"
         step = f"sign in as root of the management account and {to_do}: no role can do that there."
     else:
-        what = "root's password (or sign in as root and register MFA)"
+        what = "access key" if key else "password (or sign in as root and register MFA)"
         commands = "`aws iam delete-login-profile`"
-        if finding.key:
-            what = "root's access key"
+        if key:
             commands = "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
         task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
         step = (
-            f"delete {what}, with the session that `aws sts assume-root --target-principal "
+            f"delete root's {what}, with the session that `aws sts assume-root --target-principal "
             f"{account} --task-policy-arn arn={task}` gives (it takes centralized root access): "
             f"{commands}."
         )
