@@ -1652,18 +1652,15 @@ async def read_trail(session: AccountSession, names: Sequence[str], since: datet
 # Files: rows, cells, atomic writing, reading a run back
 # --------------------------------------------------------------------------------------------------
 
-
-PASSWORD_SET = "Configurada"
-PASSWORD_NOT_SET = "No configurada"
-PASSWORD_NEVER_USED = "Nunca"
-KEY_NEVER_USED = "Nunca utilizada"
-NO_MFA = "None"
+PASSWORD_SET, PASSWORD_NOT_SET, PASSWORD_NEVER_USED = "Configurada", "No configurada", "Nunca"
+KEY_NEVER_USED, NO_MFA = "Nunca utilizada", "None"
 AccountRow = namedtuple(
     "AccountRow",
     "account_id account_name username password_status password_last_used access_key_id status "
     "created_date last_used_date service_name mfa_status",
 )
 CSV_COLUMNS = AccountRow._fields
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet runs as a formula
 
 
 def make_run_folder(output_dir: Path, started: datetime) -> Path:
@@ -1672,8 +1669,7 @@ def make_run_folder(output_dir: Path, started: datetime) -> Path:
         if not each.exists():
             each.mkdir(mode=0o700, exist_ok=True)  # makedirs gives its mode to the last one alone
     for number in itertools.count(1):
-        suffix = f"-{number}" if number > 1 else ""
-        folder = output_dir / f"{started:%Y%m%dT%H%M%SZ}{suffix}"
+        folder = output_dir / (f"{started:%Y%m%dT%H%M%SZ}" + (f"-{number}" if number > 1 else ""))
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
             break
@@ -1682,7 +1678,6 @@ def make_run_folder(output_dir: Path, started: datetime) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove the folder of a run that has written nothing."""
     with contextlib.suppress(OSError):
         (folder / "accounts").rmdir()
         folder.rmdir()
@@ -1695,51 +1690,33 @@ def account_csv(folder: Path, account_id: str) -> Path:
 def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
     """One row for each access key, one for a user without keys."""
     for user in audited.users:
-        for key in user.keys or (None,):
-            yield account_row(audited.account, user, key)
-
-
-def account_row(account: Account, user: User, key: AccessKey | None) -> AccountRow:
-    password_last_used = last_used_cell(user.password_last_used, PASSWORD_NEVER_USED)
-    return AccountRow(
-        account_id=account.id,
-        account_name=account.name,
-        username=user.name,
-        password_status=PASSWORD_SET if user.password else PASSWORD_NOT_SET,
-        password_last_used=password_last_used if user.password else NOT_APPLICABLE,
-        access_key_id=key.id if key else NOT_APPLICABLE,
-        status=key.status if key else NOT_APPLICABLE,
-        created_date=iso(key.created) if key else NOT_APPLICABLE,
-        last_used_date=last_used_cell(key.last_used, KEY_NEVER_USED) if key else NOT_APPLICABLE,
-        service_name=key.service_name if key else NOT_APPLICABLE,
-        mfa_status="+".join(user.mfa) or NO_MFA,
-    )
-
-
-def last_used_cell(last_used: datetime | None, never: str) -> str:
-    return iso(last_used) if last_used else never
+        last = iso(user.password_last_used) if user.password_last_used else PASSWORD_NEVER_USED
+        password = (PASSWORD_SET, last) if user.password else (PASSWORD_NOT_SET, NOT_APPLICABLE)
+        whose = (audited.account.id, audited.account.name, user.name, *password)
+        mfa = "+".join(user.mfa) or NO_MFA
+        for key in user.keys:
+            last = iso(key.last_used) if key.last_used else KEY_NEVER_USED
+            of_key = (key.id, key.status, iso(key.created), last, key.service_name)
+            yield AccountRow._make((*whose, *of_key, mfa))
+        if not user.keys:
+            yield AccountRow._make((*whose, *[NOT_APPLICABLE] * 5, mfa))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with atomic_file(path) as file:
         writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
         writer.writerow(columns)
-        for row in rows:
-            writer.writerow(map(neutral, row))
+        writer.writerows(map(neutral, row) for row in rows)
 
 
-class LineFeeds:
+class LineFeeds(NamedTuple):
     """Ends the rows of csv.writer in LF, as grep and awk expect. The writer itself must end them in
     CRLF: only then does every version of Python quote both CR and LF inside a cell."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    file: TextIO
 
     def write(self, row: str) -> None:
-        self._file.write(row[:-2] + "\n")
-
-
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet runs as a formula
+        self.file.write(row[:-2] + "\n")
 
 
 def neutral(cell: str) -> str:
@@ -1754,27 +1731,24 @@ def original(cell: str) -> str:
 
 def write_json(path: Path, document: Any) -> None:
     with atomic_file(path) as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+        file.write(json.dumps(document, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
     """A file that exists in full or not at all: written beside its place, as 0600, then renamed."""
-    temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        # backslashreplace: a user agent may hold half a character, which must not cost the file
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:  # backslashreplace: half a character in a user agent must not cost the file
+            with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+            os.replace(temporary, path)
+        except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise AuditError(f"Cannot write {path}: {error.strerror or error}") from None
-        raise
+            raise
+    except OSError as error:
+        raise AuditError(f"Cannot write {path}: {error.strerror or error}") from None
 
 
 class KeyState(NamedTuple):
@@ -1796,21 +1770,19 @@ class UserState(NamedTuple):
 
 Keys = Mapping[str, KeyState]  # by access key ID
 States = Mapping[str, UserState]  # by user name
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
+DAMAGE = (OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 def finished_runs(output_dir: Path) -> list[Path]:
     """The folders of finished runs, newest first. A run that has finished has a summary.json."""
-    runs: dict[tuple[str, int, str], Path] = {}
+    runs = []
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
         if name and os.path.exists(folder / "summary.json"):
-            runs[name[1], int(name[2] or 1), folder.name] = folder
-    return [runs[each] for each in sorted(runs, reverse=True)]
-
-
-DAMAGE = (csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
-SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+            runs.append((name[1], int(name[2] or 1), folder))
+    return [folder for *_, folder in sorted(runs, reverse=True)]
 
 
 @contextlib.contextmanager
@@ -1818,10 +1790,12 @@ def reading(path: Path) -> Iterator[None]:
     """Whatever is wrong with an earlier run's file becomes an AuditError that names the file."""
     try:
         yield
-    except OSError as error:
-        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
     except DAMAGE as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        why = (
+            f"it lacks {error}"
+            if isinstance(error, KeyError)
+            else getattr(error, "strerror", error)
+        )
         raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
 
 
@@ -1835,6 +1809,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
     """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
+    found = []
     with reading(path):
         text = path.read_bytes().decode("utf-8")
         if not text.endswith("\n"):
@@ -1842,19 +1817,15 @@ def read_states(path: Path, account_id: str) -> dict[str, UserState]:
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
         if tuple(next(rows)) != CSV_COLUMNS:
             raise ValueError("its header is not that of an account's CSV")
-        return states_of(checked_rows(rows, account_id))
-
-
-def checked_rows(rows: Iterable[Sequence[str]], account_id: str) -> Iterator[AccountRow]:
-    """The rows after the header, as they were before `neutral`. Raises ValueError if damaged."""
-    for number, cells in enumerate(rows, 2):
-        if len(cells) != len(CSV_COLUMNS) or cells[0] != account_id:
-            raise ValueError(f"row {number} is not one of account {account_id}")
-        row = AccountRow(*map(original, cells))
-        known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
-        if not known or row.status not in KEY_STATUSES or not row.mfa_status:
-            raise ValueError(f"row {number} has words that no such CSV has")
-        yield row
+        for number, cells in enumerate(rows, 2):
+            if len(cells) != len(CSV_COLUMNS) or cells[0] != account_id:
+                raise ValueError(f"row {number} is not one of account {account_id}")
+            row = AccountRow(*map(original, cells))
+            known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
+            if not known or row.status not in KEY_STATUSES or not row.mfa_status:
+                raise ValueError(f"row {number} has words that no such CSV has")
+            found.append(row)
+    return states_of(found)
 
 
 def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
@@ -1914,6 +1885,8 @@ class Gaps:
 
 
 GAP_COUNTS = tuple(each.name for each in fields(Gaps) if each.name != "oldest_active_key")
+ONE_YEAR = timedelta(days=365)
+UNUSED_AFTER, IN_USE_WITHIN = timedelta(days=90), timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -1931,16 +1904,14 @@ class AccountFigures:
 
 
 def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
-    gaps, has_root = Gaps(), False
-    for user in audited.users:
-        gaps += gaps_of(audited.account, user, plan.max_key_age, now)
-        has_root = has_root or user.name == ROOT
+    account, has_root = audited.account, any(user.name == ROOT for user in audited.users)
+    gaps = sum((gaps_of(account, user, plan.max_key_age, now) for user in audited.users), Gaps())
     return AccountFigures(
-        account=audited.account,
+        account=account,
         report_generated=audited.report_generated,
         has_root=has_root,
         users=len(audited.users) - has_root,
-        production=is_production(audited.account, plan.production),
+        production=is_production(account, plan.production),
         gaps=gaps,
         phase1=phase1_level(gaps),
         phase2=phase2_level(gaps),
@@ -1952,17 +1923,13 @@ def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
     return any(map(pattern.search, (account.name, account.id, account.path or "")))
 
 
-ONE_YEAR = timedelta(days=365)
-UNUSED_AFTER = timedelta(days=90)
-IN_USE_WITHIN = timedelta(days=30)
-
-
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
     """What one user adds to the account's gaps."""
     active = [key for key in user.keys if key.status == "Active"]
     statuses = Counter(key.status for key in user.keys)
     ages = [now - key.created for key in active]
     unused = [now - key.last_used for key in active if key.last_used is not None]
+    keys = [OldestKey(key.created, account.id, account.name, user.name, key.id) for key in active]
     return Gaps(
         console_users=int(user.password),
         console_users_without_mfa=int(user.password and not user.mfa),
@@ -1970,22 +1937,15 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
         active_keys=len(active),
         inactive_keys=statuses["Inactive"],
         expired_keys=statuses["Expired"],
-        active_keys_older_than_max_age=number_above(max_key_age, ages),
-        active_keys_older_than_1_year=number_above(ONE_YEAR, ages),
+        active_keys_older_than_max_age=sum(span > max_key_age for span in ages),
+        active_keys_older_than_1_year=sum(span > ONE_YEAR for span in ages),
         active_keys_never_used=len(active) - len(unused),
-        active_keys_not_used_for_90_days=number_above(UNUSED_AFTER, unused),
-        active_keys_used_within_30_days=len(unused) - number_above(IN_USE_WITHIN, unused),
+        active_keys_not_used_for_90_days=sum(span > UNUSED_AFTER for span in unused),
+        active_keys_used_within_30_days=sum(span <= IN_USE_WITHIN for span in unused),
         root_access_keys=len(user.keys) if user.name == ROOT else 0,
         users_with_two_active_keys=int(len(active) > 1),
-        oldest_active_key=min(
-            (OldestKey(key.created, account.id, account.name, user.name, key.id) for key in active),
-            default=None,
-        ),
+        oldest_active_key=min(keys, default=None),
     )
-
-
-def number_above(limit: timedelta, spans: Iterable[timedelta]) -> int:
-    return sum(span > limit for span in spans)
 
 
 # AWS Security Maturity Model v2, lowest level first
@@ -2023,51 +1983,23 @@ FINDINGS_COLUMNS = (
     *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
 )
 USER, ACTIVE_KEY, INACTIVE_KEY, EXPIRED_KEY = "user", "active key", "inactive key", "expired key"
+KEY_KINDS = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}  # all others are inactive
+NEVER = timedelta.max
 
 
 class Case(NamedTuple):
     """What rules judge: a user, or one of their access keys."""
 
     about: str  # USER, ACTIVE_KEY, ...
-    user: User
+    root: bool
+    no_mfa: bool
     production: bool
-    max_key_age: timedelta
+    max_age: timedelta
     age: timedelta = timedelta(0)
-    unused: timedelta | None = None  # since the last use; None: never used
-
-    def always(self) -> bool:
-        return True
-
-    def is_of_root(self) -> bool:
-        return self.user.name == ROOT
-
-    def lacks_mfa(self) -> bool:
-        return self.user.password and not self.user.mfa
-
-    def is_root_without_mfa(self) -> bool:
-        return self.is_of_root() and self.lacks_mfa()
-
-    def lacks_mfa_in_production(self) -> bool:
-        return self.production and self.lacks_mfa()
-
-    def is_over_a_year_old(self) -> bool:
-        return self.age > ONE_YEAR
-
-    def is_in_use(self) -> bool:
-        return self.unused is not None and self.unused <= IN_USE_WITHIN
-
-    def was_never_used(self) -> bool:
-        return self.age > UNUSED_AFTER and self.unused is None  # a younger one may yet be used
-
-    def is_unused(self) -> bool:
-        return self.age > UNUSED_AFTER and self.unused is not None and self.unused > UNUSED_AFTER
-
-    def is_too_old(self) -> bool:
-        return self.age > self.max_key_age
+    unused: timedelta = NEVER  # since the last use; NEVER: it was never used
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A reason for the finding of this name. {max_key_age} (in days) in `reason`, {user}, {key} and
     {account} in `advice` are filled in on output. `controls` are those of CIS and Security Hub."""
 
@@ -2080,7 +2012,8 @@ class Rule:
     controls: tuple[str, ...] = ()
 
 
-REGISTER_MFA = (
+# fmt: off
+ADD_MFA = (
     "Have the user register an MFA device or, if temporary credentials serve, remove the password: "
     "`aws iam delete-login-profile {user}` in account {account}."
 )
@@ -2095,18 +2028,24 @@ DELETE = "Delete it: `aws iam delete-access-key {user} {key}` in account {accoun
 # apply are its reasons, in this order. The advice is that of the first that has any: what to do
 # about an old key depends on its use.
 RULES = (
-    Rule("root-access-key", 1, ACTIVE_KEY, Case.is_of_root, "active root access key"),
-    Rule("console-without-mfa", 4, USER, Case.lacks_mfa, "console user without MFA", REGISTER_MFA),
-    Rule("console-without-mfa", 4, USER, Case.is_root_without_mfa, "root"),
-    Rule("console-without-mfa", 1, USER, Case.lacks_mfa_in_production, "production"),
-    Rule("key-older-than-1-year", 2, ACTIVE_KEY, Case.is_over_a_year_old, "older than 1 year"),
-    Rule("key-in-use", 3, ACTIVE_KEY, Case.is_in_use, "used within 30 days", DEACTIVATE_USED),
-    Rule("unused-key", 5, ACTIVE_KEY, Case.was_never_used, "never used", DEACTIVATE_UNUSED),
-    Rule("unused-key", 5, ACTIVE_KEY, Case.is_unused, "not used for 90 days", DEACTIVATE_UNUSED),
-    Rule("key-older-than-90-days", 6, ACTIVE_KEY, Case.is_too_old, "older than {max_key_age} days"),
-    Rule("inactive-key", 7, INACTIVE_KEY, Case.always, "inactive", DELETE),
-    Rule("inactive-key", 7, EXPIRED_KEY, Case.always, "expired", DELETE),
+    Rule("root-access-key", 1, ACTIVE_KEY, lambda it: it.root, "active root access key"),
+    Rule("console-without-mfa", 4, USER, lambda it: it.no_mfa, "console user without MFA", ADD_MFA),
+    Rule("console-without-mfa", 4, USER, lambda it: it.no_mfa and it.root, "root"),
+    Rule("console-without-mfa", 1, USER, lambda it: it.no_mfa and it.production, "production"),
+    Rule("key-older-than-1-year", 2, ACTIVE_KEY, lambda it: it.age > ONE_YEAR, "older than 1 year"),
+    Rule("key-in-use", 3, ACTIVE_KEY, lambda it: it.unused <= IN_USE_WITHIN,
+         "used within 30 days", DEACTIVATE_USED),
+    Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > UNUSED_AFTER and it.unused == NEVER,
+         "never used", DEACTIVATE_UNUSED),  # a younger one may yet be used
+    Rule("unused-key", 5, ACTIVE_KEY,
+         lambda it: it.age > UNUSED_AFTER and UNUSED_AFTER < it.unused < NEVER,
+         "not used for 90 days", DEACTIVATE_UNUSED),
+    Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
+         "older than {max_key_age} days"),
+    Rule("inactive-key", 7, INACTIVE_KEY, lambda it: True, "inactive", DELETE),
+    Rule("inactive-key", 7, EXPIRED_KEY, lambda it: True, "expired", DELETE),
 )
+# fmt: on
 
 
 class Finding(NamedTuple):
@@ -2125,25 +2064,19 @@ class Finding(NamedTuple):
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
     account, production = audited.account, is_production(audited.account, plan.production)
     for user in audited.users:
+        no_mfa = user.password and not user.mfa
+        whose = Case(USER, user.name == ROOT, no_mfa, production, plan.max_key_age)
         for key in (None, *user.keys):
-            case = case_of(user, key, production, plan.max_key_age, now)
+            case = whose
+            if key:
+                about = KEY_KINDS.get(key.status, INACTIVE_KEY)
+                unused = now - key.last_used if key.last_used else NEVER
+                case = whose._replace(about=about, age=now - key.created, unused=unused)
             rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
             if rules:
-                rule = min(rules, key=lambda each: each.priority)
-                last_used = user.password_last_used
-                yield Finding(
-                    rule.priority, rule.name, account, production, user.name, key, last_used, rules
-                )
-
-
-def case_of(
-    user: User, key: AccessKey | None, production: bool, max_key_age: timedelta, now: datetime
-) -> Case:
-    if key is None:
-        return Case(USER, user, production, max_key_age)
-    about = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}.get(key.status, INACTIVE_KEY)
-    unused = now - key.last_used if key.last_used else None
-    return Case(about, user, production, max_key_age, now - key.created, unused)
+                first = min(rules, key=lambda rule: rule.priority)
+                which = (user.name, key, user.password_last_used)
+                yield Finding(first.priority, first.name, account, production, *which, rules)
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
@@ -2156,30 +2089,19 @@ def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
     """The finding's row in findings.csv."""
-    key = finding.key
+    account, key, used = finding.account, finding.key, finding.password_last_used
+    credential = (NOT_APPLICABLE, "", iso(used) if used else PASSWORD_NEVER_USED, NOT_APPLICABLE)
     if key:
         age_days = str(days_between(key.created, run.started))
-        last_used = last_used_cell(key.last_used, KEY_NEVER_USED)
+        last_used = iso(key.last_used) if key.last_used else KEY_NEVER_USED
         credential = (key.id, age_days, last_used, key.service_name)
-    else:
-        last_used = last_used_cell(finding.password_last_used, PASSWORD_NEVER_USED)
-        credential = (NOT_APPLICABLE, "", last_used, NOT_APPLICABLE)
-    return (
-        str(finding.priority),
-        finding.finding,
-        finding.account.id,
-        finding.account.name,
-        "true" if finding.production else "false",
-        finding.user,
-        *credential,
-        "; ".join(reasons_of(finding, run.plan)),
-        recommendation(finding, run),
-    )
+    whose = (account.id, account.name, "true" if finding.production else "false", finding.user)
+    words = ("; ".join(reasons_of(finding, run.plan)), recommendation(finding, run))
+    return (str(finding.priority), finding.finding, *whose, *credential, *words)
 
 
 def reasons_of(finding: Finding, plan: Plan) -> list[str]:
-    days = plan.max_key_age.days
-    return [rule.reason.format(max_key_age=days) for rule in finding.rules]
+    return [rule.reason.format(max_key_age=plan.max_key_age.days) for rule in finding.rules]
 
 
 def recommendation(finding: Finding, run: Run) -> str:
@@ -2187,46 +2109,38 @@ def recommendation(finding: Finding, run: Run) -> str:
     if finding.user == ROOT:
         return recommendation_for_root(finding, run)
     key = finding.key
-    advice = FIND_OUT if key and key.last_used else ASK_OWNER
-    for rule in reversed(finding.rules):
-        advice = rule.advice or advice
-    return advice.format(
-        user=f"--user-name={shlex.quote(printable(finding.user))}",
-        key=f"--access-key-id={shlex.quote(printable(key.id))}" if key else "",
-        account=finding.account.id,
-    )
+    advised = [rule.advice for rule in finding.rules if rule.advice]
+    advised.append(FIND_OUT if key and key.last_used else ASK_OWNER)
+    user = f"--user-name={shlex.quote(printable(finding.user))}"
+    key_id = f"--access-key-id={shlex.quote(printable(key.id))}" if key else ""
+    return advised[0].format(user=user, key=key_id, account=finding.account.id)
 
 
 def recommendation_for_root(finding: Finding, run: Run) -> str:
-    """Without root's own sign-in only AssumeRoot can do it, and only in a member account.
-
-    https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
-    """
-    account = finding.account.id
+    """Without root's own sign-in only AssumeRoot can do it, and only in a member account:
+    https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html"""
+    key, account = finding.key, finding.account.id
     if account == run.organization.management_account:
-        to_do = "delete the access key" if finding.key else "register an MFA device"
+        to_do = "delete the access key" if key else "register an MFA device"
         step = f"sign in as root of the management account and {to_do}: no role can do that there."
     else:
-        what = "root's password (or sign in as root and register MFA)"
+        what = "access key" if key else "password (or sign in as root and register MFA)"
         commands = "`aws iam delete-login-profile`"
-        if finding.key:
-            what = "root's access key"
+        if key:
             commands = "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
         task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
         step = (
-            f"delete {what}, with the session that `aws sts assume-root --target-principal "
+            f"delete root's {what}, with the session that `aws sts assume-root --target-principal "
             f"{account} --task-policy-arn arn={task}` gives (it takes centralized root access): "
             f"{commands}."
         )
-    if any(rule.name == "key-in-use" for rule in finding.rules):
-        return MOVE + step
-    return step[0].upper() + step[1:]
+    in_use = any(rule.name == "key-in-use" for rule in finding.rules)
+    return MOVE + step if in_use else step[0].upper() + step[1:]
 
 
 # --------------------------------------------------------------------------------------------------
 # Track: each account against an earlier run, with CloudTrail as a witness
 # --------------------------------------------------------------------------------------------------
-
 
 CHANGES_COLUMNS = (
     *("account_id", "account_name", "username", "access_key_id", "change", "before", "after"),
@@ -2236,11 +2150,12 @@ EVENTS_COLUMNS = (
     *("account_id", "account_name", "event_time", "event_name", "username", "access_key_id"),
     *("actor", "source_ip", "user_agent", "event_id"),
 )
+CAME_AND_WENT = "access-key-came-and-went"
+RUNS_SHOWN = 12  # in the table of runs, this one included
 
 
 class Change(NamedTuple):
-    """A row of changes.csv, with the CloudTrail event that tells of it. `witness` is confirmed,
-    contradicted, not found or unavailable; empty without --cloudtrail."""
+    """A row of changes.csv, with the CloudTrail event that tells of it."""
 
     account_id: str
     account_name: str
@@ -2249,7 +2164,7 @@ class Change(NamedTuple):
     change: str = ""
     before: str = ""
     after: str = ""
-    witness: str = ""
+    witness: str = ""  # confirmed, contradicted, not found, unavailable; "" without --cloudtrail
     event: Event | None = None
 
 
@@ -2283,31 +2198,25 @@ class EarlierRun:
 
 @dataclass
 class Tracking:
-    """What has changed since the earlier run, if there is one. `compared` holds the IDs of the
-    accounts that both runs audited; in the others, creation dates tell the new keys."""
+    """What has changed since the earlier run, if there is one."""
 
     earlier: EarlierRun | None = None
     runs: list[RunFigures] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-    compared: set[str] = field(default_factory=set)
-    new_keys_elsewhere: list[Change] = field(default_factory=list)
+    compared: set[str] = field(default_factory=set)  # the IDs of accounts that both runs audited
+    new_keys_elsewhere: list[Change] = field(default_factory=list)  # by their creation dates
     mfa_fixed: int = 0
     mfa_new: list[Change] = field(default_factory=list)
 
 
-RUNS_SHOWN = 12  # in the table of runs, this one included
-
-
 def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
-    """The run to compare with (`named`, or the newest of this organization) and the last runs. What
-    will be compared is checked now, because damage must not show after hours of auditing."""
+    """The last runs and the one to compare with, checked in full before hours of auditing."""
     tracking = Tracking()
     if named is not None:
         with reading(named / "summary.json"):
             summary = read_summary(named)
-            other_id = summary["organization"]["id"]
-            if other_id != organization_id:
+            if (other_id := summary["organization"]["id"]) != organization_id:
                 raise AuditError(f"--previous: {named} is a run of organization {other_id}.")
             tracking.earlier = earlier_run(named, summary)
     for folder in finished_runs(output_dir):
@@ -2328,46 +2237,34 @@ def open_tracking(output_dir: Path, named: Path | None, organization_id: str) ->
 
 def run_figures(summary: Mapping[str, Any]) -> RunFigures:
     gaps = summary["gaps"]["organization"]
-    return RunFigures(
-        started=parse_time(summary["started"]),
-        audited=summary["totals"]["audited"],
-        console_users_without_mfa=gaps["console_users_without_mfa"],
-        active_keys=gaps["active_keys"],
-        active_keys_older_than_max_age=gaps["active_keys_older_than_max_age"],
-    )
+    names = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
+    numbers = {name: gaps[name] for name in names}
+    return RunFigures(parse_time(summary["started"]), summary["totals"]["audited"], **numbers)
 
 
 def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
     """The earlier run, once each of its CSVs has been seen to hold what its summary counts."""
-    accounts, levels = {}, {}
+    accounts, levels, maturity = {}, {}, summary["maturity"]
     for entry in summary["accounts"]:
         accounts[entry["id"]] = EarlierAccount(entry["name"], entry["result"])
         if entry["result"] == "audited":
-            check_csv(account_csv(folder, entry["id"]), entry)
+            path, users = account_csv(folder, entry["id"]), entry["users"] + entry["root"]
+            states = read_states(path, entry["id"])
+            keys = sum(len(state.keys) for state in states.values())
+            if len(states) != users or keys != entry["gaps"]["access_keys"]:
+                why = "it lacks rows that summary.json counts"
+                raise AuditError(f"Cannot read the earlier run's {path}: {why}")
             levels[entry["id"]] = {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
     for entry in summary["out_of_scope"]:
         accounts[entry["id"]] = EarlierAccount(entry["name"], "out of scope")
-    maturity = summary["maturity"]
     return EarlierRun(
         folder=folder,
         started=parse_time(summary["started"]),
-        # timedelta refuses what is not a number of days
-        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,
+        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,  # refuses non-numbers
         accounts=accounts,
         levels={phase: level_of(maturity[phase]["level"]) for phase in PHASES},
         account_levels=levels,
     )
-
-
-def check_csv(path: Path, entry: Mapping[str, Any]) -> None:
-    """Raises AuditError unless the CSV has the users and keys that the summary's entry counts."""
-    states = read_states(path, entry["id"])
-    keys = sum(len(state.keys) for state in states.values())
-    users = entry["users"] + entry["root"]
-    if len(states) != users or keys != entry["gaps"]["access_keys"]:
-        raise AuditError(
-            f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts"
-        )
 
 
 def level_of(text: str) -> str:
@@ -2378,32 +2275,28 @@ def level_of(text: str) -> str:
 
 def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
     """Compare an account with the earlier run. Had that not audited it, dates tell the new keys."""
-    account, earlier = audited.account, tracking.earlier
+    account, trail, earlier = audited.account, audited.trail, tracking.earlier
     if earlier is None:
         return
-    trail = audited.trail
     if trail is not None:  # --since may ask for older events, which explain nothing
         events = tuple(event for event in trail.events if event.time >= earlier.started)
         trail = replace(trail, events=events)
-    then = earlier.accounts.get(account.id)
-    if then is None or then.result != "audited":
-        for change in keys_created_since(audited, earlier.started):
-            tracking.new_keys_elsewhere.append(with_witness(change, trail))
+    if account.id not in earlier.account_levels:  # the earlier run did not audit it
+        found = keys_created_since(audited, earlier.started)
+        tracking.new_keys_elsewhere += [with_witness(change, trail) for change in found]
         return
     before = read_states(account_csv(earlier.folder, account.id), account.id)
     after = states_of(rows_of(audited))
     tracking.compared.add(account.id)
-    for change in changes_between(account, before, after):
-        tracking.changes.append(with_witness(change, trail))
-    for change in came_and_went(account, before, after, trail):
-        tracking.changes.append(with_witness(change, trail))
+    changes = [*changes_between(account, before, after)]
+    changes += came_and_went(account, before, after, trail)
+    tracking.changes += [with_witness(change, trail) for change in changes]
     track_mfa(tracking, account, before, after)
 
 
 def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
-    account = audited.account
     for user in audited.users:
-        of_user = Change(account_id=account.id, account_name=account.name, user=user.name)
+        of_user = Change(audited.account.id, audited.account.name, user.name)
         for key in user.keys:
             if key.created >= moment:
                 yield of_user._replace(key_id=key.id, change="access-key-created", after=key.status)
@@ -2419,17 +2312,16 @@ def track_mfa(tracking: Tracking, account: Account, before: States, after: State
         if lacked and not lacks and name not in renamed.values():
             tracking.mfa_fixed += 1
         if lacks and not lacked:
-            of_user = Change(account_id=account.id, account_name=account.name, user=name)
-            tracking.mfa_new.append(of_user._replace(change="console-without-mfa"))
+            new = Change(account.id, account.name, name, change="console-without-mfa")
+            tracking.mfa_new.append(new)
 
 
 def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
-    """The changes of an account's users. A user who was renamed is deleted under the old name and
-    created under the new one; their keys keep their IDs, so they are neither new nor gone."""
+    """The users' changes. A rename deletes a user and creates one; their keys stay the same."""
     renamed = renamed_users(before, after)
     for name in names_to_compare(before, after):
         then, now = before.get(name), after.get(name)
-        of_user = Change(account_id=account.id, account_name=account.name, user=name)
+        of_user = Change(account.id, account.name, name)
         if then is None:
             yield of_user._replace(change="user-created")
         elif now is None:
@@ -2467,10 +2359,8 @@ def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterato
         yield of_user._replace(change=what, before=then.password_status, after=now.password_status)
     if then.mfa_status != now.mfa_status:
         what = "mfa-changed"
-        if then.mfa_status == NO_MFA:
-            what = "mfa-added"
-        elif now.mfa_status == NO_MFA:
-            what = "mfa-removed"
+        if NO_MFA in (then.mfa_status, now.mfa_status):
+            what = "mfa-added" if then.mfa_status == NO_MFA else "mfa-removed"
         yield of_user._replace(change=what, before=then.mfa_status, after=now.mfa_status)
 
 
@@ -2492,57 +2382,44 @@ def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
 
 
 def in_their_slots(before: Keys, after: Keys) -> Keys:
-    """Root's earlier keys, in exchanged slots if more creation dates are then where they are now:
-    AWS promises no order of the two."""
-    first, second = ROOT_ACCESS_KEYS
-    other = {first: second, second: first}
+    """Root's earlier keys, exchanged if more creation dates match then: AWS promises no order."""
+    other = dict(zip(ROOT_ACCESS_KEYS, reversed(ROOT_ACCESS_KEYS)))
     exchanged = {other.get(key_id, key_id): key for key_id, key in before.items()}
-    return max(before, exchanged, key=lambda keys: same_dates(keys, after))
-
-
-def same_dates(before: Keys, after: Keys) -> int:
-    return sum(before[each].created == after[each].created for each in before.keys() & after.keys())
-
-
-CAME_AND_WENT = "access-key-came-and-went"
+    now = {(key_id, key.created) for key_id, key in after.items()}
+    same = sum((key_id, key.created) in now for key_id, key in before.items())
+    same_exchanged = sum((key_id, key.created) in now for key_id, key in exchanged.items())
+    return exchanged if same_exchanged > same else before
 
 
 def came_and_went(
     account: Account, before: States, after: States, trail: Trail | None
 ) -> Iterator[Change]:
     """Access keys that were created and deleted between the runs, which only CloudTrail shows."""
-    seen = {""}
-    for state in (*before.values(), *after.values()):
-        seen.update(state.keys)
+    seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
     events = trail.events if trail else ()
     created = {event.key_id for event in events if event.name == "CreateAccessKey"}
     for event in events:
         if event.name == "DeleteAccessKey" and event.key_id in created - seen:
-            change = Change(account_id=account.id, account_name=account.name, user=event.user)
-            yield change._replace(key_id=event.key_id, change=CAME_AND_WENT, event=event)
+            who = (account.id, account.name, event.user)
+            yield Change(*who, key_id=event.key_id, change=CAME_AND_WENT, event=event)
 
 
-class Witnesses(NamedTuple):
-    confirmed: tuple[str, ...]  # by these events of CloudTrail; after "=", the status they set
-    contradicted: tuple[str, ...]  # by these, where none confirms it
-
-
-EXPLAINED_BY = {
-    "access-key-created": Witnesses(("CreateAccessKey",), ("DeleteAccessKey",)),
-    "access-key-deleted": Witnesses(("DeleteAccessKey",), ("CreateAccessKey",)),
-    "access-key-activated": Witnesses(("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
-    "access-key-deactivated": Witnesses(("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
-    "mfa-added": Witnesses(("EnableMFADevice",), ("DeactivateMFADevice",)),
-    "mfa-removed": Witnesses(("DeactivateMFADevice",), ("EnableMFADevice",)),
-    "mfa-changed": Witnesses(("EnableMFADevice", "DeactivateMFADevice"), ()),
-    "console-enabled": Witnesses(("CreateLoginProfile",), ("DeleteLoginProfile",)),
-    "console-disabled": Witnesses(("DeleteLoginProfile",), ("CreateLoginProfile",)),
-    "user-created": Witnesses(("CreateUser",), ("DeleteUser",)),
-    "user-deleted": Witnesses(("DeleteUser",), ("CreateUser",)),
+# The CloudTrail events that confirm a change or else contradict it; after "=", the status they set
+EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
+    "access-key-created": ({"CreateAccessKey"}, {"DeleteAccessKey"}),
+    "access-key-deleted": ({"DeleteAccessKey"}, {"CreateAccessKey"}),
+    "access-key-activated": ({"UpdateAccessKey=Active"}, {"UpdateAccessKey=Inactive"}),
+    "access-key-deactivated": ({"UpdateAccessKey=Inactive"}, {"UpdateAccessKey=Active"}),
+    "mfa-added": ({"EnableMFADevice"}, {"DeactivateMFADevice"}),
+    "mfa-removed": ({"DeactivateMFADevice"}, {"EnableMFADevice"}),
+    "mfa-changed": ({"EnableMFADevice", "DeactivateMFADevice"}, set()),
+    "console-enabled": ({"CreateLoginProfile"}, {"DeleteLoginProfile"}),
+    "console-disabled": ({"DeleteLoginProfile"}, {"CreateLoginProfile"}),
+    "user-created": ({"CreateUser"}, {"DeleteUser"}),
+    "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
 }
-EVENT_NAMES = tuple(
-    sorted({event.partition("=")[0] for each in EXPLAINED_BY.values() for event in each.confirmed})
-)
+CONFIRMING = set[str]().union(*(confirming for confirming, _ in EXPLAINED_BY.values()))
+EVENT_NAMES = tuple(sorted({event.partition("=")[0] for event in CONFIRMING}))
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
@@ -2553,32 +2430,22 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
         return change._replace(witness="unavailable")
     if change.change == CAME_AND_WENT:
         return change._replace(witness="confirmed")
-    for witness, names in EXPLAINED_BY[change.change]._asdict().items():
+    of_key = change.key_id and change.user != ROOT  # root's keys have no IDs in the report
+    for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
         for event in reversed(trail.events):
-            named = event.name in names or f"{event.name}={event.status}" in names
-            if named and is_about(event, change):
+            about = event.key_id == change.key_id if of_key else event.user == change.user
+            if about and (event.name in names or f"{event.name}={event.status}" in names):
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
 
 
-def is_about(event: Event, change: Change) -> bool:
-    """Whether the event acted on the key that changed (root's have no IDs), or else on the user."""
-    if change.key_id and change.user != ROOT:
-        return event.key_id == change.key_id
-    return event.user == change.user
-
-
 def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
     """One change for each account that joined or left the organization since the earlier run."""
-    if run.tracking.earlier is None:
-        return
-    then, now = run.tracking.earlier.accounts, accounts_now(run)
-    for account in now.values():
-        if account.id not in then:
-            yield Change(account_id=account.id, account_name=account.name, change="account-joined")
-    for account_id, earlier in then.items():
-        if account_id not in now:
-            yield Change(account_id=account_id, account_name=earlier.name, change="account-left")
+    then, now = run.tracking.earlier.accounts if run.tracking.earlier else {}, accounts_now(run)
+    for account_id in now.keys() - then.keys():
+        yield Change(account_id, now[account_id].name, change="account-joined")
+    for account_id in then.keys() - now.keys():
+        yield Change(account_id, then[account_id].name, change="account-left")
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -2603,14 +2470,12 @@ def change_row(change: Change) -> tuple[str, ...]:
 
 def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
     """The rows of events.csv, oldest first."""
-    found: list[tuple[Event, str, str]] = []
+    found: list[tuple[Event, tuple[str, str]]] = []
     for account, trail in run.trails:
-        for event in trail.events:
-            found.append((event, account.id, account.name))
-    for event, account_id, account_name in sorted(found):
-        what = (event.name, event.user, event.key_id)
+        found += [(event, (account.id, account.name)) for event in trail.events]
+    for event, where in sorted(found):
         who = (event.actor, event.source_ip, event.user_agent, event.id)
-        yield (account_id, account_name, iso(event.time), *what, *who)
+        yield (*where, iso(event.time), event.name, event.user, event.key_id, *who)
 
 
 # --------------------------------------------------------------------------------------------------
