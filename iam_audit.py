@@ -1084,6 +1084,7 @@ def session_policy(actions: Sequence[str]) -> str:
 
 # --- operations in one account ---
 
+UserEntry = Mapping[str, Any]  # of ListUsers
 LastUsed = tuple[Union[datetime, None], str]
 
 
@@ -1098,7 +1099,7 @@ async def get_credential_report(session: AccountSession) -> tuple[bytes, datetim
     return answer["Content"], answer["GeneratedTime"]
 
 
-async def list_users(session: AccountSession) -> list[Any]:
+async def list_users(session: AccountSession) -> list[UserEntry]:
     return await list_all(session, session.aws.iam.list_users, "Users", MaxItems=1000)
 
 
@@ -1406,13 +1407,10 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
         asked = utc_now()
         listed = await list_users(session)
         users = await read_users(session, listed, report)
-        # A user of the report whom that list lacks was created meanwhile, and is listed once more.
-        rows = (await report).rows
-        if unlisted := created_since_listed(rows, listed, asked):
-            again = [entry for entry in await list_users(session) if entry["UserName"] in unlisted]
-            for name in unlisted:
-                users.pop(name, None)  # somebody else, who had the name before
-            users.update(await read_users(session, again, report))
+        # Somebody in the new report whom the list lacks was created or renamed meanwhile.
+        generated, rows = await report
+        if generated >= asked - CLOCK_SKEW and has_unlisted_user(rows, listed, asked):
+            users = await read_changed_users(session, users, listed, report)
     finally:
         report.cancel()
         await asyncio.gather(report, return_exceptions=True)  # what it raises now comes second
@@ -1422,8 +1420,7 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
     trail = None
     if plan.events_since is not None:
         trail = await read_trail(session, plan.event_names, plan.events_since)
-    generated = to_second(report.result().generated)
-    return AuditedAccount(session.account, generated, tuple(in_order), trail)
+    return AuditedAccount(session.account, to_second(generated), tuple(in_order), trail)
 
 
 # --- the credential report ---
@@ -1551,24 +1548,47 @@ def has_password(row: ReportRow) -> bool:
 # --- users ---
 
 CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger difference to its clock
+# NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, and keys move
+# with them. What a later list still has is read again after these pauses; then the account fails.
+READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
+NO_SUCH_ENTITY = "NoSuchEntity"
 
 
-def created_since_listed(
-    rows: Mapping[str, ReportRow], listed: Sequence[Mapping[str, Any]], asked: datetime
-) -> set[str]:
-    """Users of the report who may have been created after ListUsers was asked."""
-    known = {(entry["UserName"], to_second(entry["CreateDate"])) for entry in listed}
-    found = set()
+def has_unlisted_user(
+    rows: Mapping[str, ReportRow], listed: Sequence[UserEntry], asked: datetime
+) -> bool:
+    """Whether the report has a name, or a new bearer of a name, that the list lacks."""
+    created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in listed}
     for name, row in rows.items():
-        created = None if name == ROOT else report_date(row, "user_creation_time")
-        if created and created >= asked - CLOCK_SKEW and (name, created) not in known:
-            found.add(name)
-    return found
+        if name == ROOT:
+            continue
+        moment = report_date(row, "user_creation_time")
+        is_new = moment is not None and moment >= asked - CLOCK_SKEW
+        if name not in created or (is_new and created[name] != moment):
+            return True
+    return False
+
+
+async def read_changed_users(
+    session: AccountSession,
+    users: Mapping[str, User],
+    listed: Sequence[UserEntry],
+    report: asyncio.Task[CredentialReport],
+) -> dict[str, User]:
+    """List the users once more and read whoever is new in that list. Whoever it lacks is gone."""
+    known = {(entry["UserName"], entry["UserId"]) for entry in listed}
+    present, new = set(), []
+    for entry in await list_users(session):
+        present.add(entry["UserName"])
+        if (entry["UserName"], entry["UserId"]) not in known:
+            new.append(entry)
+    kept = {name: user for name, user in users.items() if name in present}
+    return {**kept, **await read_users(session, new, report)}
 
 
 async def read_users(
     session: AccountSession,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[UserEntry],
     report: asyncio.Task[CredentialReport],
 ) -> dict[str, User]:
     """The users of these entries of ListUsers by name, a few read at a time."""
@@ -1594,46 +1614,86 @@ async def read_users(
 
 
 async def read_user(
-    session: AccountSession, entry: Mapping[str, Any], report: asyncio.Task[CredentialReport]
+    session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
 ) -> User | None:
-    """One user; None if they have been deleted meanwhile."""
-    name = entry["UserName"]
+    """One user, under their present name; None if a later ListUsers lacks them."""
+    for pause in (*READ_AGAIN_AFTER, None):
+        try:
+            return await read_user_once(session, entry, report)
+        except StepFailed as failure:
+            if failure.code != NO_SUCH_ENTITY or failure.step == "GetAccessKeyLastUsed":
+                raise
+            present = await find_user(session, entry)
+            if present is None:
+                return None
+            if pause is None:
+                raise
+        if present["UserName"] == entry["UserName"]:
+            await asyncio.sleep(pause)
+        entry = present
+    return None
+
+
+async def find_user(session: AccountSession, entry: UserEntry) -> UserEntry | None:
+    """The same user in a new list, perhaps renamed; else whoever has the name now."""
+    namesake: UserEntry | None = None
+    for other in await list_users(session):
+        if other["UserId"] == entry["UserId"]:
+            return other
+        if other["UserName"] == entry["UserName"]:
+            namesake = other
+    return namesake
+
+
+async def read_user_once(
+    session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
+) -> User:
+    """One user, from live answers and their row of the report; StepFailed with NoSuchEntity."""
+    name, created = entry["UserName"], to_second(entry["CreateDate"])
     check_account(entry["Arn"], session.account.id, "ListUsers")
-    try:
-        keys = await read_access_keys(session, name)
-        row = (await report).rows.get(name)
-        created = to_second(entry["CreateDate"])
-        if row is not None and report_date(row, "user_creation_time") != created:
-            row = None  # deleted and created again since the report
-        if row is None:
-            password, may_have_mfa = await get_login_profile(session, name), True
-            password_last_used = entry.get("PasswordLastUsed")
-        else:
-            password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
-            password_last_used = report_date(row, "password_last_used")
-        serials = await list_mfa_devices(session, name) if password or may_have_mfa else []
-    except StepFailed as failure:
-        if failure.code == "NoSuchEntity":
-            return None
-        raise
+    keys = await read_access_keys(session, name)
+    row = (await report).rows.get(name)
+    if row is not None and report_date(row, "user_creation_time") == created:
+        password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
+        password_last_used = report_date(row, "password_last_used")
+    else:  # created or renamed since the report
+        password, may_have_mfa = await get_login_profile(session, name), True
+        password_last_used = entry.get("PasswordLastUsed")
+    serials = []
+    if password or may_have_mfa:
+        serials = await list_mfa_devices(session, name)
     mfa = tuple(sorted({mfa_kind(serial) for serial in serials}))
     return User(name, password, password_last_used if password else None, mfa, keys)
 
 
 async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
-    """The user's keys, without those deleted meanwhile; NoSuchEntity if the user is deleted."""
+    """The user's keys, without those that a later ListAccessKeys lacks."""
     keys = []
     for entry in await list_access_keys(session, user_name):
         key_id, created = entry["AccessKeyId"], to_second(entry["CreateDate"])
-        try:
-            last_used, service_name = await get_access_key_last_used(session, key_id)
-        except StepFailed as failure:
-            if failure.code != "NoSuchEntity":
-                raise
-            await list_access_keys(session, user_name)  # raises NoSuchEntity if the user is deleted
-            continue
-        keys.append(AccessKey(key_id, entry["Status"], created, last_used, service_name))
+        found = await read_last_used(session, user_name, key_id)
+        if found is not None:
+            last_used, service_name = found
+            keys.append(AccessKey(key_id, entry["Status"], created, last_used, service_name))
     return by_creation(keys)
+
+
+async def read_last_used(session: AccountSession, user_name: str, key_id: str) -> LastUsed | None:
+    """When and for what the key was last used; None if a later ListAccessKeys lacks the key."""
+    for pause in (*READ_AGAIN_AFTER, None):
+        try:
+            return await get_access_key_last_used(session, key_id)
+        except StepFailed as failure:
+            # AWS may also answer AccessDenied for a key that is gone.
+            if failure.code != NO_SUCH_ENTITY and failure.code not in DENIED:
+                raise
+            listed = await list_access_keys(session, user_name)
+            if key_id not in {entry["AccessKeyId"] for entry in listed}:
+                return None
+            if pause is None or failure.code in DENIED:
+                raise
+        await asyncio.sleep(pause)
+    return None
 
 
 def by_creation(keys: Iterable[AccessKey]) -> tuple[AccessKey, ...]:
