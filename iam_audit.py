@@ -67,7 +67,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -82,7 +82,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar, Union, cast
+from typing import Any, NamedTuple, TextIO, TypeVar, Union
 
 import boto3
 import botocore
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NOT_DONE
 
 
-def run_audit(options: argparse.Namespace, started: datetime) -> int:
+def run_audit(options: Any, started: datetime) -> int:
     """Audit the organization, write the files, print the summary."""
     folder = make_run_folder(Path(options.output_dir), started)
     try:
@@ -152,44 +152,28 @@ def run_audit(options: argparse.Namespace, started: datetime) -> int:
 
 
 def plan_of(
-    options: argparse.Namespace,
-    caller: Caller,
-    organization: Organization,
-    tracking: Tracking,
-    started: datetime,
+    options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
     """What the options ask for, in this organization and since the earlier run."""
-    reads = list(ROLE_READS)
+    reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
     own_account = caller.account if caller.account == organization.management_account else None
-    events_since, out_of_reach = None, False
-    if options.cloudtrail:
-        reads += CLOUDTRAIL_READS
-        wanted, oldest = options.since, started - CLOUDTRAIL_KEEPS
-        if wanted is None and tracking.earlier is not None:
-            wanted = tracking.earlier.started
-        elif wanted is None:
-            wanted = started - CLOUDTRAIL_FIRST_LOOK
-        events_since, out_of_reach = max(wanted, oldest), wanted < oldest
+    earlier = tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK
+    wanted, oldest = options.since or earlier, started - CLOUDTRAIL_KEEPS
+    policy = session_policy(reads)
     return Plan(
-        role=Role(
-            name=options.role,
-            partition=caller.partition,
-            session_policy=session_policy(reads),
-            external_id=options.external_id,
-            own_account=own_account,
-        ),
+        role=Role(options.role, caller.partition, policy, options.external_id, own_account),
         scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
         workers=options.workers,
         report_timeout=options.report_timeout,
         production=options.production,
         max_key_age=options.max_key_age,
         event_names=EVENT_NAMES,
-        events_since=events_since,
-        events_out_of_reach=out_of_reach,
+        events_since=max(wanted, oldest) if options.cloudtrail else None,
+        events_out_of_reach=wanted < oldest,
     )
 
 
-async def audit_into(run: Run, aws: Aws, options: argparse.Namespace) -> None:
+async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     """Audit the accounts side by side while the service control policies are read."""
     progress = Progress()
     status = Status(sys.stderr, progress, options.quiet, options.verbose)
@@ -283,10 +267,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into Interrupted.
-
-    The event loop's tasks are cancelled first, so that no file is cut off.
-    """
+    """Turn SIGINT and SIGTERM into Interrupted, after the event loop's tasks are cancelled."""
     received: list[int] = []
 
     def interrupt(signum: int, _frame: Any) -> None:
@@ -345,18 +326,6 @@ ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # the report 
 NOT_APPLICABLE = "N/A"
 
 CLOUDTRAIL_KEEPS = timedelta(days=90)
-
-# AWS's error codes
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
-SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
-# fmt: off
-THROTTLED = {
-    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
-    "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
-}
-# fmt: on
-# The step in place of AssumeRole in the profile's own account
-PROFILE_CREDENTIALS = "profile credentials"
 
 T = TypeVar("T")
 Log = Callable[[str], None]
@@ -485,11 +454,6 @@ class Scope:
     ous: frozenset[str] = frozenset()
     include_management: bool = False
 
-    @property
-    def needs_whole_list(self) -> bool:
-        """Whether it names accounts or OUs, which must exist: only the complete list can tell."""
-        return bool(self.accounts or self.ous)
-
 
 @dataclass(frozen=True)
 class Role:
@@ -555,10 +519,7 @@ class AuditError(Exception):
 
 
 class StepFailed(Exception):
-    """A call failed for good: the operation, the error code and the message.
-
-    `kind` says whether a repetition may help: `throttled` and `transient` do, `final` does not.
-    """
+    """A call failed: the operation, the code, the message. A `final` failure is not repeated."""
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
         super().__init__(f"{step}: {code}: {message}")
@@ -671,8 +632,7 @@ PLACEHOLDERS: Any = {"aws_access_key_id": "none", "aws_secret_access_key": "none
 def open_session(profile: str | None) -> boto3.Session:
     """The SDK's session, its credentials resolved, so that a prompt for an MFA code comes first.
 
-    Raises AuditError for a profile that needs an MFA code where nobody can type one: botocore would
-    wait on a pipe forever. Raises BotoCoreError for an unknown profile or missing credentials.
+    Raises AuditError where nobody can type that code: botocore would wait on a pipe forever.
     """
     core = botocore.session.Session(profile=profile)
     credentials = core.get_credentials()
@@ -742,8 +702,8 @@ def connect(session: boto3.Session, workers: int) -> Aws:
 
 def get_caller_identity(sts: Any, region: str) -> Caller:
     identity = sts.get_caller_identity()
-    partition = identity["Arn"].split(":")[1]
-    return Caller(identity["Account"], identity["Arn"], partition, region)
+    account, arn = identity["Account"], identity["Arn"]
+    return Caller(account, arn, partition=arn.split(":")[1], region=region)
 
 
 def client_config(*, connections: int, attempts: int) -> Config:
@@ -798,7 +758,8 @@ class Aws:
         try:
             return await self.threads.run(FIRST, functools.partial(operation, self, *arguments))
         except SDK_ERRORS as error:
-            raise step_failed(operation.__name__.title().replace("_", ""), error) from None
+            step = operation.__name__.title().replace("_", "")  # list_parents: ListParents
+            raise step_failed(step, error) from None
 
 
 # --- one call: credentials, pace, repetition ---
@@ -811,6 +772,8 @@ STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="Assu
 FIRST = (False, 0)  # the highest place in the queue for threads
 # Steps that jump the queue, so that all reports are generated in parallel
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
+PROFILE_CREDENTIALS = "profile credentials"  # the step in place of AssumeRole, in its own account
+SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
 TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
 CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls: AWS allows two per second and account
 
@@ -830,17 +793,15 @@ class AccountSession:
         self._pace = Pace()
         self._cloudtrail_pace = Pace(least_gap=CLOUDTRAIL_GAP)
         self._renewal = asyncio.Lock()
-        self._credentials: Credentials | None = None
+        self._credentials: Credentials  # after sign_in
 
     async def sign_in(self) -> None:
         """Get credentials: the role's or, in the profile's own account, the profile's."""
+        step, gate = "AssumeRole", self.aws.assume_role_gate
+        get = functools.partial(assume_role, self.aws, self.role, self.account.id)
         if self.role.own_account == self.account.id:
-            read = self.aws.profile_credentials
-            self._credentials = await self._repeat(PROFILE_CREDENTIALS, read, self._pace)
-        else:
-            assume = functools.partial(assume_role, self.aws, self.role, self.account.id)
-            gate = self.aws.assume_role_gate
-            self._credentials = await self._repeat("AssumeRole", assume, self._pace, gate)
+            step, get = PROFILE_CREDENTIALS, functools.partial(self.aws.profile_credentials)
+        self._credentials = await self._repeat(step, get, self._pace, gate)
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
         """Call an operation of a shared client in this account, or raise StepFailed.
@@ -895,11 +856,9 @@ class AccountSession:
 
 
 def call_as(
-    credentials: Credentials | None, operation: Callable[..., T], parameters: Mapping[str, Any]
+    credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]
 ) -> T:
     """Call an operation of a shared client, signed with these credentials, in this thread."""
-    if credentials is None:
-        raise LookupError("sign_in comes first")
     before = SIGNING.set(credentials)
     try:
         return operation(**parameters)
@@ -908,10 +867,7 @@ def call_as(
 
 
 def sign_as_account(request: Any, **_: Any) -> None:
-    """Handler of botocore's `before-sign` event: sign with the credentials that `call_as` has set.
-
-    Outside `call_as` it raises LookupError, and nothing is sent.
-    """
+    """Handler of `before-sign`: without `call_as` it raises LookupError, and nothing is sent."""
     signing = request.context.get("signing", {})
     request.context["signing"] = {**signing, "request_credentials": SIGNING.get()}
 
@@ -987,8 +943,7 @@ class Threads:
 def stay_on_one_cpu() -> None:
     """Keep this thread and those that it starts on one CPU, where the system allows it.
 
-    Python runs one of them at a time anyway. On several CPUs they wake each other across caches at
-    every turn: a run then costs a fifth more CPU and takes longer.
+    Python runs one at a time anyway; on several CPUs a run costs a fifth more CPU and time.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # some containers do not allow it
@@ -1022,20 +977,14 @@ def account_of(entry: Mapping[str, Any]) -> Account:
     """An entry of ListAccounts. State replaces Status, which AWS retired on 2026-09-09."""
     state = entry.get("State") or entry.get("Status")
     if not state:
-        raise AuditError(
-            f"ListAccounts gave no State for account {entry['Id']}: botocore "
-            f"{botocore.__version__} may be too old (1.40.27 is the first that knows it). Upgrade "
-            "boto3 and botocore."
-        )
+        raise sdk_too_old(f"State for account {entry['Id']}")
     paths = entry.get("Paths") or [None]
     return Account(entry["Id"], entry.get("Name", ""), state, paths[0])
 
 
-def paths_missing() -> AuditError:
-    return AuditError(
-        f"--ou: ListAccounts gave no Paths: botocore {botocore.__version__} may be too old to know "
-        "them. Upgrade boto3 and botocore."
-    )
+def sdk_too_old(what: str) -> AuditError:
+    upgrade = "may be too old. Upgrade boto3 and botocore."
+    return AuditError(f"ListAccounts gave no {what}: botocore {botocore.__version__} {upgrade}")
 
 
 def list_policies(aws: Aws) -> list[tuple[str, str]]:
@@ -1177,9 +1126,8 @@ async def lookup_events(session: AccountSession, name: str, since: datetime) -> 
 def event_of(record: Mapping[str, Any]) -> Event | None:
     """The event of a CloudTrail record; None if the call failed or was not IAM's.
 
-    Transfer Family, for example, also has a CreateUser. What was acted on is in the request and the
-    response; the attributes that LookupEvents itself gives are those of the caller. See "CloudTrail
-    record contents" in the CloudTrail User Guide.
+    The attributes that LookupEvents itself gives are the caller's: what was acted on is in the
+    request and the response. See "CloudTrail record contents" in the CloudTrail User Guide.
     """
     if record.get("errorCode") or not str(record.get("eventSource", "")).startswith("iam."):
         return None
@@ -1205,14 +1153,19 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
 # --- errors ---
 
 SDK_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
+# fmt: off
+THROTTLED = {
+    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
+    "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
+}
+# fmt: on
 # As is every HTTP status from 500
 TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
 # botocore's own text quotes the answer, which may hold credentials.
 NOT_UNDERSTOOD = "AWS's answer could not be understood"
 SIGN_IN_AGAIN = "Sign in again (aws sso login, for one)."
 CANNOT_START = {
-    "AWSOrganizationsNotInUseException": "The profile must belong to an account of an "
-    "organization.",
+    "AWSOrganizationsNotInUseException": "The profile's account must be in an organization.",
     "AccessDenied": "The profile needs the permissions that README.md lists.",
     "AccessDeniedException": "The profile must belong to the management account or to a delegated "
     "administrator, and have the permissions that README.md lists.",
@@ -1266,7 +1219,7 @@ def sdk_error_in_words(error: Exception) -> str:
 def without_secrets(message: str) -> str:
     """An error message's first line without what looks like a signature or a session token.
 
-    SignatureDoesNotMatch, for example, goes on to quote the signed request with the token.
+    SignatureDoesNotMatch goes on to quote the signed request with the token.
     """
     first_line = message.strip().split("\n", 1)[0]
     return re.sub(r"[0-9a-f]{64}|[A-Za-z0-9+/=%]{100,}", "***", first_line)[:500]
@@ -1314,17 +1267,17 @@ async def audit_organization(
 async def accounts_in_question(
     aws: Aws, organization: Organization, scope: Scope, progress: Progress
 ) -> AsyncIterator[Account]:
-    """The accounts as they are listed; all at the end if the scope must be checked against them."""
-    listed = []
+    """The accounts as they are listed; all at the end if the scope must be checked first."""
+    listed, by_name = [], bool(scope.accounts or scope.ous)
     async for account in list_accounts(aws):
         if leave_out(account, organization, scope) is None:
             progress.listed += 1
-        if scope.needs_whole_list:
+        if by_name:
             listed.append(account)
         else:
             yield account
     progress.all_listed = True
-    if scope.needs_whole_list:
+    if by_name:
         check_scope(scope, organization, listed)
     for account in listed:
         yield account
@@ -1338,14 +1291,14 @@ def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Acc
         raise AuditError(f"--accounts: not in organization {organization.id}: {ids}")
     management = organization.management_account
     if management in scope.accounts and not scope.include_management:
-        reason = "is the management account: add --include-management."
-        raise AuditError(f"--accounts: {management} {reason}")
+        hint = "add --include-management."
+        raise AuditError(f"--accounts: {management} is the management account: {hint}")
     if not scope.ous:
         return
     places = set[str]()
     for account in accounts:
         if account.path is None:
-            raise paths_missing()
+            raise sdk_too_old("Paths for --ou")
         places.update(account.path.split("/"))
     if unknown := scope.ous - places:
         ids = ", ".join(sorted(unknown))
@@ -1548,8 +1501,9 @@ def has_password(row: ReportRow) -> bool:
 # --- users ---
 
 CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger difference to its clock
-# NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, and keys move
+# NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
 NO_SUCH_ENTITY = "NoSuchEntity"
 
@@ -1601,10 +1555,9 @@ async def read_users(
             if user is not None:
                 users[user.name] = user
 
-    readers: list[asyncio.Task[None]] = []
-    for _ in range(min(READERS_PER_ACCOUNT, len(entries))):
-        reader = naming_the_step(session, read_one_after_another)
-        readers.append(asyncio.create_task(reader))
+    size = min(READERS_PER_ACCOUNT, len(entries))
+    works = [naming_the_step(session, read_one_after_another) for _ in range(size)]
+    readers = [asyncio.create_task(work) for work in works]
     try:
         await asyncio.gather(*readers)
     finally:  # after an error, nothing more is read
@@ -1721,19 +1674,14 @@ async def read_root(session: AccountSession, row: ReportRow) -> User:
         # A role cannot list root's other devices: what is not virtual is a token or a security key.
         virtual = row["arn"] in await list_virtual_mfa_devices(session)
         mfa = ("Virtual",) if virtual else ("Hardware",)
-    keys = []
-    for slot in (1, 2):
-        key = root_access_key(row, slot)
-        if key is not None:
-            keys.append(key)
+    keys = filter(None, (root_access_key(row, slot=1), root_access_key(row, slot=2)))
     return User(ROOT, password, last_used, mfa, by_creation(keys))
 
 
 def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
     """Root's access key in that slot.
 
-    `active` is false both for no key and for an inactive key. Only `last_rotated` tells them apart,
-    and it is the creation date as far as the report knows it.
+    `active` is false for no key too: only `last_rotated`, the creation date, tells them apart.
     """
     active = report_flag(row, f"access_key_{slot}_active")
     created = report_date(row, f"access_key_{slot}_last_rotated")
@@ -1766,56 +1714,27 @@ async def read_trail(session: AccountSession, names: Sequence[str], since: datet
 # --------------------------------------------------------------------------------------------------
 
 
-CSV_COLUMNS = (
-    "account_id",
-    "account_name",
-    "username",
-    "password_status",
-    "password_last_used",
-    "access_key_id",
-    "status",
-    "created_date",
-    "last_used_date",
-    "service_name",
-    "mfa_status",
-)
 PASSWORD_SET = "Configurada"
 PASSWORD_NOT_SET = "No configurada"
 PASSWORD_NEVER_USED = "Nunca"
 KEY_NEVER_USED = "Nunca utilizada"
 NO_MFA = "None"
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
-FORMULA = re.compile(
-    r"'*[=+\-@\t\r]"
-)  # how a cell starts that a spreadsheet would take for a formula
-SUMMARY_FORMAT = 1  # of summary.json; a number more for each change that a reader must know about
-
-
-class UserState(NamedTuple):
-    """What is compared of a user between two runs. `keys` maps access key IDs to status and creation date."""
-
-    password_status: str
-    mfa_status: str
-    keys: Mapping[str, tuple[str, str]]
-
-    @property
-    def lacks_mfa(self) -> bool:
-        return self.password_status == PASSWORD_SET and self.mfa_status == NO_MFA
-
-
-States = Mapping[str, UserState]  # by user name
+AccountRow = namedtuple(
+    "AccountRow",
+    "account_id account_name username password_status password_last_used access_key_id status "
+    "created_date last_used_date service_name mfa_status",
+)
+CSV_COLUMNS = AccountRow._fields
 
 
 def make_run_folder(output_dir: Path, started: datetime) -> Path:
-    """A new folder for this run, named by its UTC start; a second run in the same second gets `-2`, and so on."""
-    for missing in reversed([one for one in (output_dir, *output_dir.parents) if not one.exists()]):
-        missing.mkdir(
-            mode=0o700, exist_ok=True
-        )  # makedirs would give this mode to the last one alone
-    name = f"{started:%Y%m%dT%H%M%SZ}"
-    for folder in itertools.chain(
-        [output_dir / name], (output_dir / f"{name}-{n}" for n in itertools.count(2))
-    ):
+    """Create this run's folder, named by its UTC start. A second run in that second gets `-2`."""
+    for each in reversed((output_dir, *output_dir.parents)):
+        if not each.exists():
+            each.mkdir(mode=0o700, exist_ok=True)  # makedirs gives its mode to the last one alone
+    for number in itertools.count(1):
+        suffix = f"-{number}" if number > 1 else ""
+        folder = output_dir / f"{started:%Y%m%dT%H%M%SZ}{suffix}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
             break
@@ -1824,7 +1743,7 @@ def make_run_folder(output_dir: Path, started: datetime) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Take back the folder of a run that has written nothing."""
+    """Remove the folder of a run that has written nothing."""
     with contextlib.suppress(OSError):
         (folder / "accounts").rmdir()
         folder.rmdir()
@@ -1834,62 +1753,64 @@ def account_csv(folder: Path, account_id: str) -> Path:
     return folder / "accounts" / f"{account_id}.csv"
 
 
-def rows_of(audited: AuditedAccount) -> Iterator[tuple[str, ...]]:
-    """The account's CSV rows: one for each access key, one for a user without keys."""
-    account = audited.account
+def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
+    """One row for each access key, one for a user without keys."""
     for user in audited.users:
-        who = (account.id, account.name, user.name, *password_cells(user))
         for key in user.keys or (None,):
-            yield (*who, *access_key_cells(key), mfa_status(user))
+            yield account_row(audited.account, user, key)
 
 
-def password_cells(user: User) -> tuple[str, str]:
-    if not user.password:
-        return PASSWORD_NOT_SET, NOT_APPLICABLE
-    return PASSWORD_SET, iso(
-        user.password_last_used
-    ) if user.password_last_used else PASSWORD_NEVER_USED
+def account_row(account: Account, user: User, key: AccessKey | None) -> AccountRow:
+    password_last_used = last_used_cell(user.password_last_used, PASSWORD_NEVER_USED)
+    return AccountRow(
+        account_id=account.id,
+        account_name=account.name,
+        username=user.name,
+        password_status=PASSWORD_SET if user.password else PASSWORD_NOT_SET,
+        password_last_used=password_last_used if user.password else NOT_APPLICABLE,
+        access_key_id=key.id if key else NOT_APPLICABLE,
+        status=key.status if key else NOT_APPLICABLE,
+        created_date=iso(key.created) if key else NOT_APPLICABLE,
+        last_used_date=last_used_cell(key.last_used, KEY_NEVER_USED) if key else NOT_APPLICABLE,
+        service_name=key.service_name if key else NOT_APPLICABLE,
+        mfa_status="+".join(user.mfa) or NO_MFA,
+    )
 
 
-def access_key_cells(key: AccessKey | None) -> tuple[str, ...]:
-    if key is None:
-        return (NOT_APPLICABLE,) * 5
-    last_used = iso(key.last_used) if key.last_used else KEY_NEVER_USED
-    return key.id, key.status, iso(key.created), last_used, key.service_name
-
-
-def mfa_status(user: User) -> str:
-    return "+".join(user.mfa) or NO_MFA
+def last_used_cell(last_used: datetime | None, never: str) -> str:
+    return iso(last_used) if last_used else never
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with atomic_file(path) as file:
         writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
         writer.writerow(columns)
-        writer.writerows([neutral(cell) for cell in row] for row in rows)
-
-
-def neutral(cell: str) -> str:
-    """The cell, with an apostrophe before what a spreadsheet would take for a formula.
-
-    `original` undoes it; that is why a cell with such an apostrophe of its own gets one more.
-    """
-    return "'" + cell if FORMULA.match(cell) else cell
-
-
-def original(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+        for row in rows:
+            writer.writerow(map(neutral, row))
 
 
 class LineFeeds:
-    """Between csv.writer and a file: rows end in LF, as grep and awk expect, while the writer believes in CRLF, the one
-    line end with which every version of Python quotes both CR and LF inside a cell."""
+    """Ends the rows of csv.writer in LF, as grep and awk expect. The writer itself must end them in
+    CRLF: only then does every version of Python quote both CR and LF inside a cell."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def write(self, row: str) -> None:
         self._file.write(row[:-2] + "\n")
+
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet runs as a formula
+
+
+def neutral(cell: str) -> str:
+    """The cell, with an apostrophe before what a spreadsheet would run as a formula. A cell that
+    has such an apostrophe of its own gets another one, so that `original` gives it back."""
+    return "'" + cell if FORMULA.match(cell) else cell
+
+
+def original(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -1900,11 +1821,11 @@ def write_json(path: Path, document: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
-    """A file that is there in full or not at all: written beside its place (mkstemp makes it 0600), then renamed."""
+    """A file that exists in full or not at all: written beside its place, as 0600, then renamed."""
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        # backslashreplace: what strangers write can hold half a character, and must not cost the whole file
+        # backslashreplace: a user agent may hold half a character, which must not cost the file
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
         os.replace(temporary, path)
@@ -1917,98 +1838,99 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
         raise
 
 
+class KeyState(NamedTuple):
+    status: str
+    created: str
+
+
+class UserState(NamedTuple):
+    """What is compared of a user between two runs."""
+
+    password_status: str
+    mfa_status: str
+    keys: dict[str, KeyState]
+
+    @property
+    def lacks_mfa(self) -> bool:
+        return self.password_status == PASSWORD_SET and self.mfa_status == NO_MFA
+
+
+Keys = Mapping[str, KeyState]  # by access key ID
+States = Mapping[str, UserState]  # by user name
+
+
 def finished_runs(output_dir: Path) -> list[Path]:
-    """The folders of finished runs, newest first."""
-    found = []
+    """The folders of finished runs, newest first. A run that has finished has a summary.json."""
+    runs: dict[tuple[str, int, str], Path] = {}
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
         if name and os.path.exists(folder / "summary.json"):
-            found.append((name[1], int(name[2] or 1), folder))
-    return [folder for _, _, folder in sorted(found, reverse=True)]
+            runs[name[1], int(name[2] or 1), folder.name] = folder
+    return [runs[each] for each in sorted(runs, reverse=True)]
+
+
+DAMAGE = (csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
+SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
+KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with an earlier run's file becomes an AuditError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
+    except DAMAGE as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary.json of a finished run. Raises AuditError if it cannot be read, ValueError if it is not one."""
-    path = folder / "summary.json"
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AuditError(f"Cannot read the earlier run's {path}: {error.strerror}") from None
+    """The summary.json of a finished run; to be called in `reading`."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if summary["tool"] != "iam-audit" or summary["format"] != SUMMARY_FORMAT:
         raise ValueError(f"it is not of format {SUMMARY_FORMAT}")
     return summary
 
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
-    """An account's CSV of an earlier run. Raises AuditError for one that this program has not written so."""
-    try:
+    """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
+    with reading(path):
         text = path.read_bytes().decode("utf-8")
         if not text.endswith("\n"):
             raise ValueError("it does not end with a line feed")
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-        if tuple(next(rows, ())) != CSV_COLUMNS:
+        if tuple(next(rows)) != CSV_COLUMNS:
             raise ValueError("its header is not that of an account's CSV")
-        return states_of_rows(rows, account_id)
-    except (OSError, ValueError, csv.Error) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
+        return states_of(checked_rows(rows, account_id))
 
 
-def states_of_rows(rows: Iterable[Sequence[str]], account_id: str) -> dict[str, UserState]:
-    states: dict[str, UserState] = {}
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(CSV_COLUMNS) or row[0] != account_id:
+def checked_rows(rows: Iterable[Sequence[str]], account_id: str) -> Iterator[AccountRow]:
+    """The rows after the header, as they were before `neutral`. Raises ValueError if damaged."""
+    for number, cells in enumerate(rows, 2):
+        if len(cells) != len(CSV_COLUMNS) or cells[0] != account_id:
             raise ValueError(f"row {number} is not one of account {account_id}")
-        _, _, name, password, _, key_id, status, created, _, _, mfa = row
-        if (
-            password not in (PASSWORD_SET, PASSWORD_NOT_SET)
-            or status not in KEY_STATUSES
-            or not mfa
-        ):
+        row = AccountRow(*map(original, cells))
+        known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
+        if not known or row.status not in KEY_STATUSES or not row.mfa_status:
             raise ValueError(f"row {number} has words that no such CSV has")
-        state = states.setdefault(original(name), UserState(password, mfa, {}))
-        if key_id != NOT_APPLICABLE:
-            cast("dict[str, tuple[str, str]]", state.keys)[key_id] = (status, created)
+        yield row
+
+
+def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
+    """The users that an account's rows are about, by name."""
+    states: dict[str, UserState] = {}
+    for row in rows:
+        state = states.setdefault(row.username, UserState(row.password_status, row.mfa_status, {}))
+        if row.access_key_id != NOT_APPLICABLE:
+            state.keys[row.access_key_id] = KeyState(row.status, row.created_date)
     return states
 
 
 # --------------------------------------------------------------------------------------------------
 # Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument
 # --------------------------------------------------------------------------------------------------
-
-
-# What is found, with its priority: the most urgent that applies names the finding. Console users without MFA come first
-# in production accounts and fourth elsewhere.
-PRIORITIES = {
-    "root-access-key": 1,
-    "console-without-mfa": 4,
-    "key-older-than-1-year": 2,
-    "key-in-use": 3,
-    "unused-key": 5,
-    "key-older-than-90-days": 6,
-    "inactive-key": 7,
-}
-ONE_YEAR = timedelta(days=365)
-UNUSED_AFTER = timedelta(days=90)
-IN_USE_WITHIN = timedelta(days=30)
-# AWS Security Maturity Model v2; the order is the ranking
-LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
-NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
-PHASES = ("phase1", "phase2")
-FINDINGS_COLUMNS = (
-    "priority",
-    "finding",
-    "account_id",
-    "account_name",
-    "production",
-    "username",
-    "access_key_id",
-    "age_days",
-    "last_used_date",
-    "service_name",
-    "reasons",
-    "recommendation",
-)
 
 
 class OldestKey(NamedTuple):
@@ -2023,7 +1945,7 @@ class OldestKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Gaps:
-    """Long-term credentials, counted; of one account, or added up over several. Root counts as a user."""
+    """Long-term credentials, counted, per account or in all. Root counts as a user."""
 
     console_users: int = 0
     console_users_without_mfa: int = 0
@@ -2047,7 +1969,7 @@ class Gaps:
 
     @property
     def mfa_coverage_percent(self) -> float:
-        """Console users with MFA, in percent of all, rounded down: 100 means all, and there may be none."""
+        """Console users with MFA, in percent of all, rounded down so that 100 means all."""
         covered = self.console_users - self.console_users_without_mfa
         return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
 
@@ -2069,30 +1991,16 @@ class AccountFigures:
     phase2: str
 
 
-class Finding(NamedTuple):
-    """One thing to fix: a user who needs MFA (`key` is None), or an access key that must go."""
-
-    priority: int
-    finding: str
-    account: Account
-    production: bool
-    user: str
-    key: AccessKey | None
-    password_last_used: datetime | None
-    reasons: tuple[str, ...]
-
-
 def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
-    """The figures of one account."""
-    gaps = sum(
-        (gaps_of(audited.account, user, plan.max_key_age, now) for user in audited.users), Gaps()
-    )
-    users = sum(user.name != ROOT for user in audited.users)
+    gaps, has_root = Gaps(), False
+    for user in audited.users:
+        gaps += gaps_of(audited.account, user, plan.max_key_age, now)
+        has_root = has_root or user.name == ROOT
     return AccountFigures(
         account=audited.account,
         report_generated=audited.report_generated,
-        has_root=users < len(audited.users),
-        users=users,
+        has_root=has_root,
+        users=len(audited.users) - has_root,
         production=is_production(audited.account, plan.production),
         gaps=gaps,
         phase1=phase1_level(gaps),
@@ -2102,25 +2010,32 @@ def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures
 
 def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
     """Whether the account's name, ID or path in the organization says so."""
-    return any(pattern.search(text) for text in (account.name, account.id, account.path or ""))
+    return any(map(pattern.search, (account.name, account.id, account.path or "")))
+
+
+ONE_YEAR = timedelta(days=365)
+UNUSED_AFTER = timedelta(days=90)
+IN_USE_WITHIN = timedelta(days=30)
 
 
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
     """What one user adds to the account's gaps."""
     active = [key for key in user.keys if key.status == "Active"]
-    used = [now - key.last_used for key in active if key.last_used is not None]
+    statuses = Counter(key.status for key in user.keys)
+    ages = [now - key.created for key in active]
+    unused = [now - key.last_used for key in active if key.last_used is not None]
     return Gaps(
         console_users=int(user.password),
         console_users_without_mfa=int(user.password and not user.mfa),
         access_keys=len(user.keys),
         active_keys=len(active),
-        inactive_keys=sum(key.status == "Inactive" for key in user.keys),
-        expired_keys=sum(key.status == "Expired" for key in user.keys),
-        active_keys_older_than_max_age=sum(now - key.created > max_key_age for key in active),
-        active_keys_older_than_1_year=sum(now - key.created > ONE_YEAR for key in active),
-        active_keys_never_used=len(active) - len(used),
-        active_keys_not_used_for_90_days=sum(span > UNUSED_AFTER for span in used),
-        active_keys_used_within_30_days=sum(span <= IN_USE_WITHIN for span in used),
+        inactive_keys=statuses["Inactive"],
+        expired_keys=statuses["Expired"],
+        active_keys_older_than_max_age=number_above(max_key_age, ages),
+        active_keys_older_than_1_year=number_above(ONE_YEAR, ages),
+        active_keys_never_used=len(active) - len(unused),
+        active_keys_not_used_for_90_days=number_above(UNUSED_AFTER, unused),
+        active_keys_used_within_30_days=len(unused) - number_above(IN_USE_WITHIN, unused),
         root_access_keys=len(user.keys) if user.name == ROOT else 0,
         users_with_two_active_keys=int(len(active) > 1),
         oldest_active_key=min(
@@ -2130,8 +2045,18 @@ def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime)
     )
 
 
+def number_above(limit: timedelta, spans: Iterable[timedelta]) -> int:
+    return sum(span > limit for span in spans)
+
+
+# AWS Security Maturity Model v2, lowest level first
+LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
+NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+PHASES = ("phase1", "phase2")
+
+
 def phase1_level(gaps: Gaps, mfa_enforced: bool = False) -> str:
-    """Multi-factor authentication; Advanced where a policy also keeps console users without MFA from acting."""
+    """Multi-factor authentication; Advanced if a policy also keeps users from acting without it."""
     if gaps.console_users_without_mfa:
         return IN_PROGRESS
     return ADVANCED if mfa_enforced else COMPLETE
@@ -2145,102 +2070,161 @@ def phase2_level(gaps: Gaps) -> str:
 
 
 def organization_level(levels: Iterable[str], failed: int) -> str:
-    """The lowest level among the audited accounts; accounts that nobody could look into hold it at In Progress."""
-    ranks = [LEVELS.index(level) for level in levels]
-    if not ranks:
-        return NOT_STARTED
-    return LEVELS[min(ranks + [LEVELS.index(IN_PROGRESS)] * bool(failed))]
+    """The lowest level of the audited accounts; at most In Progress if accounts failed."""
+    lowest = min(levels, key=LEVELS.index, default=NOT_STARTED)
+    return IN_PROGRESS if failed and lowest in (COMPLETE, ADVANCED) else lowest
 
 
 def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
     return sum((account.gaps for account in accounts), Gaps())
 
 
+FINDINGS_COLUMNS = (
+    *("priority", "finding", "account_id", "account_name", "production", "username"),
+    *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
+)
+USER, ACTIVE_KEY, INACTIVE_KEY, EXPIRED_KEY = "user", "active key", "inactive key", "expired key"
+
+
+class Case(NamedTuple):
+    """What rules judge: a user, or one of their access keys."""
+
+    about: str  # USER, ACTIVE_KEY, ...
+    user: User
+    production: bool
+    max_key_age: timedelta
+    age: timedelta = timedelta(0)
+    unused: timedelta | None = None  # since the last use; None: never used
+
+    def always(self) -> bool:
+        return True
+
+    def is_of_root(self) -> bool:
+        return self.user.name == ROOT
+
+    def lacks_mfa(self) -> bool:
+        return self.user.password and not self.user.mfa
+
+    def is_root_without_mfa(self) -> bool:
+        return self.is_of_root() and self.lacks_mfa()
+
+    def lacks_mfa_in_production(self) -> bool:
+        return self.production and self.lacks_mfa()
+
+    def is_over_a_year_old(self) -> bool:
+        return self.age > ONE_YEAR
+
+    def is_in_use(self) -> bool:
+        return self.unused is not None and self.unused <= IN_USE_WITHIN
+
+    def was_never_used(self) -> bool:
+        return self.age > UNUSED_AFTER and self.unused is None  # a younger one may yet be used
+
+    def is_unused(self) -> bool:
+        return self.age > UNUSED_AFTER and self.unused is not None and self.unused > UNUSED_AFTER
+
+    def is_too_old(self) -> bool:
+        return self.age > self.max_key_age
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reason for the finding of this name. {max_key_age} (in days) in `reason`, {user}, {key} and
+    {account} in `advice` are filled in on output. `controls` are those of CIS and Security Hub."""
+
+    name: str
+    priority: int
+    about: str
+    applies: Callable[[Case], bool]
+    reason: str
+    advice: str = ""
+    controls: tuple[str, ...] = ()
+
+
+REGISTER_MFA = (
+    "Have the user register an MFA device or, if temporary credentials serve, remove the password: "
+    "`aws iam delete-login-profile {user}` in account {account}."
+)
+MOVE = "Move what uses it to temporary credentials (an IAM role), then "
+DEACTIVATE = "`aws iam update-access-key {user} {key} --status=Inactive` in account {account}"
+DEACTIVATE_USED = f"{MOVE}deactivate it: {DEACTIVATE}."
+DEACTIVATE_UNUSED = f"Deactivate it: {DEACTIVATE}; delete it once nobody has missed it."
+ASK_OWNER = f"Ask its owner what it is for, then deactivate it: {DEACTIVATE}."
+FIND_OUT = f"Find out what used it last, then deactivate it: {DEACTIVATE}."
+DELETE = "Delete it: `aws iam delete-access-key {user} {key}` in account {account}."
+# A user or an access key is one finding, named by the most urgent rule that applies. All rules that
+# apply are its reasons, in this order. The advice is that of the first that has any: what to do
+# about an old key depends on its use.
+RULES = (
+    Rule("root-access-key", 1, ACTIVE_KEY, Case.is_of_root, "active root access key"),
+    Rule("console-without-mfa", 4, USER, Case.lacks_mfa, "console user without MFA", REGISTER_MFA),
+    Rule("console-without-mfa", 4, USER, Case.is_root_without_mfa, "root"),
+    Rule("console-without-mfa", 1, USER, Case.lacks_mfa_in_production, "production"),
+    Rule("key-older-than-1-year", 2, ACTIVE_KEY, Case.is_over_a_year_old, "older than 1 year"),
+    Rule("key-in-use", 3, ACTIVE_KEY, Case.is_in_use, "used within 30 days", DEACTIVATE_USED),
+    Rule("unused-key", 5, ACTIVE_KEY, Case.was_never_used, "never used", DEACTIVATE_UNUSED),
+    Rule("unused-key", 5, ACTIVE_KEY, Case.is_unused, "not used for 90 days", DEACTIVATE_UNUSED),
+    Rule("key-older-than-90-days", 6, ACTIVE_KEY, Case.is_too_old, "older than {max_key_age} days"),
+    Rule("inactive-key", 7, INACTIVE_KEY, Case.always, "inactive", DELETE),
+    Rule("inactive-key", 7, EXPIRED_KEY, Case.always, "expired", DELETE),
+)
+
+
+class Finding(NamedTuple):
+    """One thing to fix: a user (`key` is None) or an access key, with all rules that apply."""
+
+    priority: int
+    finding: str
+    account: Account
+    production: bool
+    user: str
+    key: AccessKey | None
+    password_last_used: datetime | None
+    rules: tuple[Rule, ...]
+
+
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
-    """What to fix in one account: each user without MFA and each key at most once."""
     account, production = audited.account, is_production(audited.account, plan.production)
     for user in audited.users:
-        if user.password and not user.mfa:
-            reasons = (
-                "console user without MFA",
-                *["root"] * (user.name == ROOT),
-                *["production"] * production,
-            )
-            finding = "console-without-mfa"
-            priority = MOST_URGENT if production else PRIORITIES[finding]
-            yield Finding(
-                priority,
-                finding,
-                account,
-                production,
-                user.name,
-                None,
-                user.password_last_used,
-                reasons,
-            )
-        for key in user.keys:
-            if applies := key_findings(key, user.name == ROOT, plan.max_key_age, now):
-                finding = min(applies, key=PRIORITIES.__getitem__)
-                priority, reasons = PRIORITIES[finding], tuple(applies.values())
-                yield Finding(priority, finding, account, production, user.name, key, None, reasons)
+        for key in (None, *user.keys):
+            case = case_of(user, key, production, plan.max_key_age, now)
+            rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
+            if rules:
+                rule = min(rules, key=lambda each: each.priority)
+                last_used = user.password_last_used
+                yield Finding(
+                    rule.priority, rule.name, account, production, user.name, key, last_used, rules
+                )
 
 
-def key_findings(
-    key: AccessKey, is_root: bool, max_key_age: timedelta, now: datetime
-) -> dict[str, str]:
-    """All findings that apply to an access key, each with its reason in words."""
-    if key.status != "Active":
-        return {"inactive-key": "expired" if key.status == "Expired" else "inactive"}
-    old = now - key.created
-    unused = None if key.last_used is None else now - key.last_used
-    applies = {
-        "root-access-key": "active root access key" if is_root else "",
-        "key-older-than-1-year": "older than 1 year" if old > ONE_YEAR else "",
-        "key-in-use": "used within 30 days"
-        if unused is not None and unused <= IN_USE_WITHIN
-        else "",
-        "unused-key": unused_reason(old, unused),
-        "key-older-than-90-days": f"older than {max_key_age.days} days"
-        if old > max_key_age
-        else "",
-    }
-    return {finding: reason for finding, reason in applies.items() if reason}
-
-
-def unused_reason(old: timedelta, unused: timedelta | None) -> str:
-    """Why a key is safe to deactivate; a young key that was never used may be about to be used."""
-    if old <= UNUSED_AFTER:
-        return ""
-    if unused is None:
-        return "never used"
-    return "not used for 90 days" if unused > UNUSED_AFTER else ""
+def case_of(
+    user: User, key: AccessKey | None, production: bool, max_key_age: timedelta, now: datetime
+) -> Case:
+    if key is None:
+        return Case(USER, user, production, max_key_age)
+    about = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}.get(key.status, INACTIVE_KEY)
+    unused = now - key.last_used if key.last_used else None
+    return Case(about, user, production, max_key_age, now - key.created, unused)
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
-    """The order of findings.csv: by priority, production first, oldest first, by account and name."""
+    """By priority, production before the rest, oldest first, then by account and name."""
     key = finding.key
     born = key.created.timestamp() if key else float("inf")
-    return (
-        finding.priority,
-        not finding.production,
-        born,
-        finding.account.id,
-        finding.user,
-        key.id if key else "",
-    )
+    where = (finding.account.id, finding.user, key.id if key else "")
+    return (finding.priority, not finding.production, born, *where)
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
-    """The finding's line in findings.csv."""
+    """The finding's row in findings.csv."""
     key = finding.key
-    if key is None:
-        last_used = (
-            iso(finding.password_last_used) if finding.password_last_used else PASSWORD_NEVER_USED
-        )
-        key_id, age_days, service = NOT_APPLICABLE, "", NOT_APPLICABLE
-    else:
-        key_id, _, _, last_used, service = access_key_cells(key)
+    if key:
         age_days = str(days_between(key.created, run.started))
+        last_used = last_used_cell(key.last_used, KEY_NEVER_USED)
+        credential = (key.id, age_days, last_used, key.service_name)
+    else:
+        last_used = last_used_cell(finding.password_last_used, PASSWORD_NEVER_USED)
+        credential = (NOT_APPLICABLE, "", last_used, NOT_APPLICABLE)
     return (
         str(finding.priority),
         finding.finding,
@@ -2248,36 +2232,30 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
         finding.account.name,
         "true" if finding.production else "false",
         finding.user,
-        key_id,
-        age_days,
-        last_used,
-        service,
-        "; ".join(finding.reasons),
+        *credential,
+        "; ".join(reasons_of(finding, run.plan)),
         recommendation(finding, run),
     )
 
 
+def reasons_of(finding: Finding, plan: Plan) -> list[str]:
+    days = plan.max_key_age.days
+    return [rule.reason.format(max_key_age=days) for rule in finding.rules]
+
+
 def recommendation(finding: Finding, run: Run) -> str:
-    """The next step in a sentence, with the AWS CLI command for it, its arguments quoted for a shell."""
-    account, user, key = finding.account.id, shlex.quote(printable(finding.user)), finding.key
+    """The next step, with the AWS CLI command for it, its arguments quoted for a shell."""
     if finding.user == ROOT:
         return recommendation_for_root(finding, run)
-    if key is None:
-        return (
-            f"Have the user register an MFA device or, if temporary credentials serve, remove the password: "
-            f"`aws iam delete-login-profile --user-name={user}` in account {account}."
-        )
-    arguments = f"--user-name={user} --access-key-id={shlex.quote(printable(key.id))}"
-    if key.status != "Active":
-        return f"Delete it: `aws iam delete-access-key {arguments}` in account {account}."
-    deactivate = f"`aws iam update-access-key {arguments} --status=Inactive` in account {account}"
-    if not {"never used", "not used for 90 days"}.isdisjoint(finding.reasons):
-        return f"Deactivate it: {deactivate}; delete it once nobody has missed it."
-    if key.last_used is None:
-        return f"Ask its owner what it is for, then deactivate it: {deactivate}."
-    if "used within 30 days" in finding.reasons:
-        return f"Move what uses it to temporary credentials (an IAM role), then deactivate it: {deactivate}."
-    return f"Find out what used it last, then deactivate it: {deactivate}."
+    key = finding.key
+    advice = FIND_OUT if key and key.last_used else ASK_OWNER
+    for rule in reversed(finding.rules):
+        advice = rule.advice or advice
+    return advice.format(
+        user=f"--user-name={shlex.quote(printable(finding.user))}",
+        key=f"--access-key-id={shlex.quote(printable(key.id))}" if key else "",
+        account=finding.account.id,
+    )
 
 
 def recommendation_for_root(finding: Finding, run: Run) -> str:
@@ -2285,24 +2263,24 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
     """
-    account, is_key = finding.account.id, finding.key is not None
+    account = finding.account.id
     if account == run.organization.management_account:
-        to_do = "delete the access key" if is_key else "register an MFA device"
+        to_do = "delete the access key" if finding.key else "register an MFA device"
         step = f"sign in as root of the management account and {to_do}: no role can do that there."
     else:
-        if is_key:
+        what = "root's password (or sign in as root and register MFA)"
+        commands = "`aws iam delete-login-profile`"
+        if finding.key:
             what = "root's access key"
             commands = "`aws iam list-access-keys`, then `aws iam delete-access-key` with its ID"
-        else:
-            what = "root's password (or sign in as root and register MFA)"
-            commands = "`aws iam delete-login-profile`"
         task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
         step = (
-            f"delete {what}, with the session that `aws sts assume-root --target-principal {account} "
-            f"--task-policy-arn arn={task}` gives (it takes centralized root access): {commands}."
+            f"delete {what}, with the session that `aws sts assume-root --target-principal "
+            f"{account} --task-policy-arn arn={task}` gives (it takes centralized root access): "
+            f"{commands}."
         )
-    if "used within 30 days" in finding.reasons:
-        return f"Move what uses it to temporary credentials (an IAM role), then {step}"
+    if any(rule.name == "key-in-use" for rule in finding.rules):
+        return MOVE + step
     return step[0].upper() + step[1:]
 
 
@@ -2311,61 +2289,25 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-# Each change with the CloudTrail events that explain it, and those that contradict it where none explains it.
-EXPLAINED_BY = {
-    "access-key-created": (("CreateAccessKey",), ("DeleteAccessKey",)),
-    "access-key-deleted": (("DeleteAccessKey",), ("CreateAccessKey",)),
-    "access-key-activated": (("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
-    "access-key-deactivated": (("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
-    "mfa-added": (("EnableMFADevice",), ("DeactivateMFADevice",)),
-    "mfa-removed": (("DeactivateMFADevice",), ("EnableMFADevice",)),
-    "mfa-changed": (("EnableMFADevice", "DeactivateMFADevice"), ()),
-    "console-enabled": (("CreateLoginProfile",), ("DeleteLoginProfile",)),
-    "console-disabled": (("DeleteLoginProfile",), ("CreateLoginProfile",)),
-    "user-created": (("CreateUser",), ("DeleteUser",)),
-    "user-deleted": (("DeleteUser",), ("CreateUser",)),
-}
-CAME_AND_WENT = "access-key-came-and-went"
-EVENT_NAMES = tuple(
-    sorted({name.split("=")[0] for explained, _ in EXPLAINED_BY.values() for name in explained})
-)
-RUNS_SHOWN = 12
 CHANGES_COLUMNS = (
-    "account_id",
-    "account_name",
-    "username",
-    "access_key_id",
-    "change",
-    "before",
-    "after",
-    "witness",
-    "event_name",
-    "event_time",
-    "actor",
-    "source_ip",
+    *("account_id", "account_name", "username", "access_key_id", "change", "before", "after"),
+    *("witness", "event_name", "event_time", "actor", "source_ip"),
 )
 EVENTS_COLUMNS = (
-    "account_id",
-    "account_name",
-    "event_time",
-    "event_name",
-    "username",
-    "access_key_id",
-    "actor",
-    "source_ip",
-    "user_agent",
-    "event_id",
+    *("account_id", "account_name", "event_time", "event_name", "username", "access_key_id"),
+    *("actor", "source_ip", "user_agent", "event_id"),
 )
 
 
 class Change(NamedTuple):
-    """One line of changes.csv. `witness` is confirmed, contradicted, not found, unavailable, or empty: not asked."""
+    """A row of changes.csv, with the CloudTrail event that tells of it. `witness` is confirmed,
+    contradicted, not found or unavailable; empty without --cloudtrail."""
 
     account_id: str
     account_name: str
-    user: str
-    key_id: str
-    change: str
+    user: str = ""
+    key_id: str = ""
+    change: str = ""
     before: str = ""
     after: str = ""
     witness: str = ""
@@ -2383,26 +2325,27 @@ class RunFigures:
     active_keys_older_than_max_age: int
 
 
+class EarlierAccount(NamedTuple):
+    name: str
+    result: str  # audited, failed, skipped or out of scope
+
+
 @dataclass(frozen=True)
 class EarlierRun:
-    """The run that this one is compared with: each account's ID with name and result; the organization's level in both
-    phases, and by ID those of each account that it audited."""
+    """The run to compare with. Levels are by phase, accounts by ID."""
 
     folder: Path
     started: datetime
     max_key_age_days: int
-    accounts: Mapping[str, tuple[str, str]]
+    accounts: Mapping[str, EarlierAccount]
     levels: Mapping[str, str]
     account_levels: Mapping[str, Mapping[str, str]]
 
 
 @dataclass
 class Tracking:
-    """What has changed since the earlier run, as far as the run has come; without one (None) there is no change.
-
-    `compared` are the IDs of the accounts that both runs audited. In all others a key is new if its creation date says
-    so: `new_keys_elsewhere`.
-    """
+    """What has changed since the earlier run, if there is one. `compared` holds the IDs of the
+    accounts that both runs audited; in the others, creation dates tell the new keys."""
 
     earlier: EarlierRun | None = None
     runs: list[RunFigures] = field(default_factory=list)
@@ -2414,298 +2357,289 @@ class Tracking:
     mfa_new: list[Change] = field(default_factory=list)
 
 
-def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
-    """The run to compare with, `named` or the newest of this organization, and the last runs for the table.
+RUNS_SHOWN = 12  # in the table of runs, this one included
 
-    Whatever will be compared is checked now: a damaged file must not come to light after hours of auditing.
-    """
+
+def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
+    """The run to compare with (`named`, or the newest of this organization) and the last runs. What
+    will be compared is checked now, because damage must not show after hours of auditing."""
     tracking = Tracking()
+    if named is not None:
+        with reading(named / "summary.json"):
+            summary = read_summary(named)
+            other_id = summary["organization"]["id"]
+            if other_id != organization_id:
+                raise AuditError(f"--previous: {named} is a run of organization {other_id}.")
+            tracking.earlier = earlier_run(named, summary)
     for folder in finished_runs(output_dir):
+        try:
+            with reading(folder / "summary.json"):
+                summary = read_summary(folder)
+                if summary["organization"]["id"] == organization_id:
+                    tracking.runs.insert(0, run_figures(summary))
+                    tracking.earlier = tracking.earlier or earlier_run(folder, summary)
+        except AuditError:
+            if tracking.earlier is None:
+                raise
+            tracking.unreadable.append(folder.name)  # costs a line in the table of runs
         if len(tracking.runs) == RUNS_SHOWN - 1:
             break
-        try:
-            with naming_the_file(folder):
-                summary = read_summary(folder)
-                if summary["organization"]["id"] != organization_id:
-                    continue
-                tracking.runs.insert(0, run_figures(summary))
-                if tracking.earlier is None and named is None:
-                    tracking.earlier = earlier_run(folder, summary)
-        except AuditError:
-            if tracking.earlier is None and named is None:
-                raise
-            tracking.unreadable.append(
-                folder.name
-            )  # it would only have been a line in the table of runs
-    if named is not None:
-        with naming_the_file(named):
-            summary = read_summary(named)
-            if summary["organization"]["id"] != organization_id:
-                raise AuditError(
-                    f"--previous: {named} is a run of organization {summary['organization']['id']}."
-                )
-            tracking.earlier = earlier_run(named, summary)
     return tracking
-
-
-@contextlib.contextmanager
-def naming_the_file(folder: Path) -> Iterator[None]:
-    """What a summary.json lacks or has wrong becomes an AuditError that says which one."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else repr(error)
-        raise AuditError(
-            f"Cannot read the earlier run's {folder / 'summary.json'}: {what}"
-        ) from None
 
 
 def run_figures(summary: Mapping[str, Any]) -> RunFigures:
     gaps = summary["gaps"]["organization"]
     return RunFigures(
-        parse_time(summary["started"]),
-        summary["totals"]["audited"],
-        gaps["console_users_without_mfa"],
-        gaps["active_keys"],
-        gaps["active_keys_older_than_max_age"],
+        started=parse_time(summary["started"]),
+        audited=summary["totals"]["audited"],
+        console_users_without_mfa=gaps["console_users_without_mfa"],
+        active_keys=gaps["active_keys"],
+        active_keys_older_than_max_age=gaps["active_keys_older_than_max_age"],
     )
 
 
 def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
-    """The earlier run, all of its CSVs read once to see that they hold what its summary counts."""
-    accounts = {entry["id"]: (entry["name"], entry["result"]) for entry in summary["accounts"]}
+    """The earlier run, once each of its CSVs has been seen to hold what its summary counts."""
+    accounts, levels = {}, {}
     for entry in summary["accounts"]:
+        accounts[entry["id"]] = EarlierAccount(entry["name"], entry["result"])
         if entry["result"] == "audited":
-            states = read_states(account_csv(folder, entry["id"]), entry["id"])
-            keys = sum(len(state.keys) for state in states.values())
-            if (len(states), keys) != (
-                entry["users"] + entry["root"],
-                entry["gaps"]["access_keys"],
-            ):
-                path = account_csv(folder, entry["id"])
-                raise AuditError(
-                    f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts"
-                )
-    accounts.update(
-        {entry["id"]: (entry["name"], "out of scope") for entry in summary["out_of_scope"]}
-    )
+            check_csv(account_csv(folder, entry["id"]), entry)
+            levels[entry["id"]] = {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
+    for entry in summary["out_of_scope"]:
+        accounts[entry["id"]] = EarlierAccount(entry["name"], "out of scope")
+    maturity = summary["maturity"]
     return EarlierRun(
         folder=folder,
         started=parse_time(summary["started"]),
-        max_key_age_days=timedelta(
-            days=summary["max_key_age_days"]
-        ).days,  # refuses what is no number of days
+        # timedelta refuses what is not a number of days
+        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,
         accounts=accounts,
-        levels={phase: level_of(summary["maturity"][phase]["level"]) for phase in PHASES},
-        account_levels={
-            entry["id"]: {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
-            for entry in summary["accounts"]
-            if entry["result"] == "audited"
-        },
+        levels={phase: level_of(maturity[phase]["level"]) for phase in PHASES},
+        account_levels=levels,
     )
 
 
+def check_csv(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raises AuditError unless the CSV has the users and keys that the summary's entry counts."""
+    states = read_states(path, entry["id"])
+    keys = sum(len(state.keys) for state in states.values())
+    users = entry["users"] + entry["root"]
+    if len(states) != users or keys != entry["gaps"]["access_keys"]:
+        raise AuditError(
+            f"Cannot read the earlier run's {path}: it lacks rows that summary.json counts"
+        )
+
+
 def level_of(text: str) -> str:
-    """The level of that name; ValueError if there is none."""
-    return LEVELS[LEVELS.index(text)]
+    if text not in LEVELS:
+        raise ValueError(f"{text!r} is not a level")
+    return text
 
 
 def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
-    """Compare an account with what the earlier run saw of it; where that saw nothing, dates tell which keys are new."""
+    """Compare an account with the earlier run. Had that not audited it, dates tell the new keys."""
     account, earlier = audited.account, tracking.earlier
     if earlier is None:
         return
-    trail = audited.trail and trail_since(audited.trail, earlier.started)
-    if earlier.accounts.get(account.id, ("", ""))[1] != "audited":
-        created = keys_created_since(audited, earlier.started)
-        tracking.new_keys_elsewhere += [with_witness(change, trail) for change in created]
+    trail = audited.trail
+    if trail is not None:  # --since may ask for older events, which explain nothing
+        events = tuple(event for event in trail.events if event.time >= earlier.started)
+        trail = replace(trail, events=events)
+    then = earlier.accounts.get(account.id)
+    if then is None or then.result != "audited":
+        for change in keys_created_since(audited, earlier.started):
+            tracking.new_keys_elsewhere.append(with_witness(change, trail))
         return
     before = read_states(account_csv(earlier.folder, account.id), account.id)
-    after = {user.name: state_of(user) for user in audited.users}
-    changes = [
-        *changes_between(account, before, after),
-        *came_and_went(account, before, after, trail),
-    ]
+    after = states_of(rows_of(audited))
     tracking.compared.add(account.id)
-    tracking.changes += [with_witness(change, trail) for change in changes]
-    unknown, renamed = {ROOT} - (before.keys() & after.keys()), renamed_users(before, after)
-    lacking_before = {
-        renamed.get(name, name) for name, state in before.items() if state.lacks_mfa
-    } - unknown
-    lacking_now = {name for name, state in after.items() if state.lacks_mfa} - unknown
-    tracking.mfa_fixed += len(lacking_before - lacking_now)
-    new = sorted(lacking_now - lacking_before)
-    tracking.mfa_new += [
-        Change(account.id, account.name, name, "", "console-without-mfa") for name in new
-    ]
+    for change in changes_between(account, before, after):
+        tracking.changes.append(with_witness(change, trail))
+    for change in came_and_went(account, before, after, trail):
+        tracking.changes.append(with_witness(change, trail))
+    track_mfa(tracking, account, before, after)
 
 
 def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
     account = audited.account
     for user in audited.users:
+        of_user = Change(account_id=account.id, account_name=account.name, user=user.name)
         for key in user.keys:
             if key.created >= moment:
-                yield Change(
-                    account.id,
-                    account.name,
-                    user.name,
-                    key.id,
-                    "access-key-created",
-                    "",
-                    key.status,
-                )
+                yield of_user._replace(key_id=key.id, change="access-key-created", after=key.status)
 
 
-def trail_since(trail: Trail, moment: datetime) -> Trail:
-    """What can explain a change: with --since, CloudTrail may have been asked for older events too."""
-    return replace(trail, events=tuple(event for event in trail.events if event.time >= moment))
-
-
-def state_of(user: User) -> UserState:
-    status, _ = password_cells(user)
-    return UserState(
-        status, mfa_status(user), {key.id: (key.status, iso(key.created)) for key in user.keys}
-    )
+def track_mfa(tracking: Tracking, account: Account, before: States, after: States) -> None:
+    """Count the console users without MFA who have it now or are gone, and keep the new ones."""
+    renamed = renamed_users(before, after)
+    for name in names_to_compare(before, after):
+        then, now = before.get(renamed.get(name, name)), after.get(name)
+        lacked = then is not None and then.lacks_mfa
+        lacks = now is not None and now.lacks_mfa
+        if lacked and not lacks and name not in renamed.values():
+            tracking.mfa_fixed += 1
+        if lacks and not lacked:
+            of_user = Change(account_id=account.id, account_name=account.name, user=name)
+            tracking.mfa_new.append(of_user._replace(change="console-without-mfa"))
 
 
 def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
-    """Root is compared only if both reports have it; it neither comes nor goes. A user who was renamed is another one,
-    and his keys, which kept their IDs, are neither new nor gone."""
+    """The changes of an account's users. A user who was renamed is deleted under the old name and
+    created under the new one; their keys keep their IDs, so they are neither new nor gone."""
     renamed = renamed_users(before, after)
-    name_before = {new: old for old, new in renamed.items()}
-    for name in sorted(before.keys() | after.keys()):
+    for name in names_to_compare(before, after):
         then, now = before.get(name), after.get(name)
-        if name == ROOT and (then is None or now is None):
-            continue
-        change = functools.partial(Change, account.id, account.name, name)
+        of_user = Change(account_id=account.id, account_name=account.name, user=name)
         if then is None:
-            yield change("", "user-created")
+            yield of_user._replace(change="user-created")
         elif now is None:
-            yield change("", "user-deleted")
+            yield of_user._replace(change="user-deleted")
         else:
-            yield from sign_in_changes(change, then, now)
-        if name in renamed:
-            continue  # his keys are compared under the new name
-        had = then or before.get(name_before.get(name, ""))
-        keys_then, keys_now = had.keys if had else {}, now.keys if now else {}
-        yield from key_changes(
-            change, in_their_slots(keys_then, keys_now) if name == ROOT else keys_then, keys_now
-        )
+            yield from sign_in_changes(of_user, then, now)
+        if name not in renamed.values():  # else their keys are compared under the new name
+            owner = before.get(renamed.get(name, name))
+            yield from key_changes(of_user, owner.keys if owner else {}, now.keys if now else {})
+
+
+def names_to_compare(before: States, after: States) -> list[str]:
+    """All users; root only if both credential reports had it: root neither comes nor goes."""
+    names = before.keys() | after.keys()
+    if ROOT not in before or ROOT not in after:
+        names.discard(ROOT)
+    return sorted(names)
 
 
 def renamed_users(before: States, after: States) -> dict[str, str]:
-    """The new name by the old one, as far as keys tell: they stay with their user."""
-    old_owner = {
-        key_id: name for name, state in before.items() if name not in after for key_id in state.keys
-    }
-    new_owner = {
-        key_id: name for name, state in after.items() if name not in before for key_id in state.keys
-    }
-    return {
-        old_owner[key_id]: new_owner[key_id]
-        for key_id in sorted(old_owner.keys() & new_owner.keys())
-    }
+    """The old name by the new one, as far as keys tell: they stay with their user."""
+    owners = {}
+    for name in sorted(before.keys() - after.keys()):
+        owners.update(dict.fromkeys(before[name].keys, name))
+    renamed = {}
+    for name in sorted(after.keys() - before.keys()):
+        for key_id in after[name].keys.keys() & owners.keys():
+            renamed[name] = owners[key_id]
+    return renamed
 
 
-def sign_in_changes(
-    change: Callable[..., Change], then: UserState, now: UserState
-) -> Iterator[Change]:
+def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
     if then.password_status != now.password_status:
         what = "console-enabled" if now.password_status == PASSWORD_SET else "console-disabled"
-        yield change("", what, then.password_status, now.password_status)
+        yield of_user._replace(change=what, before=then.password_status, after=now.password_status)
     if then.mfa_status != now.mfa_status:
-        what = {then.mfa_status: "mfa-added", now.mfa_status: "mfa-removed"}.get(
-            NO_MFA, "mfa-changed"
-        )
-        yield change("", what, then.mfa_status, now.mfa_status)
+        what = "mfa-changed"
+        if then.mfa_status == NO_MFA:
+            what = "mfa-added"
+        elif now.mfa_status == NO_MFA:
+            what = "mfa-removed"
+        yield of_user._replace(change=what, before=then.mfa_status, after=now.mfa_status)
 
 
-def key_changes(
-    change: Callable[..., Change],
-    then: Mapping[str, tuple[str, str]],
-    now: Mapping[str, tuple[str, str]],
-) -> Iterator[Change]:
-    """The changes of one user's access keys. Root's have no IDs: another creation date means another key."""
-    for key_id in sorted(then.keys() | now.keys()):
-        status_then, created_then = then.get(key_id, ("", ""))
-        status_now, created_now = now.get(key_id, ("", ""))
-        replaced = bool(status_then and status_now) and created_then != created_now
-        if not status_now or replaced:
-            yield change(key_id, "access-key-deleted", status_then)
-        if not status_then or replaced:
-            yield change(key_id, "access-key-created", "", status_now)
-        elif status_now and (status_then == "Active") != (status_now == "Active"):
-            what = "access-key-activated" if status_now == "Active" else "access-key-deactivated"
-            yield change(key_id, what, status_then, status_now)
+def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
+    """One user's access keys. Root's have no IDs: another creation date means another key."""
+    if of_user.user == ROOT:
+        before = in_their_slots(before, after)
+    for key_id in sorted(before.keys() | after.keys()):
+        of_key = of_user._replace(key_id=key_id)
+        then, now = before.get(key_id), after.get(key_id)
+        if then is None or now is None or then.created != now.created:
+            if then is not None:
+                yield of_key._replace(change="access-key-deleted", before=then.status)
+            if now is not None:
+                yield of_key._replace(change="access-key-created", after=now.status)
+        elif (then.status == "Active") != (now.status == "Active"):
+            what = "access-key-activated" if now.status == "Active" else "access-key-deactivated"
+            yield of_key._replace(change=what, before=then.status, after=now.status)
 
 
-def in_their_slots(
-    then: Mapping[str, tuple[str, str]], now: Mapping[str, tuple[str, str]]
-) -> Mapping[str, tuple[str, str]]:
-    """Root's keys of then, exchanged if that puts more of them where they are now: no order of theirs is promised."""
+def in_their_slots(before: Keys, after: Keys) -> Keys:
+    """Root's earlier keys, in exchanged slots if more creation dates are then where they are now:
+    AWS promises no order of the two."""
     first, second = ROOT_ACCESS_KEYS
     other = {first: second, second: first}
-    exchanged = {other.get(key_id, key_id): key for key_id, key in then.items()}
-    return max(
-        then,
-        exchanged,
-        key=lambda keys: sum(keys[each][1] == now[each][1] for each in keys.keys() & now.keys()),
-    )
+    exchanged = {other.get(key_id, key_id): key for key_id, key in before.items()}
+    return max(before, exchanged, key=lambda keys: same_dates(keys, after))
+
+
+def same_dates(before: Keys, after: Keys) -> int:
+    return sum(before[each].created == after[each].created for each in before.keys() & after.keys())
+
+
+CAME_AND_WENT = "access-key-came-and-went"
 
 
 def came_and_went(
     account: Account, before: States, after: States, trail: Trail | None
 ) -> Iterator[Change]:
-    """Keys that were created and deleted between two runs, which no snapshot shows."""
-    seen = {
-        key_id for states in (before, after) for state in states.values() for key_id in state.keys
-    }
+    """Access keys that were created and deleted between the runs, which only CloudTrail shows."""
+    seen = {""}
+    for state in (*before.values(), *after.values()):
+        seen.update(state.keys)
     events = trail.events if trail else ()
-    created = {event.key_id for event in events if event.name == "CreateAccessKey" and event.key_id}
+    created = {event.key_id for event in events if event.name == "CreateAccessKey"}
     for event in events:
         if event.name == "DeleteAccessKey" and event.key_id in created - seen:
-            yield Change(
-                account.id, account.name, event.user, event.key_id, CAME_AND_WENT, event=event
-            )
+            change = Change(account_id=account.id, account_name=account.name, user=event.user)
+            yield change._replace(key_id=event.key_id, change=CAME_AND_WENT, event=event)
+
+
+class Witnesses(NamedTuple):
+    confirmed: tuple[str, ...]  # by these events of CloudTrail; after "=", the status they set
+    contradicted: tuple[str, ...]  # by these, where none confirms it
+
+
+EXPLAINED_BY = {
+    "access-key-created": Witnesses(("CreateAccessKey",), ("DeleteAccessKey",)),
+    "access-key-deleted": Witnesses(("DeleteAccessKey",), ("CreateAccessKey",)),
+    "access-key-activated": Witnesses(("UpdateAccessKey=Active",), ("UpdateAccessKey=Inactive",)),
+    "access-key-deactivated": Witnesses(("UpdateAccessKey=Inactive",), ("UpdateAccessKey=Active",)),
+    "mfa-added": Witnesses(("EnableMFADevice",), ("DeactivateMFADevice",)),
+    "mfa-removed": Witnesses(("DeactivateMFADevice",), ("EnableMFADevice",)),
+    "mfa-changed": Witnesses(("EnableMFADevice", "DeactivateMFADevice"), ()),
+    "console-enabled": Witnesses(("CreateLoginProfile",), ("DeleteLoginProfile",)),
+    "console-disabled": Witnesses(("DeleteLoginProfile",), ("CreateLoginProfile",)),
+    "user-created": Witnesses(("CreateUser",), ("DeleteUser",)),
+    "user-deleted": Witnesses(("DeleteUser",), ("CreateUser",)),
+}
+EVENT_NAMES = tuple(
+    sorted({event.partition("=")[0] for each in EXPLAINED_BY.values() for event in each.confirmed})
+)
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
-    """The change with CloudTrail's word on it: the latest event that explains it, or else one that contradicts it."""
+    """The change with the latest event that explains it, or else the latest that contradicts it."""
     if trail is None:
         return change
     if trail.error:
         return change._replace(witness="unavailable")
     if change.change == CAME_AND_WENT:
         return change._replace(witness="confirmed")
-    about = [event for event in trail.events if is_about(event, change)]
-    for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
-        for event in reversed(about):
-            if event.name in names or f"{event.name}={event.status}" in names:
+    for witness, names in EXPLAINED_BY[change.change]._asdict().items():
+        for event in reversed(trail.events):
+            named = event.name in names or f"{event.name}={event.status}" in names
+            if named and is_about(event, change):
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
 
 
 def is_about(event: Event, change: Change) -> bool:
-    """Whether the event acted on what changed: the access key (root's have no ID in the report), else the user."""
+    """Whether the event acted on the key that changed (root's have no IDs), or else on the user."""
     if change.key_id and change.user != ROOT:
         return event.key_id == change.key_id
     return event.user == change.user
 
 
-def accounts_that_came_or_left(run: Run) -> list[Change]:
-    """One change for each account that has joined or left the organization since the earlier run."""
+def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
+    """One change for each account that joined or left the organization since the earlier run."""
     if run.tracking.earlier is None:
-        return []
-    then = {account_id: name for account_id, (name, _) in run.tracking.earlier.accounts.items()}
-    now = {account.id: account.name for account in accounts_now(run).values()}
-    joined = [
-        Change(each, now[each], "", "", "account-joined")
-        for each in sorted(now.keys() - then.keys())
-    ]
-    return joined + [
-        Change(each, then[each], "", "", "account-left")
-        for each in sorted(then.keys() - now.keys())
-    ]
+        return
+    then, now = run.tracking.earlier.accounts, accounts_now(run)
+    for account in now.values():
+        if account.id not in then:
+            yield Change(account_id=account.id, account_name=account.name, change="account-joined")
+    for account_id, earlier in then.items():
+        if account_id not in now:
+            yield Change(account_id=account_id, account_name=earlier.name, change="account-left")
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -2714,24 +2648,30 @@ def accounts_now(run: Run) -> dict[str, Account]:
     return {one.account.id: one.account for one in everyone}
 
 
+def change_order(change: Change) -> tuple[str, ...]:
+    """The order of changes.csv: by its columns, without those of the event."""
+    who = (change.account_id, change.account_name, change.user, change.key_id)
+    return (*who, change.change, change.before, change.after, change.witness)
+
+
 def change_row(change: Change) -> tuple[str, ...]:
-    """The change's line in changes.csv."""
-    event = change.event
-    seen = (
-        (event.name, iso(event.time), event.actor, event.source_ip) if event else ("", "", "", "")
-    )
-    return (*change[:8], *seen)
+    """The change's row in changes.csv."""
+    seen = ("", "", "", "")
+    if event := change.event:
+        seen = (event.name, iso(event.time), event.actor, event.source_ip)
+    return (*change_order(change), *seen)
 
 
-def event_rows(run: Run) -> list[tuple[str, ...]]:
-    """The lines of events.csv, oldest first."""
-    found = sorted(
-        (event, account.id, account.name) for account, trail in run.trails for event in trail.events
-    )
-    return [
-        (account_id, name, iso(event.time), event.name, event.user, event.key_id, *event[5:])
-        for event, account_id, name in found
-    ]
+def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
+    """The rows of events.csv, oldest first."""
+    found: list[tuple[Event, str, str]] = []
+    for account, trail in run.trails:
+        for event in trail.events:
+            found.append((event, account.id, account.name))
+    for event, account_id, account_name in sorted(found):
+        what = (event.name, event.user, event.key_id)
+        who = (event.actor, event.source_ip, event.user_agent, event.id)
+        yield (account_id, account_name, iso(event.time), *what, *who)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2742,60 +2682,13 @@ def event_rows(run: Run) -> list[tuple[str, ...]]:
 MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
 CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
 ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
-VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first of them holds
-# What an MFA requirement may leave out and still be one: setting up MFA, reading IAM, signing in. Not iam:* or sts:*,
-# with which a stolen password makes itself an access key or assumes a role, and nothing that deactivates an MFA device
-# (DeleteVirtualMFADevice, in an example of AWS's, can only delete one that nobody has).
-MFA_BASICS = (
-    *MFA_SETUP,
-    "iam:Get*",
-    "iam:List*",
-    "iam:DeleteVirtualMFADevice",
-    "sts:GetCallerIdentity",
-    "signin:AuthorizeOAuth2Access",
-    "signin:CreateOAuth2Token",
-)
-# Operator, key and value of a condition that holds without MFA, and of one that holds only with it. Access keys send
-# no aws:MultiFactorAuthPresent at all, console sessions without MFA send false: Null true of that key, alone, stops the
-# first and not the second, and so does not count.
-WITHOUT_MFA = {
-    ("bool", "aws:multifactorauthpresent"): "false",
-    ("null", "aws:multifactorauthage"): "true",
-}
-WITH_MFA = {
-    ("bool", "aws:multifactorauthpresent"): "true",
-    ("null", "aws:multifactorauthage"): "false",
-}
-# Holds for what the caller asks itself, not for what a service then asks for it (Athena of S3, CloudFormation of EC2):
-# those requests say MFA false even for an access key. Without a first request of its own, nobody gets there.
-BY_THE_CALLER = {("bool", "aws:viaawsservice"): "false"}
-# A principal that an exemption names. Roles are no console users, so any role may be exempt from MFA; of new keys only
-# roles with a name, whose end may be open after a hyphen or underscore (stacksets-exec-*), though not if that takes in
-# AWS's own paths, and those of an Identity Center permission set (AWSReservedSSO_Admin_*). A policy variable ($) can
-# stand for anybody.
-NAMED = {
-    MFA_REQUIRED: re.compile(r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/.+)"),
-    NEW_KEYS_PREVENTED: re.compile(
-        r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
-        r"|role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*)"
-    ),
-}
-ALL_BUT_USERS = "all principals but IAM users"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A service control policy and the IDs of the root, OUs and accounts it is attached to."""
-
-    id: str
-    name: str
-    content: str
-    targets: frozenset[str]
+VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first one counts
+ALL_BUT_USERS = "all principals but IAM users"  # an exemption
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one statement or policy does for one control; a condition for each statement that is narrowed."""
+    """What a statement or policy does for a control; one condition per narrowed statement."""
 
     verdict: str
     exemptions: tuple[str, ...] = ()
@@ -2803,8 +2696,18 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """A service control policy, the IDs it is attached to, and its judgement for each control."""
+
+    id: str
+    name: str
+    targets: frozenset[str]
+    judgements: Mapping[str, Judgement]
+
+
+@dataclass(frozen=True)
 class Control:
-    """What holds in one account, and the names of the policies it rests on, by ID."""
+    """What holds in one account, and the policies that it rests on: their names by ID."""
 
     verdict: str
     policies: Mapping[str, str]
@@ -2813,367 +2716,352 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One key of a Condition element: operator and key in lower case, and the whole as a person reads it."""
-
-    operator: str
-    key: str
-    values: tuple[str, ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A policy statement; of actions and not_actions one is empty, and so of resources and not_resources."""
-
-    effect: str
-    actions: tuple[str, ...]
-    not_actions: tuple[str, ...]
-    resources: tuple[str, ...]
-    not_resources: tuple[str, ...]
-    conditions: tuple[Condition, ...]
-
-
-JudgedPolicy = tuple[Policy, Mapping[str, Judgement]]
-
-
-@dataclass(frozen=True)
 class Enforcement:
-    """What was found out about service control policies and root credentials; `why_not` where it could not be."""
+    """The organization's policies and its root credentials, or why they are not known."""
 
-    judged: tuple[JudgedPolicy, ...] = ()
+    judged: tuple[Policy, ...] = ()
     why_not: str = ""
     root_credentials_managed: bool | None = None
     root_why_not: str = ""
 
 
 async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
-    """Read and judge the service control policies. What cannot be read is not checked: the audit goes on without."""
-
-    async def ask(call: Callable[..., T], *arguments: Any) -> T:
-        return await aws.threads.run((0, 0), functools.partial(call, aws, *arguments))
-
-    policies: list[Policy] = []
-    why_not, root_managed, root_why_not = "", None, ""
-    try:
-        for policy_id, name in await ask(list_policies):
-            with unless_gone("PolicyNotFoundException"):
-                content, targets = (
-                    await ask(describe_policy, policy_id),
-                    await ask(list_targets_for_policy, policy_id),
-                )
-                policies.append(Policy(policy_id, name, content, targets))
-    except Exception as error:  # whatever it is, it must not cost the audit
-        why_not = reason_of("service control policies", error)
-    try:
-        root_managed = await ask(list_organizations_features)
-    except Exception as error:
-        root_why_not = reason_of("ListOrganizationsFeatures", error)
+    policies, why_not = await best_effort("service control policies", read_policies(aws), [])
+    asking = aws.ask(list_organizations_features)
+    root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
     if organization.feature_set != "ALL":
-        why_not = "the organization has consolidated billing only, service control policies need all features"
+        why_not = "the organization has consolidated billing only, "
+        why_not += "service control policies need all features"
     elif not why_not and not any(policy.targets for policy in policies):
-        why_not = (
-            "service control policies are off: none is attached to anything, not even FullAWSAccess"
-        )
-    judged = tuple(judge_policies(policies, aws.caller.partition))
-    return Enforcement(judged, why_not, root_managed, root_why_not)
+        why_not = "service control policies are off: "
+        why_not += "none is attached to anything, not even FullAWSAccess"
+    return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
 
-@contextlib.contextmanager
-def unless_gone(code: str) -> Iterator[None]:
-    """Pass over a policy, or an account, that is gone since it was listed."""
+async def best_effort(what: str, question: Awaitable[T], otherwise: T) -> tuple[T, str]:
+    """What was read and "", or `otherwise` and why it is not checked: the audit goes on."""
     try:
-        yield
-    except ClientError as error:
-        if error_code(error) != code:
-            raise
+        return await question, ""
+    except StepFailed as failure:
+        return otherwise, f"{what}: {failure.code}: {failure.message}"
+    except Exception as error:
+        return otherwise, f"{what}: {type(error).__name__}"
+
+
+async def read_policies(aws: Aws) -> list[Policy]:
+    policies = []
+    for policy_id, name in await aws.ask(list_policies):
+        try:
+            content = await aws.ask(describe_policy, policy_id)
+            targets = await aws.ask(list_targets_for_policy, policy_id)
+        except StepFailed as failure:
+            if failure.code != "PolicyNotFoundException":  # deleted since it was listed
+                raise
+        else:
+            judgements = judge_policy(content, aws.caller.partition)
+            policies.append(Policy(policy_id, name, targets, judgements))
+    return policies
 
 
 async def apply_enforcement(aws: Aws, run: Run) -> None:
-    """Decide the controls of each account, audited or failed, and with them the level of phase 1."""
-    management, parents, paths = (
-        run.organization.management_account,
-        dict[str, str](),
-        dict[str, Sequence[str]](),
-    )
-    accounts = [*(one.account for one in run.audited), *(one.account for one in run.failed)]
-    try:
-        for account in accounts if not run.enforcement.why_not else ():
-            with unless_gone("ChildNotFoundException"):
-                paths[account.id] = (
-                    [] if account.id == management else await path_of(aws, account, parents)
-                )
-    except Exception as error:  # whatever it is, it must not cost the audit
-        run.enforcement = replace(run.enforcement, why_not=reason_of("ListParents", error))
+    """Decide the controls of each account, audited or failed."""
+    accounts = [figures.account for figures in run.audited]
+    accounts += [failed.account for failed in run.failed]
+    why_not = run.enforcement.why_not
+    parents: dict[str, str] = {}
+    paths: dict[str, Sequence[str] | None] = {}
     for account in accounts:
-        run.controls[account.id] = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
-        if account.id in paths and not run.enforcement.why_not:
-            is_management = account.id == management
-            run.controls[account.id] = controls_of_account(
-                paths[account.id], run.enforcement.judged, is_management
-            )
-    for number, figures in enumerate(run.audited):
-        enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
-        run.audited[number] = replace(figures, phase1=phase1_level(figures.gaps, enforced))
+        if account.id == run.organization.management_account:
+            paths[account.id] = ()  # no service control policy applies to it
+        elif not why_not:
+            question = path_of(aws, account, parents)
+            paths[account.id], why_not = await best_effort("ListParents", question, None)
+    run.enforcement = replace(run.enforcement, why_not=why_not)
+    for account in accounts:
+        path = None if why_not else paths[account.id]
+        run.controls[account.id] = controls_of_account(path, run.enforcement.judged)
 
 
-async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> list[str]:
-    """The IDs of the account, its organizational units and the root; each parent that ListAccounts did not tell is
-    asked for once, and remembered in `parents`."""
+async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> Sequence[str] | None:
+    """The IDs of the account, its OUs and the root; None if it left since it was listed. Where
+    ListAccounts does not tell the path, each parent is asked for once and kept in `parents`."""
     if account.path is not None:
         return account.path.split("/")
     ids = [account.id]
-    while not ids[-1].startswith("r-"):
-        if ids[-1] not in parents:
-            parents[ids[-1]] = await aws.threads.run(
-                (0, 0), functools.partial(list_parents, aws, ids[-1])
-            )
-        ids.append(parents[ids[-1]])
+    try:
+        while not ids[-1].startswith("r-"):
+            if ids[-1] not in parents:
+                parents[ids[-1]] = await aws.ask(list_parents, ids[-1])
+            ids.append(parents[ids[-1]])
+    except StepFailed as failure:
+        if failure.code == "ChildNotFoundException":
+            return None
+        raise
     return ids
 
 
-def controls_of_account(
-    path_ids: Sequence[str], judged: Iterable[JudgedPolicy], is_management: bool
-) -> dict[str, Control]:
-    """The controls of the account whose root, OUs and own ID are path_ids. The management account is under no SCP."""
-    applying = (
-        []
-        if is_management
-        else [each for each in judged if not each[0].targets.isdisjoint(path_ids)]
-    )
-    return {control: control_of_account(control, applying) for control in CONTROLS}
+def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
+    """The controls of the account with this path; not checked if the path is None."""
+    if path is None:
+        return dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
+    applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
+    controls = {}
+    for control in CONTROLS:
+        whole = strongest([policy.judgements[control] for policy in applying])
+        names = {}
+        for policy in applying:
+            if policy.judgements[control].verdict == whole.verdict != ABSENT:
+                names[policy.id] = policy.name
+        controls[control] = Control(whole.verdict, names, whole.exemptions, whole.conditions)
+    return controls
 
 
-def control_of_account(control: str, applying: Sequence[JudgedPolicy]) -> Control:
-    whole = strongest([judgements[control] for _, judgements in applying])
-    resting = [
-        policy
-        for policy, judgements in applying
-        if judgements[control].verdict == whole.verdict != ABSENT
-    ]
-    names = {policy.id: policy.name for policy in resting}
-    return Control(whole.verdict, names, whole.exemptions, whole.conditions)
+def strongest(judgements: Sequence[Judgement]) -> Judgement:
+    """What holds where all of these apply. A principal is free only if every enforcing one exempts
+    it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
+    verdict = min((each.verdict for each in judgements), key=VERDICTS.index, default=ABSENT)
+    same = [each for each in judgements if each.verdict == verdict]
+    if verdict == ENFORCED:
+        return min(same, key=lambda one: (ALL_BUT_USERS in one.exemptions, len(one.exemptions)))
+    exemptions: dict[str, None] = {}  # as an ordered set
+    conditions: dict[str, None] = {}
+    for each in same:
+        exemptions.update(dict.fromkeys(each.exemptions))
+        conditions.update(dict.fromkeys(each.conditions))
+    return Judgement(verdict, tuple(exemptions), tuple(conditions))
 
 
-def judge_policies(policies: Iterable[Policy], partition: str) -> list[JudgedPolicy]:
-    return [(policy, judge_policy(policy.content, partition)) for policy in policies]
+# What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
+# sts:*, with which a stolen password creates an access key or assumes a role, and nothing that
+# deactivates an MFA device (iam:DeleteVirtualMFADevice deletes only devices that nobody has).
+MFA_BASICS = (
+    *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
+    "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token",
+)  # fmt: skip
+# The effects that a condition can have on a control
+TESTS_MFA = "holds for a console user without MFA"
+ALWAYS_HOLDS = "holds for everybody whom the control is about"
+NEVER_HOLDS = "holds for nobody whom the control is about"
+ONLY_USERS = "holds for every IAM user and for no other principal"
+EXEMPTS = "holds for everybody except the principals that it names"
+NARROWS = "holds for some, or it is not known for whom"
+
+
+class Condition(NamedTuple):
+    operator: str  # in lower case, as parse_conditions leaves it
+    key: str  # in lower case
+    values: tuple[str, ...]
+    text: str  # the whole condition as it is written
+
+
+class Statement(NamedTuple):
+    effect: str
+    action: str  # Action or NotAction
+    actions: tuple[str, ...]
+    resource: str  # Resource or NotResource
+    resources: tuple[str, ...]
+    conditions: tuple[Condition, ...]
 
 
 def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
-    """What a policy does for each control. Only Deny statements count; whatever is not understood is not checked."""
+    """What the Deny statements of a policy do for each control; not checked if not understood."""
     users = f"arn:{partition}:iam::*:user/*"
     try:
-        denials = [statement for statement in parse_policy(content) if statement.effect == "Deny"]
-    except (ValueError, RecursionError):  # of the parser, for JSON nested too deep
-        return {control: Judgement(NOT_CHECKED) for control in CONTROLS}
-    judges = {MFA_REQUIRED: judge_mfa_required, NEW_KEYS_PREVENTED: judge_new_keys_prevented}
-    return {
-        control: strongest([judge(denial, users) for denial in denials])
-        for control, judge in judges.items()
-    }
+        statements = parse_policy(content)
+    except (ValueError, RecursionError):  # RecursionError: the JSON is nested too deep
+        return dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED))
+    on_mfa, on_new_keys = [], []
+    for statement in statements:
+        if statement.effect == "Deny":
+            on_mfa.append(judge_mfa_required(statement, users))
+            on_new_keys.append(judge_new_keys_prevented(statement, users))
+    return {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
 
 
 def judge_mfa_required(statement: Statement, users: str) -> Judgement:
-    """Whether a Deny statement keeps console users without MFA from everything but setting it up."""
-    conditions = statement.conditions
-    about_mfa = [
-        condition for condition in conditions if condition.key.startswith("aws:multifactorauth")
-    ]
-    denies_nothing = (
-        any(covers(action, "*:*") for action in statement.not_actions)
-        or "*" in statement.not_resources
-    )
-    if (
-        not about_mfa
-        or denies_nothing
-        or any(holds(condition, WITH_MFA) for condition in about_mfa)
-    ):
+    """Whether a Deny statement keeps console users without MFA from all but setting it up."""
+    all_actions, all_resources = any_covers(statement.actions, "*:*"), "*" in statement.resources
+    about_mfa = any(each.key.startswith("aws:multifactorauth") for each in statement.conditions)
+    denies_no_action = statement.action == "NotAction" and all_actions
+    denies_no_resource = statement.resource == "NotResource" and all_resources
+    if denies_no_action or denies_no_resource or not about_mfa:
         return Judgement(ABSENT)
-    # A second condition on MFA may contradict the first, so only one is taken for what it says.
-    test = next((condition for condition in about_mfa if holds(condition, WITHOUT_MFA)), None)
-    basics = [basic.lower() for basic in MFA_BASICS]
-    extra = [
-        a for a in statement.not_actions if not any(covers(basic, a.lower()) for basic in basics)
-    ]
-    narrowed = [f"NotAction {', '.join(extra)}"] if extra else []
-    if statement.actions and not any(covers(action, "*:*") for action in statement.actions):
-        narrowed.append(f"Action {', '.join(statement.actions)}")
-    if "*" not in statement.resources:
-        narrowed.append(resources_text(statement))
-    rest = [each for each in conditions if each is not test and not holds(each, BY_THE_CALLER)]
-    return judge_conditions(MFA_REQUIRED, rest, users, narrowed)
+    narrowing = list(statement.actions)
+    if statement.action == "NotAction":
+        narrowing = [name for name in narrowing if not any_covers(MFA_BASICS, name.lower())]
+    narrowed = []
+    if narrowing and not all_actions:
+        narrowed.append(f"{statement.action} {', '.join(narrowing)}")
+    if not all_resources:
+        narrowed.append(f"{statement.resource} {', '.join(statement.resources)}")
+    return judge_rest(MFA_REQUIRED, statement, users, narrowed)
 
 
 def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
     """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
-    named = any(
-        covers(action.lower(), "iam:createaccesskey")
-        for action in statement.actions + statement.not_actions
-    )
-    denied = named if statement.actions else not named
-    listed = statement.resources + statement.not_resources
-    all_users = any(covers_arn(resource, users) for resource in listed)
-    some_users = any(touches_users(resource, users) for resource in listed)
-    denies_all, denies_some = (
-        (all_users, some_users) if statement.resources else (not some_users, not all_users)
-    )
-    if not denied or not (denies_all or denies_some):
+    named = any_covers(statement.actions, "iam:createaccesskey")
+    denied = named if statement.action == "Action" else not named
+    all_users = some_users = False
+    for pattern in statement.resources:
+        all_users = all_users or pattern == "*" or covers_arn(pattern, users)
+        some_users = some_users or may_match_user(pattern, users)
+    if statement.resource == "NotResource":
+        all_users, some_users = not some_users, not all_users
+    if not denied or not some_users:
         return Judgement(ABSENT)
-    narrowed = [] if denies_all else [resources_text(statement)]
-    return judge_conditions(NEW_KEYS_PREVENTED, statement.conditions, users, narrowed)
+    narrowed = [] if all_users else [f"{statement.resource} {', '.join(statement.resources)}"]
+    return judge_rest(NEW_KEYS_PREVENTED, statement, users, narrowed)
 
 
-def judge_conditions(
-    control: str, conditions: Iterable[Condition], users: str, narrowed: list[str]
-) -> Judgement:
-    """Enforced, if conditions only pick all IAM users or exempt named principals and nothing else narrows."""
+def judge_rest(control: str, statement: Statement, users: str, narrowed: list[str]) -> Judgement:
+    """Enforced, unless a condition narrows the statement or other elements have `narrowed` it."""
     exemptions: list[str] = []
-    for condition in conditions:
-        if picks_users(condition, users):
-            exemptions += [ALL_BUT_USERS] if control == NEW_KEYS_PREVENTED else []
-        elif exempts_named(condition, control):
+    tests_mfa = False
+    for condition in statement.conditions:
+        effect = effect_of(condition, control, users)
+        if effect == NEVER_HOLDS:
+            return Judgement(ABSENT)
+        if effect == EXEMPTS:
             exemptions += condition.values
-        else:
-            narrowed = [*narrowed, condition.text]
+        elif effect == ONLY_USERS:
+            exemptions.append(ALL_BUT_USERS)
+        elif effect == TESTS_MFA and not tests_mfa:
+            tests_mfa = True  # a second test may contradict the first: it narrows
+        elif effect != ALWAYS_HOLDS:
+            narrowed.append(condition.text)
     if narrowed:
         return Judgement(PARTIAL, tuple(exemptions), (" and ".join(narrowed),))
     return Judgement(ENFORCED, tuple(exemptions))
 
 
-def holds(condition: Condition, table: Mapping[tuple[str, str], str]) -> bool:
-    return {value.lower() for value in condition.values} == {
-        table.get((condition.operator, condition.key))
-    }
+def effect_of(condition: Condition, control: str, users: str) -> str:
+    """The effect by the first of CONDITION_RULES that fits; without one, the condition narrows."""
+    for rule in CONDITION_RULES:
+        about = condition.operator in rule.operators and condition.key == rule.key
+        if about and rule.quantifier(rule.matches(value, users) for value in condition.values):
+            effect = rule.on_mfa if control == MFA_REQUIRED else rule.on_new_keys
+            if effect != NARROWS:
+                return effect
+    return NARROWS
 
 
-def picks_users(condition: Condition, users: str) -> bool:
-    """Whether the condition holds for every IAM user."""
-    if condition.key == "aws:principaltype":
-        return condition.operator in ("stringequals", "stringlike") and "User" in condition.values
-    if condition.key != "aws:principalarn" or condition.operator not in (
-        "arnlike",
-        "arnequals",
-        "stringlike",
-    ):
-        return False
-    values = [
-        value for value in condition.values if value != "*" or condition.operator == "stringlike"
-    ]
-    return any(
-        covers_arn(value, users) for value in values
-    )  # no ARN operator is known to take a bare *
-
-
-def exempts_named(condition: Condition, control: str) -> bool:
-    """Whether the condition holds for everybody except principals that it names."""
-    if condition.operator not in ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals"):
-        return False
-    if condition.key == "aws:username":
-        return not any(set(value) & set("*?$") for value in condition.values)
-    return condition.key == "aws:principalarn" and all(
-        NAMED[control].fullmatch(value) for value in condition.values
-    )
-
-
-def resources_text(statement: Statement) -> str:
-    element = "Resource" if statement.resources else "NotResource"
-    return f"{element} {', '.join(statement.resources or statement.not_resources)}"
-
-
-def strongest(judgements: Sequence[Judgement]) -> Judgement:
-    """What holds where all of these apply. A principal must be exempt from every enforcing one to be free, so the one
-    with the fewest exemptions tells most; partial ones add up, to partial."""
-    verdict = min(
-        (judgement.verdict for judgement in judgements), key=VERDICTS.index, default=ABSENT
-    )
-    same = [judgement for judgement in judgements if judgement.verdict == verdict]
-    if verdict == ENFORCED:
-        return min(
-            same,
-            key=lambda judgement: (
-                ALL_BUT_USERS in judgement.exemptions,
-                len(judgement.exemptions),
-            ),
-        )
-    exemptions = dict.fromkeys(
-        exemption for judgement in same for exemption in judgement.exemptions
-    )
-    conditions = dict.fromkeys(
-        condition for judgement in same for condition in judgement.conditions
-    )
-    return Judgement(verdict, tuple(exemptions), tuple(conditions))
+def any_covers(patterns: Iterable[str], action: str) -> bool:
+    """Whether a pattern covers the action, given in lower case: the case of actions is ignored."""
+    return any(covers(pattern.lower(), action) for pattern in patterns)
 
 
 def covers(pattern: str, other: str) -> bool:
-    """Whether an IAM pattern matches all that `other` stands for, which may be a pattern itself: its * is a character
-    that only a * matches."""
+    """Whether an IAM pattern matches all that `other` stands for. `other` may be a pattern itself:
+    its * is a character that only a * matches."""
     return fnmatchcase(other, pattern.replace("[", "[[]").replace("?", "[!*]"))
 
 
 def covers_arn(pattern: str, arns: str) -> bool:
-    """The same for ARNs, segment by segment as AWS compares them."""
+    """The same for ARNs, segment by segment, as AWS compares them."""
     segments = pattern.split(":", 5)
-    return pattern == "*" or (len(segments) == 6 and all(map(covers, segments, arns.split(":", 5))))
+    return len(segments) == 6 and all(map(covers, segments, arns.split(":", 5)))
 
 
-def touches_users(pattern: str, users: str) -> bool:
-    """Whether a resource pattern may match the ARN of some IAM user; in doubt, as with a policy variable, it may."""
-    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)
-    of_iam = all(map(covers, segments[:4], users.split(":")))
+def may_match_user(pattern: str, users: str) -> bool:
+    """Whether a resource pattern may match the ARN of some IAM user. When in doubt, it may."""
+    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)  # a variable can be anything
     start = re.split(r"[*$]", segments[-1])[0][: len("user/")]
+    of_iam = all(map(covers, segments[:4], users.split(":")))  # in any account
     return len(segments) < 6 or (of_iam and covers(start, "user/"[: len(start)]))
 
 
-def parse_policy(content: str) -> tuple[Statement, ...]:
-    """The statements of a policy; ValueError for anything but a policy of the elements that SCPs have."""
+class ConditionRule(NamedTuple):
+    operators: tuple[str, ...]  # the rule fits a condition with one of these, and this key
+    key: str
+    quantifier: Callable[[Iterable[bool]], bool]  # any or all of the values must match
+    matches: Callable[[str, str], bool]  # of a value and the ARN pattern of all IAM users
+    on_mfa: str
+    on_new_keys: str
+
+
+def like(regex: str) -> Callable[[str, str], bool]:
+    return lambda value, users: re.fullmatch(regex, value) is not None
+
+
+FALSE, TRUE = like("(?ai)false"), like("(?ai)true")
+EQUALS, LIKE_ARN = ("stringequals", "stringlike"), ("arnlike", "arnequals", "stringlike")
+NOT = ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals")
+# Any role may be exempt from MFA, because roles are not console users. From new-keys-prevented only
+# roles that are named. A name may end in * after - or _ (stacksets-exec-*), unless that includes
+# AWS's own roles; those of one Identity Center permission set (AWSReservedSSO_Admin_*) are named
+# too. A policy variable ($) can stand for anybody.
+IAM_PRINCIPAL = r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
+ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
+OPEN_END = r"role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*"
+USER_OR_ROLE = like(f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})")
+USER_OR_ANY_ROLE = like(f"{IAM_PRINCIPAL}role/.+)")
+CONDITION_RULES = (
+    # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
+    # Null true of that key stops the first and not the second: it narrows.
+    ConditionRule(("bool",), "aws:multifactorauthpresent", all, FALSE, TESTS_MFA, NARROWS),
+    ConditionRule(("bool",), "aws:multifactorauthpresent", all, TRUE, NEVER_HOLDS, NARROWS),
+    ConditionRule(("null",), "aws:multifactorauthage", all, TRUE, TESTS_MFA, NARROWS),
+    ConditionRule(("null",), "aws:multifactorauthage", all, FALSE, NEVER_HOLDS, NARROWS),
+    # Spares what a service then requests for the caller (Athena of S3, CloudFormation of EC2):
+    # those requests say MFA false even for an access key. The caller's own request comes first.
+    ConditionRule(("bool",), "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
+    ConditionRule(EQUALS, "aws:principaltype", any, like("User"), ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(LIKE_ARN, "aws:principalarn", any, covers_arn, ALWAYS_HOLDS, ONLY_USERS),
+    # A bare * is everybody for a string operator; no ARN operator is known to take it.
+    ConditionRule(("stringlike",), "aws:principalarn", any, like(r"\*"), ALWAYS_HOLDS, ONLY_USERS),
+    ConditionRule(NOT, "aws:username", all, like(r"[^*?$]*"), EXEMPTS, EXEMPTS),
+    ConditionRule(NOT, "aws:principalarn", all, USER_OR_ROLE, NARROWS, EXEMPTS),
+    ConditionRule(NOT, "aws:principalarn", all, USER_OR_ANY_ROLE, EXEMPTS, NARROWS),
+)
+ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
+
+
+def parse_policy(content: str) -> list[Statement]:
+    """The statements of a policy. ValueError for anything but a service control policy."""
     document = expect_object(json.loads(content, object_pairs_hook=without_repetition))
     listed = document.get("Statement")
-    return tuple(map(parse_statement, listed if isinstance(listed, list) else [listed]))
+    return list(map(parse_statement, listed if isinstance(listed, list) else [listed]))
 
 
-def parse_statement(element: Any) -> Statement:
-    members = expect_object(element)
-    unknown = members.keys() - {
-        "Sid",
-        "Effect",
-        "Action",
-        "NotAction",
-        "Resource",
-        "NotResource",
-        "Condition",
-    }
-    names = ("Action", "NotAction", "Resource", "NotResource")
-    actions, not_actions, resources, not_resources = (
-        texts(members.get(name, [])) for name in names
-    )
-    if unknown or bool(actions) == bool(not_actions) or bool(resources) == bool(not_resources):
-        raise ValueError("not a statement of a service control policy")
+def parse_statement(value: Any) -> Statement:
+    members = expect_object(value)
     effect = members.get("Effect")
-    if effect not in ("Allow", "Deny"):
-        raise ValueError("Effect is neither Allow nor Deny")
+    if effect not in ("Allow", "Deny") or members.keys() - ELEMENTS:
+        raise ValueError("not a statement of a service control policy")
+    action, actions = parse_element(members, "Action")
+    resource, resources = parse_element(members, "Resource")
     conditions = parse_conditions(members.get("Condition", {}))
-    return Statement(effect, actions, not_actions, resources, not_resources, conditions)
+    return Statement(effect, action, actions, resource, resources, conditions)
+
+
+def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str, ...]]:
+    """The name and values of this element or of its negation: a statement has one of the two."""
+    values, excepted = texts(members.get(name, [])), texts(members.get(f"Not{name}", []))
+    if bool(values) == bool(excepted):
+        raise ValueError(f"not exactly one of {name} and Not{name}")
+    return (name, values) if values else (f"Not{name}", excepted)
 
 
 def parse_conditions(block: Any) -> tuple[Condition, ...]:
-    """ForAnyValue and IfExists change nothing for the keys judged here, as every signed request has them, except where
-    the operator negates or asks for absence: ForAnyValue fails on an absent key. Such an operator stays unknown."""
+    """ForAnyValue and IfExists are dropped: every signed request has the keys judged here. Where
+    the operator negates or tests for absence, ForAnyValue stays: it fails on an absent key."""
     conditions = []
     for operator, keys in expect_object(block).items():
         plain = re.sub(r"^foranyvalue:(?!null|\w*not)|ifexists$", "", operator.lower())
         for key, value in expect_object(keys).items():
-            if not texts(value):
+            values = texts(value)
+            if not values:
                 raise ValueError("a condition without a value")
-            text = f"{operator} {key} {', '.join(texts(value))}"
-            conditions.append(Condition(plain, key.lower(), texts(value), text))
+            text = f"{operator} {key} {', '.join(values)}"
+            conditions.append(Condition(plain, key.lower(), values, text))
     return tuple(conditions)
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; with a name twice, nobody can say which of the two AWS goes by."""
+    """A JSON object. ValueError if a name occurs twice: AWS does not say which one counts."""
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("a name occurs twice in an object")
     return members
 
 
@@ -3185,10 +3073,12 @@ def expect_object(value: Any) -> dict[str, Any]:
 
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, (str, int, float)) for each in values):
-        raise ValueError("not a string, boolean or number")
-    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
+    written = []
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, (str, int, float)):
+            raise ValueError("not a string, boolean or number")
+        written.append(each if isinstance(each, str) else json.dumps(each))
+    return tuple(written)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3196,100 +3086,109 @@ def texts(value: Any) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------------
 
 
-FINDINGS_SHOWN = 10  # on the terminal
+FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
-REMARKS_SHOWN = 10
-NEW_KEYS_SHOWN = 10
+LINES_SHOWN = 10  # of other lists
 
 
 def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
-    """What stdout gets; with `quiet` only what needs attention, which may be nothing."""
-    lines = failed_lines(run)
+    """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
     if quiet:
-        urgent = [finding for finding in run.findings if finding.priority == MOST_URGENT]
-        lines += [*(finding_lines(run, urgent) if urgent else []), *alert_lines(run)]
-        lines = lines[1:] if lines and not lines[0] else lines
-    else:
-        lines = [*audited_lines(run, finished), *lines, *left_out_lines(run)]
-        lines += [
-            *maturity_lines(run),
-            *gap_lines(run),
-            *finding_lines(run, run.findings[:FINDINGS_SHOWN]),
-        ]
-        lines += [*enforcement_lines(run), *change_lines(run), *witness_lines(run), *run_lines(run)]
-        lines.append("")
-    lines = [cut(printable(line), TERMINAL_WIDTH) for line in lines]
-    if not quiet:
-        lines.append(f"Files: {printable(str(run.folder))}")
-    return "".join(f"{line}\n" for line in lines)
+        return fitted(quiet_lines(run))
+    blocks = [
+        [*audited_lines(run, finished), *failed_lines(run), *left_out_lines(run)],
+        maturity_lines(run),
+        gap_lines(run),
+        finding_lines(run, run.findings[:FINDINGS_SHOWN]),
+        enforcement_lines(run),
+        change_lines(run),
+        witness_lines(run),
+        run_lines(run),
+    ]
+    text = "\n".join(map(fitted, filter(None, blocks)))
+    return f"{text}\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
+
+
+def quiet_lines(run: Run) -> list[str]:
+    lines = failed_lines(run)
+    urgent = [finding for finding in run.findings if finding.priority == MOST_URGENT]
+    if urgent:
+        if lines:
+            lines.append("")
+        lines += finding_lines(run, urgent)
+    return lines + alert_lines(run)
 
 
 def audited_lines(run: Run, finished: datetime) -> list[str]:
-    gaps = total_gaps(run.audited)
-    users = sum(account.users for account in run.audited)
-    production = sum(account.production for account in run.audited)
+    totals, gaps = totals_document(run), total_gaps(run.audited)
     lines = [
-        f"Organization {run.organization.id}, {iso(run.started)}, took {clock(finished - run.started)}",
-        f"Audited: {count(len(run.audited), 'account')} ({production:,} production), {count(users, 'user')}, "
-        f"{count(gaps.access_keys, 'access key')}",
+        f"Organization {run.organization.id}, {iso(run.started)}, "
+        f"took {clock(finished - run.started)}",
+        f"Audited: {count(totals['audited'], 'account')} ({totals['production']:,} production), "
+        f"{count(totals['users'], 'user')}, {count(gaps.access_keys, 'access key')}",
     ]
     if run.audited:
-        oldest = finished - min(account.report_generated for account in run.audited)
-        lines.append(f"Oldest credential report: {age(oldest)} (passwords and root are as of then)")
-    if rootless := sum(not account.has_root for account in run.audited):
-        lines.append(
-            f"Root is missing from the credential report of {count(rootless, 'account')}: not covered there"
-        )
+        oldest = min(run.audited, key=lambda one: one.report_generated).report_generated
+        span = age(finished - oldest)
+        lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
+    if rootless := sum(not one.has_root for one in run.audited):
+        number = count(rootless, "account")
+        lines.append(f"Root is missing from the credential report of {number}: not covered there")
     return lines
 
 
 def failed_lines(run: Run) -> list[str]:
-    """Each failed account, under the step and code it failed with and what to do about that."""
+    """The failed accounts, grouped by step and error code, with the next step for each group."""
+    production = 0
     groups: dict[tuple[str, str], list[FailedAccount]] = {}
     for failed in sorted(run.failed, key=lambda one: one.account.id):
+        production += is_production(failed.account, run.plan.production)
         groups.setdefault((failed.step, failed.code), []).append(failed)
-    production = sum(is_production(failed.account, run.plan.production) for failed in run.failed)
     number = f"{count(len(run.failed), 'account')} ({production:,} production)"
     lines = [f"Failed: {number}, of which nothing is known"] if run.failed else []
     for (step, code), members in groups.items():
         lines.append(f"  {step}: {code}")
-        for one in members:
-            lines += wrapped(f"    {one.account.id} {one.account.name}: {one.message}")
-        if hint := next_step(step, code, run):
-            lines += wrapped(f"    Next: {hint}")
+        for failed in members:
+            lines += wrapped(f"    {failed.account.id} {failed.account.name}: {failed.message}")
+        if advice := next_step(step, code, run):
+            lines += wrapped(f"    Next: {advice}")
     return lines
 
 
+ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
+# The step ("" for any), what the error code contains, and what to do about it
+# fmt: off
+NEXT_STEPS = (
+    ("AssumeRole", ACCESS_DENIED,
+     "does role {role} exist in the account, does its trust policy trust {caller} and the external "
+     "ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."),
+    ("AssumeRole", "Token|Credential|MFA",
+     "the profile's own session has ended: sign in again (aws sso login, for one), then run the "
+     "audit again."),
+    ("", "RegionDisabledException",
+     "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."),
+    ("", ACCESS_DENIED,
+     "the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."),
+    ("", "ReportTimeout",
+     "run the audit again, or give the report longer with --report-timeout."),
+    ("", "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
+     "something else uses up the account's IAM API rate: run the audit again later."),
+)
+# fmt: on
+
+
 def next_step(step: str, code: str, run: Run) -> str:
-    """What to do about an account that failed there with that code."""
-    if step == "AssumeRole" and code in DENIED:
-        return (
-            f"does role {run.plan.role.name} exist in the account, does its trust policy trust {run.caller.arn} and "
-            "the external ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."
-        )
-    if step == "AssumeRole" and (
-        code in SESSION_EXPIRED or "Token" in code or "Credential" in code or "MFA" in code
-    ):
-        return "the profile's own session has ended: sign in again (aws sso login, for one), then run the audit again."
-    if code == "RegionDisabledException":
-        return "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."
-    if code in DENIED:
-        return f"the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."
-    if code == "ReportTimeout":
-        return "run the audit again, or give the report longer with --report-timeout."
-    if code in THROTTLED:
-        return "something else uses up the account's IAM API rate: run the audit again later."
+    for at_step, codes, advice in NEXT_STEPS:
+        if at_step in ("", step) and re.search(codes, code):
+            return advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
     return ""
 
 
 def left_out_lines(run: Run) -> list[str]:
-    lines = (
-        [f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}"]
-        if run.skipped
-        else []
-    )
+    lines = []
     for skipped in sorted(run.skipped, key=lambda one: one.account.id):
-        lines.append(f"  {skipped.account.id} {skipped.account.name}: {skipped.account.state}")
+        lines.append(f"{skipped.account.id} {skipped.account.name}: {skipped.account.state}")
+    lines = titled(f"Skipped, because not ACTIVE: {count(len(run.skipped), 'account')}", lines)
     management = run.organization.management_account
     others = sum(one.account.id != management for one in run.out_of_scope)
     if others < len(run.out_of_scope):
@@ -3300,196 +3199,159 @@ def left_out_lines(run: Run) -> list[str]:
 
 
 def maturity_lines(run: Run) -> list[str]:
-    """Both phases with the organization's level and the number behind it, and the accounts at each level."""
-    gaps = total_gaps(run.audited)
-    phases = {
-        "phase1": ("Phase 1, multi-factor authentication", mfa_in_words(gaps)),
-        "phase2": ("Phase 2, use temporary credentials", keys_in_words(gaps, run.plan.max_key_age)),
-    }
-    lines = [""]
-    for phase, (title, why) in phases.items():
-        maturity = maturity_document(run, phase)
-        only_for_failures = maturity["level"] != organization_level(
-            (getattr(one, phase) for one in run.audited), 0
-        )
-        reason = f"{count(len(run.failed), 'account')} not audited" if only_for_failures else why
-        lines.append(f"{title:<38}{maturity['level']:<13}{reason}")
-        levels = (f"{number:,} {level}" for level, number in maturity["accounts"].items() if number)
-        lines.append(f"  accounts: {', '.join(levels) or 'none'}")
-    if holding := accounts_holding_back(run):
-        lines += ["Held back most by", *(f"  {line}" for line in holding[:ACCOUNTS_SHOWN])]
-    return lines
-
-
-def accounts_holding_back(run: Run) -> list[str]:
-    """The accounts with gaps, largest first, and those that nobody could look into."""
-    with_gaps = sorted(
-        filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id)
-    )
-    unseen = sorted(run.failed, key=lambda one: one.account.id)
-    return [account_line(one, run.plan.max_key_age) for one in with_gaps] + [
-        f"{one.account.id} {cut(one.account.name, 28):<28} not audited" for one in unseen
+    gaps, days = total_gaps(run.audited), run.plan.max_key_age.days
+    mfa, keys = "no console users", "no active keys"
+    if gaps.console_users:
+        users = count(gaps.console_users, "console user")
+        mfa = f"{gaps.console_users_without_mfa:,} of {users} without MFA"
+    if gaps.active_keys:
+        active = count(gaps.active_keys, "active key")
+        keys = f"{gaps.active_keys_older_than_max_age:,} of {active} older than {days} days"
+    return [
+        *phase_lines(run, "phase1", "Phase 1, multi-factor authentication", mfa),
+        *phase_lines(run, "phase2", "Phase 2, use temporary credentials", keys),
+        *held_back_lines(run),
     ]
 
 
-def gap_size(figures: AccountFigures) -> int:
-    """How much of both phases an account lacks."""
-    return figures.gaps.console_users_without_mfa + figures.gaps.active_keys_older_than_max_age
+def phase_lines(run: Run, phase: str, title: str, reason: str) -> list[str]:
+    """The organization's level with the reason for it, and how many accounts are at each level."""
+    maturity = maturity_document(run)[phase]
+    if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
+        reason = f"{count(len(run.failed), 'account')} not audited"
+    return [
+        f"{title:<38}{maturity['level']:<13}{reason}",
+        f"  accounts: {numbers_in_words(maturity['accounts']) or 'none'}",
+    ]
 
 
-def account_line(figures: AccountFigures, max_key_age: timedelta) -> str:
-    gaps = figures.gaps
-    return (
-        f"{figures.account.id} {cut(figures.account.name, 28):<28} "
-        f"{gaps.console_users_without_mfa:,} without MFA, "
-        f"{count(gaps.active_keys_older_than_max_age, 'active key')} older than {max_key_age.days} days"
-    )
+def held_back_lines(run: Run) -> list[str]:
+    """The accounts with the largest gaps, then those that could not be audited."""
+    lines = []
+    for one in accounts_with_gaps(run):
+        keys = count(one.gaps.active_keys_older_than_max_age, "active key")
+        lines.append(
+            f"{label(one.account)} {one.gaps.console_users_without_mfa:,} without MFA, "
+            f"{keys} older than {run.plan.max_key_age.days} days"
+        )
+    for failed in sorted(run.failed, key=lambda one: one.account.id):
+        lines.append(f"{label(failed.account)} not audited")
+    return titled("Held back most by", lines[:ACCOUNTS_SHOWN])
 
 
-def mfa_in_words(gaps: Gaps) -> str:
-    if not gaps.console_users:
-        return "no console users"
-    return f"{gaps.console_users_without_mfa:,} of {count(gaps.console_users, 'console user')} without MFA"
-
-
-def keys_in_words(gaps: Gaps, max_key_age: timedelta) -> str:
-    old = gaps.active_keys_older_than_max_age
-    if not gaps.active_keys:
-        return "no active keys"
-    return f"{old:,} of {count(gaps.active_keys, 'active key')} older than {max_key_age.days} days"
+GAP_LABELS = {
+    "console_users": "console users",
+    "console_users_without_mfa": "  without MFA",
+    "mfa_coverage_percent": "  MFA coverage",
+    "access_keys": "access keys (long-term credentials)",
+    "active_keys": "  active",
+    "active_keys_older_than_max_age": "    older than {days} days",
+    "active_keys_older_than_1_year": "    older than 1 year",
+    "active_keys_never_used": "    never used",
+    "active_keys_not_used_for_90_days": "    not used for 90 days",
+    "active_keys_used_within_30_days": "    used within 30 days",
+    "inactive_keys": "  inactive",
+    "expired_keys": "  expired",
+    "root_access_keys": "  of root",
+    "users_with_two_active_keys": "users with two active keys",
+}
 
 
 def gap_lines(run: Run) -> list[str]:
-    """A table of the gaps, of the organization and of its production accounts."""
-    columns = [total_gaps(run.audited), total_gaps(one for one in run.audited if one.production)]
-    days = run.plan.max_key_age.days
-    labels = {
-        "console_users": "console users",
-        "console_users_without_mfa": "  without MFA",
-        "access_keys": "access keys (long-term credentials)",
-        "active_keys": "  active",
-        "active_keys_older_than_max_age": f"    older than {days} days",
-        "active_keys_older_than_1_year": "    older than 1 year",
-        "active_keys_never_used": "    never used",
-        "active_keys_not_used_for_90_days": "    not used for 90 days",
-        "active_keys_used_within_30_days": "    used within 30 days",
-        "inactive_keys": "  inactive",
-        "expired_keys": "  expired",
-        "root_access_keys": "  of root",
-        "users_with_two_active_keys": "users with two active keys",
-    }
-    lines = ["", f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
-    for name, label in labels.items():
-        lines.append(f"{label:<38}" + "".join(f"{getattr(gaps, name):>18,}" for gaps in columns))
-    coverage = (
-        f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users"
-        for gaps in columns
-    )
-    lines.insert(4, f"{'  MFA coverage':<38}" + "".join(f"{text:>18}" for text in coverage))
-    if oldest := columns[0].oldest_active_key:
+    """The table of gaps: the organization beside its production accounts."""
+    organization, production = total_gaps(run.audited), production_gaps(run)
+    lines = [f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
+    for name, words in GAP_LABELS.items():
+        cells = f"{gap_cell(organization, name):>18}{gap_cell(production, name):>18}"
+        lines.append(f"{words.format(days=run.plan.max_key_age.days):<38}{cells}")
+    if oldest := organization.oldest_active_key:
         old = count(days_between(oldest.created, run.started), "day")
         whose = f"{cut(oldest.username, 24)} in {oldest.account_id} {oldest.account_name}"
         lines.append(f"oldest active key: {old}, {oldest.access_key_id} of {whose}")
     return lines
 
 
+def gap_cell(gaps: Gaps, name: str) -> str:
+    if name == "mfa_coverage_percent":
+        return f"{gaps.mfa_coverage_percent:.1f} %" if gaps.console_users else "no console users"
+    return f"{getattr(gaps, name):,}"
+
+
 def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
-    """These findings, most urgent first, and how many more there are."""
-    if not findings:
-        return ["", nothing_to_fix(run)]
-    lines = [
-        "",
-        f"What to fix first ({len(findings):,} of {len(run.findings):,}; all are in findings.csv)",
-    ]
-    for one in findings:
-        where = f"{one.account.id} {cut(one.account.name, 20):<20}"
-        lines.append(f"  {one.priority}  {one.finding:<23}{where} {one.user}")
-        lines += wrapped(f"     {f'{one.key.id}: ' if one.key else ''}{'; '.join(one.reasons)}")
-    return lines
-
-
-def nothing_to_fix(run: Run) -> str:
+    """These of the run's findings, each with its reasons."""
     if not run.audited:
-        return "Nothing was audited."
-    return "Nothing to fix in the accounts that were audited." if run.failed else "Nothing to fix."
+        return ["Nothing was audited."]
+    if not findings:
+        return [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
+    number = f"{len(findings):,} of {len(run.findings):,}"
+    lines = [f"What to fix first ({number}; all are in findings.csv)"]
+    for one in findings:
+        lines.append(f"  {one.priority}  {one.finding:<23}{label(one.account, 20)} {one.user}")
+        key_id = f"{one.key.id}: " if one.key else ""
+        lines += wrapped(f"     {key_id}{'; '.join(reasons_of(one, run.plan))}")
+    return lines
 
 
 def enforcement_lines(run: Run) -> list[str]:
     """What service control policies already prevent, and where nothing does."""
-    lines = ["", "Enforced by service control policies"]
+    lines = ["Enforced by service control policies"]
     if run.enforcement.why_not:
         lines += wrapped(f"  not checked: {run.enforcement.why_not}")
     for control, verdicts in enforcement_document(run)["accounts"].items():
-        words = ", ".join(f"{number:,} {verdict}" for verdict, number in verdicts.items() if number)
-        lines.append(f"  {CONTROLS[control]:<36}{words or 'no account'}")
-        for remark in control_remarks(run, control):
+        lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
+        for remark in shortened(control_remarks(run, control)):
             lines += wrapped(f"    {remark}")
-    managed = {True: "yes", False: "no", None: "not checked"}[
-        run.enforcement.root_credentials_managed
-    ]
+    words = {True: "yes", False: "no", None: "not checked"}
+    managed = words[run.enforcement.root_credentials_managed]
     lines.append(f"  {'root credentials managed centrally':<36}{managed}")
     if run.enforcement.root_why_not:
         lines += wrapped(f"    {run.enforcement.root_why_not}")
-    if bare := without_controls(run):
-        lines.append("With neither control, and most active keys")
-    for one in bare[:ACCOUNTS_SHOWN]:
-        lines.append(
-            f"  {one.account.id} {cut(one.account.name, 28):<28} {count(one.gaps.active_keys, 'active key')}"
-        )
-    return lines
-
-
-def without_controls(run: Run) -> list[AccountFigures]:
-    """The accounts with active keys where neither control is even partial, most keys first."""
-    verdicts = {
-        each: {control.verdict for control in controls.values()}
-        for each, controls in run.controls.items()
-    }
-    bare = [
-        one for one in run.audited if one.gaps.active_keys and verdicts[one.account.id] == {ABSENT}
-    ]
-    return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
+    bare = []
+    for one in accounts_without_controls(run)[:ACCOUNTS_SHOWN]:
+        bare.append(f"{label(one.account)} {count(one.gaps.active_keys, 'active key')}")
+    return lines + titled("With neither control, and most active keys", bare)
 
 
 def control_remarks(run: Run, control: str) -> list[str]:
-    """The policies behind a control's verdicts, once each, with what they exempt and what narrows them."""
-    remarks = dict[str, None]()
-    for found in (run.controls[account_id][control] for account_id in sorted(run.controls)):
-        if found.policies:
-            parts = [
-                f"{found.verdict} by {', '.join(f'{name} ({each})' for each, name in found.policies.items())}"
-            ]
-            parts += [f"except {', '.join(found.exemptions)}"] * bool(found.exemptions)
-            parts += [f"only if {'; or if '.join(found.conditions)}"] * bool(found.conditions)
-            remarks[", ".join(parts)] = None
-    more = len(remarks) - REMARKS_SHOWN
-    return [*list(remarks)[:REMARKS_SHOWN], *[f"and {more:,} more, in summary.json"] * (more > 0)]
+    """The policies behind a control's verdicts, once each, with their exemptions and conditions."""
+    remarks: dict[str, None] = {}  # a set that keeps the order
+    for account_id in sorted(run.controls):
+        found = run.controls[account_id][control]
+        if not found.policies:
+            continue
+        policies = ", ".join(f"{name} ({each})" for each, name in found.policies.items())
+        remark = f"{found.verdict} by {policies}"
+        if found.exemptions:
+            remark += f", except {', '.join(found.exemptions)}"
+        if found.conditions:
+            remark += f", only if {'; or if '.join(found.conditions)}"
+        remarks[remark] = None
+    return list(remarks)
 
 
 def change_lines(run: Run) -> list[str]:
     """What has changed since the earlier run, for better and for worse."""
-    changes = changes_document(run)
-    if changes is None or run.tracking.earlier is None:
-        return ["", "No earlier run of this organization: this one is the baseline."]
+    changes, earlier, days = changes_document(run), run.tracking.earlier, run.plan.max_key_age.days
+    if changes is None or earlier is None:
+        return ["No earlier run of this organization: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
-    span = age(run.started - run.tracking.earlier.started)
-    lines = ["", f"Since the run of {changes['since']}, {span} before"]
-    lines.append(f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new")
-    lines.append(
-        f"  access keys: {counts['access-key-deleted']:,} deleted, {counts['access-key-deactivated']:,} deactivated, "
-        f"{counts['access-key-created']:,} created"
-    )
-    for phase, levels in changes["maturity"].items():
-        lines.append(f"  phase {phase[-1]}: {levels_in_words(levels)}")
-    if run.tracking.earlier.max_key_age_days != run.plan.max_key_age.days:
-        days = f"{run.tracking.earlier.max_key_age_days:,}, now {run.plan.max_key_age.days:,}"
+    lines = [
+        f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
+        f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
+        f"  access keys: {counts['access-key-deleted']:,} deleted, "
+        f"{counts['access-key-deactivated']:,} deactivated, "
+        f"{counts['access-key-created']:,} created",
+        f"  phase 1: {levels_in_words(changes['maturity']['phase1'])}",
+        f"  phase 2: {levels_in_words(changes['maturity']['phase2'])}",
+    ]
+    if earlier.max_key_age_days != days:
         lines.append(
-            f"  --max-key-age was {days}: phase 2 and the number of old keys do not compare"
+            f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}: "
+            "phase 2 and the number of old keys do not compare"
         )
-    if counts["account-joined"] or counts["account-left"]:
-        lines.append(
-            f"  accounts: {counts['account-joined']:,} joined, {counts['account-left']:,} left"
-        )
+    joined, left = counts["account-joined"], counts["account-left"]
+    if joined or left:
+        lines.append(f"  accounts: {joined:,} joined, {left:,} left")
     if changes["accounts_not_compared"]:
         number = count(changes["accounts_not_compared"], "account")
         lines.append(f"  not compared: {number}, not audited in this run or the earlier one")
@@ -3497,119 +3359,160 @@ def change_lines(run: Run) -> list[str]:
 
 
 def levels_in_words(levels: Mapping[str, str | None]) -> str:
-    """The organization's level then and now; if the accounts that both runs audited tell another story, theirs too."""
+    """The organization's level then and now, and that of the accounts compared if it differs."""
     then, now = levels["compared_then"], levels["compared_now"]
-    theirs = f" (the accounts compared: {then}, now {now})"
-    differ = then is not None and (then, now) != (levels["then"], levels["now"])
-    return f"{levels['then']}, now {levels['now']}{theirs if differ else ''}"
+    words = f"{levels['then']}, now {levels['now']}"
+    if then is not None and (then, now) != (levels["then"], levels["now"]):
+        words += f" (the accounts compared: {then}, now {now})"
+    return words
 
 
 def new_key_lines(run: Run) -> list[str]:
-    keys = new_keys(run)
-    lines = ["New access keys since the earlier run"] if keys else []
-    for key in keys[:NEW_KEYS_SHOWN]:
-        lines.append(
-            f"  {change_line(key)}{'' if key.account_id in run.tracking.compared else ' (account not compared)'}"
-        )
-    if len(keys) > NEW_KEYS_SHOWN:
-        lines.append(f"  and {len(keys) - NEW_KEYS_SHOWN:,} more, in summary.json")
-    return lines
-
-
-def change_line(change: Change) -> str:
-    """The change and, where CloudTrail knows, who made it."""
-    parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
-    parts.append("deleted again" if change.change == CAME_AND_WENT else "")
-    if change.event:
-        parts.append(
-            f"by {change.event.actor.rpartition(':')[2]}" if change.witness == "confirmed" else ""
-        )
-        parts.append("(contradicted by CloudTrail)" if change.witness == "contradicted" else "")
-    return " ".join(filter(None, parts))
+    lines = []
+    for key in new_keys(run):
+        compared = key.account_id in run.tracking.compared
+        lines.append(change_line(key) if compared else f"{change_line(key)} (account not compared)")
+    return titled("New access keys since the earlier run", shortened(lines))
 
 
 def alert_lines(run: Run) -> list[str]:
-    """What --quiet says of changes: new access keys, new console users without MFA, and MFA removed."""
+    """The changes that --quiet shows: new access keys, new users without MFA, MFA removed."""
+    since = "since the earlier run"
     removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
-    lines = new_key_lines(run)
-    for title, changes in (
-        ("New console users without MFA", run.tracking.mfa_new),
-        ("MFA removed", removed),
-    ):
-        if changes:
-            lines += [
-                f"{title} since the earlier run",
-                *(f"  {change_line(change)}" for change in changes),
-            ]
-    if blind := blind_spots(run):
-        lines.append(
-            f"Not compared, because the earlier run had not audited them: {count(len(blind), 'account')}"
-        )
-        lines += [f"  {account.id} {account.name}" for account in blind[:ACCOUNTS_SHOWN]]
-    return lines
+    unseen = blind_spots(run)
+    number = count(len(unseen), "account")
+    names = [f"{account.id} {account.name}" for account in unseen[:ACCOUNTS_SHOWN]]
+    return [
+        *new_key_lines(run),
+        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
+        *titled(f"MFA removed {since}", map(change_line, removed)),
+        *titled(f"Not compared, because the earlier run had not audited them: {number}", names),
+    ]
+
+
+def change_line(change: Change) -> str:
+    """Who and what changed and, where CloudTrail confirms it, who made the change."""
+    parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
+    if change.change == CAME_AND_WENT:
+        parts.append("deleted again")
+    if change.event and change.witness == "confirmed":
+        parts.append(f"by {change.event.actor.rpartition(':')[2]}")
+    if change.event and change.witness == "contradicted":
+        parts.append("(contradicted by CloudTrail)")
+    return " ".join(filter(None, parts))
 
 
 def witness_lines(run: Run) -> list[str]:
-    """What CloudTrail had to say, and what it could not."""
-    trail = cloudtrail_document(run)
-    if trail is None or run.plan.events_since is None:
+    """What CloudTrail says about the changes, and where it could not be asked."""
+    trail, changes, since = cloudtrail_document(run), changes_document(run), run.plan.events_since
+    if trail is None or since is None:
         return []
-    lines = [
-        "",
-        f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv",
-    ]
+    events = count(trail["events"], "IAM event")
+    lines = [f"CloudTrail since {trail['since']}: {events}, in events.csv"]
     if run.plan.events_out_of_reach:
-        lines.append(
-            f"  CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days: what happened before has no witness."
-        )
-    elif run.tracking.earlier and run.tracking.earlier.started < run.plan.events_since:
-        lines.append(
-            "  The earlier run began before that: what happened in between has no witness."
-        )
-    witnesses = Counter(change.witness for change in run.tracking.changes if change.witness)
-    if witnesses:
-        lines.append(
-            "  changes: "
-            + ", ".join(f"{number:,} {witness}" for witness, number in sorted(witnesses.items()))
-        )
-    silent: dict[str, list[str]] = {}
-    for account_id, error in sorted(trail["unavailable"].items()):
-        silent.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
-    for what, accounts in silent.items():
-        which = ", ".join([*accounts[:ACCOUNTS_SHOWN], *["..."] * (len(accounts) > ACCOUNTS_SHOWN)])
-        lines += wrapped(f"  no witness in {count(len(accounts), 'account')} ({which}): {what}")
-    if any(what.endswith(tuple(DENIED)) for what in silent):
-        lines.append(
-            "    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
-        )
+        kept = f"CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days"
+        lines.append(f"  {kept}: what happened before has no witness.")
+    elif run.tracking.earlier and run.tracking.earlier.started < since:
+        before = "The earlier run began before that"
+        lines.append(f"  {before}: what happened in between has no witness.")
+    if changes is not None and changes["witnesses"]:
+        witnesses = dict(sorted(changes["witnesses"].items()))
+        lines.append(f"  changes: {numbers_in_words(witnesses)}")
+    return lines + no_witness_lines(trail["unavailable"])
+
+
+def no_witness_lines(unavailable: Mapping[str, str]) -> list[str]:
+    """Where CloudTrail could not be asked, grouped by step and error code."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for account_id, error in sorted(unavailable.items()):
+        step, code, _message = error.split(": ", 2)
+        groups.setdefault((step, code), []).append(account_id)
+    lines, denied = [], False
+    for (step, code), account_ids in groups.items():
+        shown = ", ".join(account_ids[:ACCOUNTS_SHOWN])
+        if len(account_ids) > ACCOUNTS_SHOWN:
+            shown += ", ..."
+        number = count(len(account_ids), "account")
+        lines += wrapped(f"  no witness in {number} ({shown}): {step}: {code}")
+        denied = denied or bool(re.search(ACCESS_DENIED, code))
+    if denied:
+        advice = "the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
+        lines.append(f"    Next: {advice}")
     return lines
 
 
 def run_lines(run: Run) -> list[str]:
-    """The table of runs; a first run has nothing to be compared with."""
+    """The table of runs; empty for the first one, which has nothing to be compared with."""
     if not run.tracking.runs:
         return []
-    lines = [
-        "",
-        f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}",
-    ]
+    titles = f"{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"
+    lines = [f"{'Runs':<28}{titles}"]
     for one in all_runs(run):
-        figures = (
-            one.console_users_without_mfa,
-            one.active_keys,
-            one.active_keys_older_than_max_age,
-        )
         lines.append(
-            f"{iso(one.started):<28}{one.audited:>9,}"
-            + "".join(f"{number:>13,}" for number in figures)
+            f"{iso(one.started):<28}{one.audited:>9,}{one.console_users_without_mfa:>13,}"
+            f"{one.active_keys:>13,}{one.active_keys_older_than_max_age:>13,}"
         )
     if run.tracking.unreadable:
         lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
 
 
+def outcome_line(outcome: Outcome) -> str:
+    """One account's result, for --verbose."""
+    name = f"{outcome.account.id} {outcome.account.name}"
+    if isinstance(outcome, AuditedAccount):
+        return f"{name}: audited, {count(len(outcome.users), 'user')}"
+    if isinstance(outcome, FailedAccount):
+        return f"{name}: failed at {outcome.step}: {outcome.code}: {outcome.message}"
+    if isinstance(outcome, SkippedAccount):
+        return f"{name}: skipped, {outcome.account.state}"
+    return f"{name}: out of scope"
+
+
+def titled(title: str, lines: Iterable[str]) -> list[str]:
+    """The lines, indented below a title; without lines, no title."""
+    indented = [f"  {line}" for line in lines]
+    return [title, *indented] if indented else []
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """The first lines, and how many more summary.json has."""
+    more = len(lines) - LINES_SHOWN
+    if more <= 0:
+        return lines
+    return [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
+
+
+def label(account: Account, width: int = 28) -> str:
+    """The account's ID and its name, cut or padded to `width`, as columns of a table."""
+    return f"{account.id} {cut(account.name, width):<{width}}"
+
+
+def numbers_in_words(numbers: Mapping[str, int]) -> str:
+    """`3 enforced, 1 absent`: the numbers with their names, without zeros."""
+    return ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
+
+
+def age(span: timedelta) -> str:
+    """A rough age: `12 minutes`, `3 hours`, `5 days`."""
+    minutes = max(0, int(span.total_seconds() // 60))
+    if minutes < 120:
+        return count(minutes, "minute")
+    if minutes < 48 * 60:
+        return count(minutes // 60, "hour")
+    return count(minutes // 1440, "day")
+
+
+def fitted(lines: Iterable[str]) -> str:
+    """The lines as text that neither wraps nor steers the terminal."""
+    text = ""
+    for line in lines:
+        text += cut(printable(line), TERMINAL_WIDTH) + "\n"
+    return text
+
+
 def wrapped(line: str) -> list[str]:
-    """The line, folded to TERMINAL_WIDTH; what follows the first part is set in further."""
+    """The line, folded at TERMINAL_WIDTH, with all but the first part indented two more spaces."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.wrap(
         printable(line), TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False
@@ -3621,17 +3524,10 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def age(span: timedelta) -> str:
-    """A rough age: `12 minutes`, `3 hours`, `5 days`."""
-    minutes = max(0, int(span.total_seconds() // 60))
-    if minutes < 120:
-        return count(minutes, "minute")
-    return count(minutes // 60, "hour") if minutes < 48 * 60 else count(minutes // 1440, "day")
-
-
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
-    """What summary.json says; README.md documents its keys."""
-    audited, failed, skipped = run.audited, run.failed, run.skipped
+    """The content of summary.json; README.md documents its keys."""
+    caller = run.caller
+    out_of_scope = [{"id": one.account.id, "name": one.account.name} for one in run.out_of_scope]
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
@@ -3641,155 +3537,119 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "role": run.plan.role.name,
         "production_pattern": run.plan.production.pattern,
         "max_key_age_days": run.plan.max_key_age.days,
-        "caller": {
-            "account": run.caller.account,
-            "arn": run.caller.arn,
-            "partition": run.caller.partition,
-        },
+        "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
         "organization": {
             "id": run.organization.id,
             "management_account": run.organization.management_account,
             "management_account_included": run.plan.scope.include_management,
         },
-        "totals": {
-            "audited": len(audited),
-            "failed": len(failed),
-            "skipped": len(skipped),
-            "out_of_scope": len(run.out_of_scope),
-            "production": sum(account.production for account in audited),
-            "users": sum(account.users for account in audited),
-        },
+        "totals": totals_document(run),
         "gaps": {
-            "organization": gaps_document(total_gaps(audited), run.started),
-            "production": gaps_document(
-                total_gaps(one for one in audited if one.production), run.started
-            ),
+            "organization": gaps_document(total_gaps(run.audited), run.started),
+            "production": gaps_document(production_gaps(run), run.started),
         },
-        "maturity": {phase: maturity_document(run, phase) for phase in PHASES},
+        "maturity": maturity_document(run),
         "changes": changes_document(run),
         "runs": [{**vars(one), "started": iso(one.started)} for one in all_runs(run)],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
-        "findings": {
-            str(priority): number for priority, number in findings_by_priority(run).items()
-        },
-        "accounts": sorted(
-            [audited_entry(one, run) for one in audited]
-            + [failed_entry(one, run) for one in failed]
-            + [account_entry(one.account, "skipped") for one in skipped],
-            key=lambda entry: str(entry["id"]),
-        ),
-        "out_of_scope": sorted(
-            ({"id": one.account.id, "name": one.account.name} for one in run.out_of_scope),
-            key=lambda one: one["id"],
-        ),
+        "findings": findings_document(run),
+        "accounts": account_entries(run),
+        "out_of_scope": sorted(out_of_scope, key=lambda entry: entry["id"]),
     }
 
 
-def account_entry(account: Account, result: str) -> dict[str, Any]:
+def totals_document(run: Run) -> dict[str, int]:
     return {
-        "id": account.id,
-        "name": account.name,
-        "path": account.path,
-        "state": account.state,
-        "result": result,
+        "audited": len(run.audited),
+        "failed": len(run.failed),
+        "skipped": len(run.skipped),
+        "out_of_scope": len(run.out_of_scope),
+        "production": sum(figures.production for figures in run.audited),
+        "users": sum(figures.users for figures in run.audited),
     }
 
 
-def audited_entry(figures: AccountFigures, run: Run) -> dict[str, Any]:
-    return {
-        **account_entry(figures.account, "audited"),
-        "report_generated": iso(figures.report_generated),
-        "users": figures.users,
-        "root": figures.has_root,
-        "production": figures.production,
-        "maturity": {phase: getattr(figures, phase) for phase in PHASES},
-        "controls": controls_document(run.controls[figures.account.id]),
-        "gaps": gaps_document(figures.gaps, run.started),
-    }
-
-
-def failed_entry(failed: FailedAccount, run: Run) -> dict[str, Any]:
-    return {
-        **account_entry(failed.account, "failed"),
-        "step": failed.step,
-        "error": {"code": failed.code, "message": failed.message},
-        "production": is_production(failed.account, run.plan.production),
-        "maturity": dict.fromkeys(PHASES, NOT_STARTED),
-        "controls": controls_document(run.controls[failed.account.id]),
-    }
+def production_gaps(run: Run) -> Gaps:
+    return total_gaps(figures for figures in run.audited if figures.production)
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
-    oldest = gaps.oldest_active_key
-    return {
-        **{name: getattr(gaps, name) for name in GAP_COUNTS},
-        "mfa_coverage_percent": gaps.mfa_coverage_percent,
-        "oldest_active_key": None
-        if oldest is None
-        else {
-            **oldest._asdict(),
-            "created": iso(oldest.created),
-            "age_days": days_between(oldest.created, now),
-        },
-    }
+    document = {**vars(gaps), "mfa_coverage_percent": gaps.mfa_coverage_percent}
+    oldest = document.pop("oldest_active_key")
+    if oldest is not None:
+        created, age_days = iso(oldest.created), days_between(oldest.created, now)
+        oldest = {**oldest._asdict(), "created": created, "age_days": age_days}
+    return {**document, "oldest_active_key": oldest}
 
 
-def maturity_document(run: Run, phase: str) -> dict[str, Any]:
-    audited = [getattr(account, phase) for account in run.audited]
-    levels = audited + [NOT_STARTED] * len(run.failed)
-    return {
-        "level": organization_level(audited, len(run.failed)),
-        "accounts": {level: levels.count(level) for level in LEVELS},
-    }
-
-
-def all_runs(run: Run) -> list[RunFigures]:
-    """The last finished runs, this one at the end."""
-    gaps = total_gaps(run.audited)
-    counts = (gaps.console_users_without_mfa, gaps.active_keys, gaps.active_keys_older_than_max_age)
-    return [*run.tracking.runs, RunFigures(run.started, len(run.audited), *counts)]
+def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
+    """For each phase, the organization's level and how many accounts are at each level."""
+    document = {}
+    for phase in PHASES:
+        levels, accounts = [], dict.fromkeys(LEVELS, 0)
+        accounts[NOT_STARTED] = len(run.failed)
+        for figures in run.audited:
+            level = getattr(figures, phase)
+            levels.append(level)
+            accounts[level] += 1
+        level = organization_level(levels, len(run.failed))
+        document[phase] = {"level": level, "accounts": accounts}
+    return document
 
 
 def changes_document(run: Run) -> dict[str, Any] | None:
-    """What has changed since the earlier run; None where there is none."""
+    """What has changed since the earlier run; None without one."""
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
-    compared = [one for one in run.audited if one.account.id in tracking.compared]
-    counts = Counter(change.change for change in tracking.changes)
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
+    counts = Counter(change.change for change in tracking.changes)
+    witnesses = Counter(change.witness for change in tracking.changes if change.witness)
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": not_compared(run),
+        "accounts_not_compared": not_compared(run, earlier),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
         "counts": {kind: counts[kind] for kind in kinds},
-        "witnesses": dict(Counter(change.witness for change in tracking.changes if change.witness)),
-        "maturity": {
-            phase: {
-                "then": earlier.levels[phase],
-                "now": maturity_document(run, phase)["level"],
-                "compared_then": lowest(
-                    earlier.account_levels[one.account.id][phase] for one in compared
-                ),
-                "compared_now": lowest(getattr(one, phase) for one in compared),
-            }
-            for phase in PHASES
-        },
+        "witnesses": dict(witnesses),
+        "maturity": maturity_changes(run, earlier),
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
 
 
-def lowest(levels: Iterable[str]) -> str | None:
-    """The lowest of the levels; None if there is none."""
-    return min(levels, key=LEVELS.index, default=None)
+def not_compared(run: Run, earlier: EarlierRun) -> int:
+    """Accounts in scope of either run, neither joined nor left, that only one or no run audited."""
+    now, left_out_now = accounts_now(run), {one.account.id for one in run.out_of_scope}
+    number = 0
+    for account_id, (_name, result) in earlier.accounts.items():
+        in_scope = result != "out of scope" or account_id not in left_out_now
+        if in_scope and account_id in now and account_id not in run.tracking.compared:
+            number += 1
+    return number
+
+
+def maturity_changes(run: Run, earlier: EarlierRun) -> dict[str, dict[str, str | None]]:
+    """The organization's levels then and now, and those of the accounts that both runs audited."""
+    changes = {}
+    for phase, maturity in maturity_document(run).items():
+        then, now = [], []
+        for figures in run.audited:
+            if figures.account.id in run.tracking.compared:
+                then.append(earlier.account_levels[figures.account.id][phase])
+                now.append(getattr(figures, phase))
+        changes[phase] = {
+            "then": earlier.levels[phase],
+            "now": maturity["level"],
+            "compared_then": min(then, key=LEVELS.index, default=None),
+            "compared_now": min(now, key=LEVELS.index, default=None),
+        }
+    return changes
 
 
 def new_key_document(key: Change, run: Run) -> dict[str, Any]:
-    event = key.event
     return {
         "account_id": key.account_id,
         "account_name": key.account_name,
@@ -3798,93 +3658,137 @@ def new_key_document(key: Change, run: Run) -> dict[str, Any]:
         "change": key.change,
         "account_compared": key.account_id in run.tracking.compared,
         "witness": key.witness,
-        "event_name": event.name if event else None,
-        "event_time": iso(event.time) if event else None,
-        "actor": event.actor if event else None,
+        "event_name": key.event.name if key.event else None,
+        "event_time": iso(key.event.time) if key.event else None,
+        "actor": key.event.actor if key.event else None,
     }
-
-
-def not_compared(run: Run) -> int:
-    """Accounts in scope of either run, neither joined nor left, that one of the two runs did not audit."""
-    then = run.tracking.earlier.accounts if run.tracking.earlier else {}
-    left_out_now = {one.account.id for one in run.out_of_scope}
-    left_out_then = {
-        account_id for account_id, (_, result) in then.items() if result == "out of scope"
-    }
-    both = then.keys() & accounts_now(run).keys()
-    return len(both - (left_out_now & left_out_then)) - len(run.tracking.compared)
-
-
-def blind_spots(run: Run) -> list[Account]:
-    """Accounts audited now that the earlier run did not audit or know: little of what is new in them can be told."""
-    if run.tracking.earlier is None:
-        return []
-    accounts = (one.account for one in run.audited if one.account.id not in run.tracking.compared)
-    return sorted(accounts, key=lambda account: account.id)
-
-
-def new_keys(run: Run) -> list[Change]:
-    """The access keys created since the earlier run, with those that are gone again."""
-    kinds = ("access-key-created", CAME_AND_WENT)
-    found = [change for change in run.tracking.changes if change.change in kinds]
-    return sorted([*found, *run.tracking.new_keys_elsewhere], key=lambda change: change[:5])
 
 
 def cloudtrail_document(run: Run) -> dict[str, Any] | None:
-    """How far back CloudTrail was asked, and the accounts where it told nothing; None if it was not asked."""
+    """How many events CloudTrail returned, and where it failed and why; None if not asked."""
     if run.plan.events_since is None:
         return None
+    events, unavailable = 0, {}
+    for account, trail in run.trails:
+        events += len(trail.events)
+        if trail.error:
+            unavailable[account.id] = trail.error
     return {
         "since": iso(run.plan.events_since),
         "out_of_reach": run.plan.events_out_of_reach,
-        "events": sum(len(trail.events) for _, trail in run.trails),
-        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
-    }
-
-
-def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
-    return {
-        name: {
-            "verdict": control.verdict,
-            "policies": [
-                {"id": policy_id, "name": policy} for policy_id, policy in control.policies.items()
-            ],
-            "exemptions": list(control.exemptions),
-            "conditions": list(control.conditions),
-        }
-        for name, control in controls.items()
+        "events": events,
+        "unavailable": unavailable,
     }
 
 
 def enforcement_document(run: Run) -> dict[str, Any]:
-    """How many of the accounts in scope each control covers, and how."""
-    verdicts = {
-        name: Counter(controls[name].verdict for controls in run.controls.values())
-        for name in CONTROLS
-    }
+    """How many of the accounts in scope have each verdict of each control."""
+    accounts = {}
+    for control in CONTROLS:
+        accounts[control] = dict.fromkeys(VERDICTS, 0)
+        for controls in run.controls.values():
+            accounts[control][controls[control].verdict] += 1
     return {
         "why_not_checked": run.enforcement.why_not or None,
-        "accounts": {
-            control: {each: found[each] for each in VERDICTS} for control, found in verdicts.items()
-        },
+        "accounts": accounts,
         "root_credentials_managed_centrally": run.enforcement.root_credentials_managed,
         "root_credentials_why_not_checked": run.enforcement.root_why_not or None,
     }
 
 
-def findings_by_priority(run: Run) -> dict[int, int]:
-    found = Counter(finding.priority for finding in run.findings)
-    return {priority: found[priority] for priority in range(MOST_URGENT, LEAST_URGENT + 1)}
+def findings_document(run: Run) -> dict[str, int]:
+    """The number of findings by priority."""
+    numbers = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
+    for finding in run.findings:
+        numbers[str(finding.priority)] += 1
+    return numbers
 
 
-def outcome_line(outcome: Outcome) -> str:
-    """A line for --verbose."""
-    name = f"{outcome.account.id} {outcome.account.name}"
-    if isinstance(outcome, AuditedAccount):
-        return f"{name}: audited, {count(len(outcome.users), 'user')}"
-    if isinstance(outcome, FailedAccount):
-        return f"{name}: failed at {outcome.step}: {outcome.code}: {outcome.message}"
-    return f"{name}: {'skipped, ' + outcome.account.state if isinstance(outcome, SkippedAccount) else 'out of scope'}"
+def account_entries(run: Run) -> list[dict[str, Any]]:
+    """The accounts in scope, by ID."""
+    entries = []
+    for skipped in run.skipped:
+        entries.append(account_entry(skipped.account, "skipped"))
+    for failed in run.failed:
+        entry = account_entry(failed.account, "failed")
+        entry["step"] = failed.step
+        entry["error"] = {"code": failed.code, "message": failed.message}
+        entry["production"] = is_production(failed.account, run.plan.production)
+        entry["maturity"] = dict.fromkeys(PHASES, NOT_STARTED)
+        entry["controls"] = controls_document(run.controls[failed.account.id])
+        entries.append(entry)
+    for figures in run.audited:
+        entry = account_entry(figures.account, "audited")
+        entry["report_generated"] = iso(figures.report_generated)
+        entry["users"] = figures.users
+        entry["root"] = figures.has_root
+        entry["production"] = figures.production
+        entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
+        entry["controls"] = controls_document(run.controls[figures.account.id])
+        entry["gaps"] = gaps_document(figures.gaps, run.started)
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: str(entry["id"]))
+
+
+def account_entry(one: Account, result: str) -> dict[str, Any]:
+    return {"id": one.id, "name": one.name, "path": one.path, "state": one.state, "result": result}
+
+
+def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
+    document = {}
+    for name, control in controls.items():
+        policies = [{"id": each, "name": policy} for each, policy in control.policies.items()]
+        document[name] = {**vars(control), "policies": policies}
+    return document
+
+
+def all_runs(run: Run) -> list[RunFigures]:
+    """The last finished runs, this one at the end."""
+    gaps = total_gaps(run.audited)
+    this_run = RunFigures(
+        started=run.started,
+        audited=len(run.audited),
+        console_users_without_mfa=gaps.console_users_without_mfa,
+        active_keys=gaps.active_keys,
+        active_keys_older_than_max_age=gaps.active_keys_older_than_max_age,
+    )
+    return [*run.tracking.runs, this_run]
+
+
+def new_keys(run: Run) -> list[Change]:
+    """The access keys created since the earlier run, with those that were deleted again."""
+    kinds = ("access-key-created", CAME_AND_WENT)
+    found = [change for change in run.tracking.changes if change.change in kinds]
+    return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
+
+
+def blind_spots(run: Run) -> list[Account]:
+    """Audited accounts that the earlier run had not audited: what is new there is hardly known."""
+    found = []
+    for figures in run.audited:
+        if run.tracking.earlier and figures.account.id not in run.tracking.compared:
+            found.append(figures.account)
+    return sorted(found, key=lambda account: account.id)
+
+
+def accounts_with_gaps(run: Run) -> list[AccountFigures]:
+    """Largest gaps first."""
+    return sorted(filter(gap_size, run.audited), key=lambda one: (-gap_size(one), one.account.id))
+
+
+def gap_size(figures: AccountFigures) -> int:
+    return figures.gaps.console_users_without_mfa + figures.gaps.active_keys_older_than_max_age
+
+
+def accounts_without_controls(run: Run) -> list[AccountFigures]:
+    """The accounts with active keys where neither control is even partial, most keys first."""
+    bare = []
+    for figures in run.audited:
+        controls = run.controls[figures.account.id]
+        verdicts = (controls[MFA_REQUIRED].verdict, controls[NEW_KEYS_PREVENTED].verdict)
+        if figures.gaps.active_keys and verdicts == (ABSENT, ABSENT):
+            bare.append(figures)
+    return sorted(bare, key=lambda one: (-one.gaps.active_keys, one.account.id))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3892,84 +3796,72 @@ def outcome_line(outcome: Outcome) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-ALERT_EVENTS = ("CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice")
+DOCUMENTS = {
+    "caller-policy": "IAM policy of the profile",
+    "role-policy": "IAM policy of the role",
+    "role-trust": "trust policy of the role",
+    "role-template": "CloudFormation template of the role, for a StackSet",
+    "scp-require-mfa": "service control policy: console users need MFA to act",
+    "scp-deny-access-keys": "service control policy: no new access keys and passwords",
+    "alert-rule": "CloudFormation template: a message for each new access key or password",
+}
 DEFAULT_ROLE = "IAMAuditRole"
-SCP_LONGEST = 5120  # characters, white space among them
-EXAMPLE_ACCOUNT = "111122223333"  # AWS's own account ID for examples
-DOCUMENTS = (
-    "caller-policy",
-    "role-policy",
-    "role-trust",
-    "role-template",
-    "scp-require-mfa",
-    "scp-deny-access-keys",
-    "alert-rule",
-)
+SCP_LONGEST = 5120  # characters, including white space
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    documents = {
-        "caller-policy": caller_policy(role),
-        "role-policy": policy_document(role_statements()),
-        "role-trust": policy_document([trust_statement(EXAMPLE_ACCOUNT)]),
-        "role-template": role_template(role),
-        "scp-require-mfa": scp_require_mfa(),
-        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
-        "alert-rule": alert_rule(),
+    builders: Mapping[str, Callable[[], dict[str, Any]]] = {
+        "caller-policy": lambda: caller_policy(role),
+        "role-policy": role_policy,
+        "role-trust": lambda: policy_document(trust("111122223333")),  # AWS's example account
+        "role-template": lambda: role_template(role),
+        "scp-require-mfa": scp_require_mfa,
+        "scp-deny-access-keys": lambda: scp_deny_access_keys(exempt_roles),
+        "alert-rule": alert_rule,
     }
-    return json.dumps(documents[name], indent=2) + "\n"
+    return json.dumps(builders[name](), indent=2) + "\n"
 
 
 def caller_policy(role: str) -> dict[str, Any]:
-    statements = [
-        allow(
-            "ReadOrganization", [action for action in CALLER_READS if action not in POLICY_READS]
-        ),
-        allow(
-            "ReadPolicies", POLICY_READS, "arn:*:organizations::*:policy/*service_control_policy/*"
-        ),
+    scps = "arn:*:organizations::*:policy/*service_control_policy/*"
+    return policy_document(
+        allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
+        allow("ReadPolicies", POLICY_READS, scps),
         allow("AssumeAuditRole", ["sts:AssumeRole"], role_arns(role)),
-    ]
-    return policy_document(statements)
+    )
 
 
-def role_statements() -> list[dict[str, Any]]:
-    return [allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS)]
+def role_policy() -> dict[str, Any]:
+    return policy_document(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
 
 
 def role_template(role: str) -> dict[str, Any]:
-    """CloudFormation for a StackSet: the audit role in every account, to be assumed from the one that audits."""
-    path, _, name = f"/{role}".rpartition("/")
-    trust = trust_statement({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
+    """CloudFormation for a StackSet: the role in every account, to be assumed from one account."""
+    path, name = f"/{role}".rsplit("/", 1)
+    statement = trust({"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"})
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
-    trust["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    properties = {
-        "RoleName": {"Ref": "RoleName"},
-        "Path": f"{path}/",
-        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
-        "AssumeRolePolicyDocument": policy_document([trust]),
-        "Policies": [
-            {"PolicyName": "iam-audit", "PolicyDocument": policy_document(role_statements())}
-        ],
-    }
+    statement["Condition"] = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
+    role_resource = template_resource(
+        "AWS::IAM::Role",
+        RoleName={"Ref": "RoleName"},
+        Path=f"{path}/",
+        Description="Read by iam_audit.py: users, access keys and MFA devices",
+        AssumeRolePolicyDocument=policy_document(statement),
+        Policies=[{"PolicyName": "iam-audit", "PolicyDocument": role_policy()}],
+    )
+    id_pattern = r"([\w+=,.@:/-]{2,1224})?"
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
-            "RoleName": text_parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
-            "ManagementAccountId": text_parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": text_parameter(
-                "Value of --external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
-            ),
+            "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
+            "ManagementAccountId": parameter("Account that runs the audit", r"\d{12}"),
+            "ExternalId": parameter("Value of --external-id, if any", id_pattern, Default=""),
         },
         "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
-        "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
+        "Resources": {"Role": role_resource},
     }
-
-
-def text_parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
-    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
 def scp_require_mfa() -> dict[str, Any]:
@@ -3978,78 +3870,69 @@ def scp_require_mfa() -> dict[str, Any]:
         "BoolIfExists": {"aws:ViaAWSService": "false"},
         "ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"},
     }
-    statement = {
-        "Effect": "Deny",
-        "NotAction": list(MFA_SETUP),
-        "Resource": "*",
-        "Condition": condition,
-    }
-    return policy_document([{"Sid": "DenyUsersWithoutMFA", **statement}])
+    statement = {"Sid": "DenyUsersWithoutMFA", "Effect": "Deny", "NotAction": list(MFA_SETUP)}
+    return policy_document({**statement, "Resource": "*", "Condition": condition})
 
 
 def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
     statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
     statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
     if exempt_roles:
-        statement["Condition"] = {
-            "ArnNotLike": {"aws:PrincipalArn": [role_arns(role) for role in exempt_roles]}
-        }
-    return policy_document([statement])
+        exempt = [role_arns(role) for role in exempt_roles]
+        statement["Condition"] = {"ArnNotLike": {"aws:PrincipalArn": exempt}}
+    return policy_document(statement)
 
 
 def alert_rule() -> dict[str, Any]:
-    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each of ALERT_EVENTS that succeeds."""
+    """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each event."""
     topic = {"Ref": "Topic"}
+    email = {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
+    # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
+    events = {"Service": "events.amazonaws.com"}
+    publish = {"Effect": "Allow", "Principal": events, "Action": "sns:Publish", "Resource": topic}
+    policy = policy_document(publish)
     succeeded = {
         "eventSource": ["iam.amazonaws.com"],
-        "eventName": [*ALERT_EVENTS],
+        "eventName": ["CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice"],
         "errorCode": [{"exists": False}],
     }
-    pattern = {
-        "source": ["aws.iam"],
-        "detail-type": ["AWS API Call via CloudTrail"],
-        "detail": succeeded,
-    }
-    # No condition on the rule's ARN: AWS does not support conditions in the topic policies that EventBridge needs.
-    publish = {
-        "Effect": "Allow",
-        "Principal": {"Service": "events.amazonaws.com"},
-        "Action": "sns:Publish",
-    }
-    resources = {
-        "Topic": {"Subscription": [{"Protocol": "email", "Endpoint": {"Ref": "Email"}}]},
-        "TopicPolicy": {
-            "Topics": [topic],
-            "PolicyDocument": policy_document([{**publish, "Resource": topic}]),
-        },
-        "Rule": {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]},
-    }
-    types = {
-        "Topic": "AWS::SNS::Topic",
-        "TopicPolicy": "AWS::SNS::TopicPolicy",
-        "Rule": "AWS::Events::Rule",
-    }
+    cloudtrail = ["AWS API Call via CloudTrail"]
+    pattern = {"source": ["aws.iam"], "detail-type": cloudtrail, "detail": succeeded}
+    target = {"Id": "Topic", "Arn": topic}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "A message when an access key or password is created or MFA is deactivated (for us-east-1)",
-        "Parameters": {"Email": text_parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
+        "Description": "A message when an access key or password is created or MFA is deactivated "
+        "(for us-east-1)",
+        "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
-            name: {"Type": types[name], "Properties": resources[name]} for name in resources
+            "Topic": template_resource("AWS::SNS::Topic", Subscription=[email]),
+            "TopicPolicy": template_resource(
+                "AWS::SNS::TopicPolicy", Topics=[topic], PolicyDocument=policy
+            ),
+            "Rule": template_resource("AWS::Events::Rule", EventPattern=pattern, Targets=[target]),
         },
     }
 
 
-def policy_document(statements: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"Version": "2012-10-17", "Statement": statements}
+def parameter(description: str, pattern: str, **more: str) -> dict[str, str]:
+    return {"Type": "String", "Description": description, "AllowedPattern": pattern, **more}
 
 
-def allow(sid: str, actions: Iterable[str], resource: str = "*") -> dict[str, Any]:
-    """A statement; the resource stays * where an action takes no other, and for IAM's reads of a user: of one deleted
-    meanwhile IAM knows no ARN, and would answer AccessDenied where the audit needs to hear NoSuchEntity."""
-    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resource}
+def template_resource(kind: str, **properties: Any) -> dict[str, Any]:
+    return {"Type": kind, "Properties": properties}
 
 
-def trust_statement(principal: Any) -> dict[str, Any]:
+def policy_document(*statements: Mapping[str, Any]) -> dict[str, Any]:
+    return {"Version": "2012-10-17", "Statement": list(statements)}
+
+
+def allow(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
+    """A statement. IAM's reads of a user are allowed on * because a user who was just deleted has
+    no ARN: IAM would answer AccessDenied where the audit expects NoSuchEntity."""
+    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resources}
+
+
+def trust(principal: Any) -> dict[str, Any]:
     return {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "sts:AssumeRole"}
 
 
@@ -4063,25 +3946,20 @@ def role_arns(role: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-DEFAULT_MAX_KEY_AGE = 90  # days
-# prod, prd, production or live as a word of its own (prod2 too), and not after no, non, not or pre as a word
+# prod, prd, production or live as a word of its own (prod2 too), unless the word before it is no,
+# non, not or pre
 DEFAULT_PRODUCTION = (
-    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])(?<!(?<![a-z0-9])pre[-_. ])"
-    r"(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
+    r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
+    r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
 )
-HELP_EPILOG = """\
+DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
+HELP_EPILOG = f"""\
 examples:
   python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
   python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
 
 documents of --print:
-  caller-policy         IAM policy of the profile
-  role-policy           IAM policy of the role
-  role-trust            trust policy of the role
-  role-template         CloudFormation template of the role, for a StackSet
-  scp-require-mfa       service control policy: console users need MFA to act
-  scp-deny-access-keys  service control policy: no new access keys and passwords
-  alert-rule            CloudFormation template: a message for each new access key or password
+{DOCUMENT_LIST}
 
 exit codes:
   0    every account in scope was audited
@@ -4094,7 +3972,7 @@ exit codes:
 
 
 class FailOn(NamedTuple):
-    """What ends with exit code 4: findings of that priority or more urgent (0: none), new access keys."""
+    """What ends with exit code 4: findings of `priority` or more urgent (0: none), new keys."""
 
     priority: int = 0
     new_keys: bool = False
@@ -4107,19 +3985,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the following arguments are required: --role")
     if options.exempt_role and options.document != "scp-deny-access-keys":
         parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
-    if options.document and any(
-        set(name) & set("*?$") for name in (*options.exempt_role, options.role or "")
-    ):
-        parser.error(
-            "argument --print: in a policy, * ? and $ in the path of a role would stand for other roles"
-        )
-    if (
-        options.exempt_role
-        and (length := len(print_document(options.document, "", options.exempt_role))) > SCP_LONGEST
-    ):
-        parser.error(
-            f"argument --exempt-role: a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
-        )
+    roles = "".join([*options.exempt_role, options.role or ""])
+    if options.document and re.search(r"[*?$]", roles):
+        what = "in a policy, * ? and $ in the path of a role would stand for other roles"
+        parser.error(f"argument --print: {what}")
+    if options.exempt_role:
+        length = len(print_document(options.document, "", options.exempt_role))
+        if length > SCP_LONGEST:
+            what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
+            parser.error(f"argument --exempt-role: {what}")
     if both := options.accounts & options.exclude:
         parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
     if options.since and not options.cloudtrail:
@@ -4128,180 +4002,71 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH)
+    # fmt: off
     parser = argparse.ArgumentParser(
-        prog="iam_audit.py",
-        description="Write down every IAM user, password, access key and MFA device of an AWS organization.",
-        epilog=HELP_EPILOG,
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH
-        ),
-        allow_abbrev=False,
-    )
+        prog="iam_audit.py", epilog=HELP_EPILOG, formatter_class=formatter, allow_abbrev=False,
+        description="Write down every IAM user, password, access key and MFA device of an AWS "
+                    "organization.")
     parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
-    access_options(parser.add_argument_group("access").add_argument)
-    scope_options(parser.add_argument_group("which accounts").add_argument)
-    pace_options(parser.add_argument_group("pace").add_argument)
-    judging_options(parser.add_argument_group("what counts as a gap").add_argument)
-    tracking_options(parser.add_argument_group("what has changed").add_argument)
-    output_options(parser.add_argument_group("output").add_argument)
-    document_options(parser.add_argument_group("documents to deploy").add_argument)
-    return parser
-
-
-def access_options(add: Callable[..., Any]) -> None:
-    add(
-        "--profile",
-        metavar="NAME",
-        type=not_empty,
+    add = parser.add_argument_group("access").add_argument
+    add("--profile", metavar="NAME", type=parse_name,
         help="AWS profile of the management account or of a delegated administrator "
-        "(default: the SDK's default credential chain)",
-    )
-    add(
-        "--role",
-        metavar="NAME",
-        type=role_name,
-        help="role to assume in each account, required for an audit: a name, or a path and a name (audit/IAMAuditRole)",
-    )
-    add(
-        "--external-id",
-        metavar="ID",
-        type=external_id,
-        help="external ID that the role's trust policy asks for",
-    )
-
-
-def scope_options(add: Callable[..., Any]) -> None:
-    add(
-        "--accounts",
-        metavar="ID[,ID...]",
-        type=account_ids,
-        help="audit only these accounts",
-        default=frozenset(),
-    )
-    add(
-        "--exclude",
-        metavar="ID[,ID...]",
-        type=account_ids,
-        help="leave these accounts out",
-        default=frozenset(),
-    )
-    add(
-        "--ou",
-        metavar="OU_ID[,OU_ID...]",
-        type=ou_ids,
-        default=frozenset(),
-        help="audit only accounts below these organizational units",
-    )
-    add(
-        "--include-management",
-        action="store_true",
-        help="audit the management account too: with the profile's own credentials if it is the profile's account, "
-        "else through the role",
-    )
-
-
-def pace_options(add: Callable[..., Any]) -> None:
-    add(
-        "--workers",
-        metavar="N",
-        type=workers,
-        default=32,
-        help="API requests in flight, 1 to 256 (default: %(default)s)",
-    )
-    add(
-        "--report-timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=300.0,
-        help="how long one account's credential report may take (default: 300)",
-    )
-
-
-def judging_options(add: Callable[..., Any]) -> None:
-    add(
-        "--production",
-        metavar="REGEX",
-        type=pattern,
-        default=DEFAULT_PRODUCTION,
-        help="what makes an account production: searched in its name, ID and organization path, upper or lower case "
-        "(default: prod, prd, production or live as a word of its own)",
-    )
-    add(
-        "--max-key-age",
-        metavar="DAYS",
-        type=days,
-        default=str(DEFAULT_MAX_KEY_AGE),
-        help="older active access keys are a gap (default: %(default)s)",
-    )
-
-
-def tracking_options(add: Callable[..., Any]) -> None:
-    add(
-        "--previous",
-        metavar="DIR",
-        type=existing_folder,
-        help="folder of the run to compare with (default: the newest finished one of this organization in "
-        "--output-dir)",
-    )
-    add(
-        "--cloudtrail",
-        action="store_true",
-        help="ask CloudTrail in each account who made the changes; the role then needs cloudtrail:LookupEvents",
-    )
-    add(
-        "--since",
-        metavar="DATE",
-        type=past_date,
-        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run "
-        "began, or 30 days)",
-    )
-
-
-def output_options(add: Callable[..., Any]) -> None:
-    add(
-        "--output-dir",
-        metavar="DIR",
-        type=not_empty,
-        default="reports",
-        help="where the run's own folder is made (default: %(default)s)",
-    )
-    add(
-        "--fail-on",
-        metavar="WHAT[,WHAT]",
-        type=fail_on,
-        default=FailOn(),
-        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N or more urgent (1 to "
-        "7), or with new-keys any access key created since the earlier run",
-    )
-    add(
-        "-q",
-        "--quiet",
-        action="store_true",
-        help="print nothing unless something needs attention (an account failed, say)",
-    )
-    add(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="a line an account and step on stderr; tracebacks",
-    )
-
-
-def document_options(add: Callable[..., Any]) -> None:
-    add(
-        "--print",
-        metavar="NAME",
-        dest="document",
-        choices=DOCUMENTS,
-        help="print a document to deploy (see below), with --role filled in, and end",
-    )
-    add(
-        "--exempt-role",
-        metavar="NAME[,NAME...]",
-        type=role_names,
-        default=(),
-        help="roles that --print scp-deny-access-keys lets create access keys",
-    )
+             "(default: the SDK's default credential chain)")
+    add("--role", metavar="NAME", type=parse_role,
+        help="role to assume in each account, required for an audit: a name, or a path and a name "
+             "(audit/IAMAuditRole)")
+    add("--external-id", metavar="ID", type=parse_external_id,
+        help="external ID that the role's trust policy asks for")
+    add = parser.add_argument_group("which accounts").add_argument
+    add("--accounts", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+        help="audit only these accounts")
+    add("--exclude", metavar="ID[,ID...]", type=parse_account_ids, default=frozenset(),
+        help="leave these accounts out")
+    add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ou_ids, default=frozenset(),
+        help="audit only accounts below these organizational units")
+    add("--include-management", action="store_true",
+        help="audit the management account too: with the profile's own credentials if it is the "
+             "profile's account, else through the role")
+    add = parser.add_argument_group("pace").add_argument
+    add("--workers", metavar="N", type=parse_workers, default=32,
+        help="API requests in flight, 1 to 256 (default: %(default)s)")
+    add("--report-timeout", metavar="SECONDS", type=parse_seconds, default=300.0,
+        help="how long one account's credential report may take (default: 300)")
+    add = parser.add_argument_group("what counts as a gap").add_argument
+    add("--production", metavar="REGEX", type=parse_pattern, default=DEFAULT_PRODUCTION,
+        help="what makes an account production: searched in its name, ID and organization path, "
+             "upper or lower case (default: prod, prd, production or live as a word of its own)")
+    add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
+        help="older active access keys are a gap (default: %(default)s)")
+    add = parser.add_argument_group("what has changed").add_argument
+    add("--previous", metavar="DIR", type=parse_folder,
+        help="folder of the run to compare with (default: the newest finished one of this "
+             "organization in --output-dir)")
+    add("--cloudtrail", action="store_true",
+        help="ask CloudTrail in each account who made the changes; the role then needs "
+             "cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_past_date,
+        help="ask CloudTrail from this date on, 2026-01-31 or 2026-01-31T12:00:00Z (default: since "
+             "the earlier run began, or 30 days)")
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", metavar="DIR", type=parse_name, default="reports",
+        help="where the run's own folder is made (default: %(default)s)")
+    add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
+        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N "
+            f"or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or with new-keys any access key "
+             "created since the earlier run")
+    add("-q", "--quiet", action="store_true",
+        help="print nothing unless something needs attention (an account failed, say)")
+    add("-v", "--verbose", action="store_true",
+        help="a line an account and step on stderr; tracebacks")
+    add = parser.add_argument_group("documents to deploy").add_argument
+    add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
+        help="print a document to deploy (see below), with --role filled in, and end")
+    add("--exempt-role", metavar="NAME[,NAME...]", type=parse_roles, default=(),
+        help="roles that --print scp-deny-access-keys lets create access keys")
+    # fmt: on
+    return parser
 
 
 def matching(pattern: str, what: str, text: str) -> str:
@@ -4310,80 +4075,80 @@ def matching(pattern: str, what: str, text: str) -> str:
     return text
 
 
-def not_empty(text: str) -> str:
+def each_matching(pattern: str, what: str, text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [matching(pattern, what, part.strip()) for part in text.split(",")]
+
+
+def parse_name(text: str) -> str:
     return matching(r"(?s).+", "a name: it is empty", text)
 
 
-def role_name(text: str) -> str:
-    """A role's name, or its path and name without the slash in front, as an ARN ends.
-
-    https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
-    """
-    what = "a role's name or path and name (no ARN: the account differs)"
-    return matching(r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}", what, text)
+# As an ARN ends: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
+ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
+A_ROLE = "a role's name or path and name (no ARN: the account differs)"
 
 
-def role_names(text: str) -> tuple[str, ...]:
-    return tuple(role_name(part.strip()) for part in text.split(","))
+def parse_role(text: str) -> str:
+    return matching(ROLE, A_ROLE, text)
 
 
-def account_ids(text: str) -> frozenset[str]:
-    return frozenset(
-        matching(r"\d{12}", "an account ID of 12 digits", part.strip()) for part in text.split(",")
-    )
+def parse_roles(text: str) -> tuple[str, ...]:
+    return tuple(each_matching(ROLE, A_ROLE, text))
 
 
-def ou_ids(text: str) -> frozenset[str]:
+def parse_external_id(text: str) -> str:
+    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
+    what = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
+    return matching(r"[\w+=,.@:/-]{2,1224}", what, text)
+
+
+def parse_account_ids(text: str) -> frozenset[str]:
+    return frozenset(each_matching(r"\d{12}", "an account ID of 12 digits", text))
+
+
+def parse_ou_ids(text: str) -> frozenset[str]:
     """https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html"""
     what = "the ID of an organizational unit (ou-ab12-cdefgh34)"
-    return frozenset(
-        matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, part.strip())
-        for part in text.split(",")
-    )
+    return frozenset(each_matching(r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", what, text))
 
 
-def external_id(text: str) -> str:
-    """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-    return matching(
-        r"[\w+=,.@:/-]{2,1224}", "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)", text
-    )
+def parse_workers(text: str) -> int:
+    return whole_number("a number from 1 to 256", 256, text)
 
 
-def workers(text: str) -> int:
-    number = int(matching(r"\d{1,3}", "a number from 1 to 256", text))
-    if not 1 <= number <= 256:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 256")
+def parse_days(text: str) -> timedelta:
+    return timedelta(days=whole_number("a number of days from 1 to 9999", 9999, text))
+
+
+def whole_number(what: str, most: int, text: str) -> int:
+    number = int(matching(rf"\d{{1,{len(str(most))}}}", what, text))
+    if not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return number
 
 
-def seconds(text: str) -> float:
-    number = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
-    if number <= 0:
+def parse_seconds(text: str) -> float:
+    seconds = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
+    if seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return number
+    return seconds
 
 
-def pattern(text: str) -> re.Pattern[str]:
+def parse_pattern(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(not_empty(text), re.IGNORECASE)
+        return re.compile(parse_name(text), re.IGNORECASE)
     except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
-def days(text: str) -> timedelta:
-    number = int(matching(r"\d{1,4}", "a number of days from 1 to 9999", text))
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days from 1 to 9999")
-    return timedelta(days=number)
-
-
-def existing_folder(text: str) -> Path:
+def parse_folder(text: str) -> Path:
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
     return Path(text)
 
 
-def past_date(text: str) -> datetime:
+def parse_past_date(text: str) -> datetime:
     try:
         moment = parse_time(text)
     except ValueError:
@@ -4393,22 +4158,25 @@ def past_date(text: str) -> datetime:
     return moment
 
 
-def fail_on(text: str) -> FailOn:
+def parse_fail_on(text: str) -> FailOn:
+    """Of several priorities, the least urgent one counts."""
+    priorities = f"{MOST_URGENT}-{LEAST_URGENT}"
+    what = f"findings, findings:N with N from {MOST_URGENT} to {LEAST_URGENT}, or new-keys"
     chosen = FailOn()
     for part in text.split(","):
-        what = "findings, findings:N with N from 1 to 7, or new-keys"
-        name, _, number = matching(r"findings(:[1-7])?|new-keys", what, part.strip()).partition(":")
-        if name == "new-keys":
+        word = matching(rf"findings(:[{priorities}])?|new-keys", what, part.strip())
+        if word == "new-keys":
             chosen = chosen._replace(new_keys=True)
         else:
-            chosen = chosen._replace(priority=max(chosen.priority, int(number or LEAST_URGENT)))
+            priority = int(word.partition(":")[2] or LEAST_URGENT)
+            chosen = chosen._replace(priority=max(chosen.priority, priority))
     return chosen
 
 
 class Status:
-    """stderr: the progress line, where there is a terminal to draw it on, and the lines of --verbose.
+    """stderr: the progress line, if it is a terminal, and the lines of --verbose.
 
-    A stream that is closed, or whose reader has gone, costs these lines and not the run.
+    If the stream is closed, or its reader has gone, these lines are lost and the run goes on.
     """
 
     def __init__(
@@ -4416,47 +4184,42 @@ class Status:
     ) -> None:
         self._stream, self._progress = stream, progress
         self._verbose = verbose and stream is not None
-        terminal = (
-            stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        )
-        self._draws = terminal and not quiet
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._draws = stream is not None and stream.isatty() and not dumb and not quiet
         self._started = time.monotonic()
 
     def log(self, line: str) -> None:
         if self._verbose:
-            self.clear()
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
-
-    def clear(self) -> None:
-        if self._draws:
-            self._write("\r\x1b[K")
-
-    def draw(self) -> None:
-        if self._draws and self._stream is not None:
-            line = progress_line(self._progress, time.monotonic() - self._started)
-            self._write("\r\x1b[K" + line[: columns_of(self._stream) - 1])
-
-    def _write(self, text: str) -> None:
-        try:
-            if self._stream is not None:
-                print(text, end="", file=self._stream, flush=True)
-        except OSError:
-            self._draws = self._verbose = False
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """Keep the progress line moving meanwhile, and take it away at the end."""
+        """Keep the progress line up to date meanwhile, and erase it at the end."""
         task = asyncio.create_task(self._keep_drawing())
         try:
             yield
         finally:
             task.cancel()
-            self.clear()
+            if self._draws:
+                self._write("")
 
     async def _keep_drawing(self) -> None:
-        while self._draws:
-            self.draw()
+        while self._draws and self._stream is not None:
+            columns = 80
+            with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
+                columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+            line = progress_line(self._progress, time.monotonic() - self._started)
+            self._write(line[: columns - 1])
             await asyncio.sleep(0.2)
+
+    def _write(self, text: str) -> None:
+        """Write the text where the progress line is, if it is drawn."""
+        if self._draws:
+            text = "\r\x1b[K" + text
+        try:
+            print(text, end="", file=self._stream, flush=True)
+        except OSError:
+            self._draws = self._verbose = False
 
 
 def progress_line(progress: Progress, elapsed: float) -> str:
@@ -4469,23 +4232,6 @@ def progress_line(progress: Progress, elapsed: float) -> str:
         left = elapsed / progress.done * (progress.listed - progress.done)
         parts.append(f"about {clock(timedelta(seconds=left))} left")
     return ", ".join(parts)
-
-
-def columns_of(terminal: TextIO) -> int:
-    """Its width; one that knows none, as in some containers and on serial lines, says 0."""
-    with contextlib.suppress(OSError):
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    return 80
-
-
-def change_order(change):
-    return change[:8]
-
-
-def reason_of(step: str, error: Exception) -> str:
-    if isinstance(error, SDK_ERRORS):
-        return str(step_failed(step, error))
-    return f"{step}: {type(error).__name__}"
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ class Run:
     summary: Json | None
     folder: Path | None  # the run's own
     csv_times: dict[str, float]  # account -> seconds from the start until its CSV was there
-    progress_gap: float | None  # longest time without a change of the progress line, where one was asked for
+    progress_gap: (
+        float | None
+    )  # longest time without a change of the progress line, where one was asked for
 
     @property
     def cpu(self) -> float:
@@ -115,7 +117,12 @@ class Bench:
         described = world(
             generate=list(plans), latency=self.options.latency, verify_signatures=False, **settings
         )  # fmt: skip
-        return Endpoint(described, certificate=self.certificate, private_key=self.private_key, ca_bundle=self.ca_bundle)
+        return Endpoint(
+            described,
+            certificate=self.certificate,
+            private_key=self.private_key,
+            ca_bundle=self.ca_bundle,
+        )
 
     def size(self, full: int, quick: int) -> int:
         """A size, or the small one with --quick."""
@@ -123,14 +130,23 @@ class Bench:
 
     def plan(self, accounts: int, users: int, *, rate: float | None = None, **more: object) -> Json:
         """Accounts of so many users, whose reports take the time asked for; `rate` is IAM calls a second of each."""
-        return generate(accounts, users, account={"report_delay": self.options.report_delay, "rate": rate}, **more)
+        return generate(
+            accounts,
+            users,
+            account={"report_delay": self.options.report_delay, "rate": rate},
+            **more,
+        )
 
 
 def tls_files(folder: Path) -> tuple[str, str, str]:
     """Certificate chain and key for the loopback interface, and the SDK's own CA bundle with our CA at its end."""
     authority = trustme.CA()
     made = authority.issue_cert("127.0.0.1", "localhost")
-    certificate, private_key, bundle = folder / "cert.pem", folder / "key.pem", folder / "bundle.pem"
+    certificate, private_key, bundle = (
+        folder / "cert.pem",
+        folder / "key.pem",
+        folder / "bundle.pem",
+    )
     certificate.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
     private_key.write_bytes(made.private_key_pem.bytes())
     bundle.write_bytes(Path(get_cert_path(True) or "").read_bytes() + authority.cert_pem.bytes())
@@ -176,14 +192,20 @@ def run(
         memory=usage.ru_maxrss / 1024,
         exit_code=os.waitstatus_to_exitcode(status),
         stats=endpoint.stats(),
-        summary=json.loads((finished[0] / "summary.json").read_text(encoding="utf-8")) if finished else None,
+        summary=json.loads((finished[0] / "summary.json").read_text(encoding="utf-8"))
+        if finished
+        else None,
         folder=finished[0] if finished else None,
-        csv_times={path.stem: path.stat().st_mtime - started for path in output.glob("*/accounts/*.csv")},
+        csv_times={
+            path.stem: path.stat().st_mtime - started for path in output.glob("*/accounts/*.csv")
+        },
         progress_gap=gap,
     )
     if made.exit_code not in expected:
         said = screen.text if screen else (output / "stderr").read_bytes()
-        print(f"unexpected exit code {made.exit_code}; stderr ends with:\n{said.decode(errors='replace')[-2000:]}")
+        print(
+            f"unexpected exit code {made.exit_code}; stderr ends with:\n{said.decode(errors='replace')[-2000:]}"
+        )
     return made
 
 
@@ -230,14 +252,20 @@ class Screen:
         os.close(self.slave)
         self.thread.join(timeout=5)
         os.close(self.master)
-        return max((b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=math.inf)
+        return max(
+            (b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=math.inf
+        )
 
 
 def floor(bench: Bench, endpoint: Endpoint) -> float:
     """CPU seconds of one bare call against the same endpoint, which answers at once for that time."""
     before = endpoint.world.described
     kept = {"latency": before["latency"], "faults": before["faults"]}
-    one = next(account for account in endpoint.world.accounts() if account["role"] == "ok" and account["rate"] is None)
+    one = next(
+        account
+        for account in endpoint.world.accounts()
+        if account["role"] == "ok" and account["rate"] is None
+    )
     arn = f"arn:aws:iam::{one['id']}:role/{ROLE}"
     calls = bench.size(FLOOR_CALLS, FLOOR_CALLS // 4)
     endpoint.update({"latency": 0.0, "faults": {}})
@@ -254,7 +282,9 @@ def floor(bench: Bench, endpoint: Endpoint) -> float:
     return float(found.stdout)
 
 
-def run_beside_floor(bench: Bench, endpoint: Endpoint, *, terminal: bool = False, code: int = 0) -> tuple[Run, float]:
+def run_beside_floor(
+    bench: Bench, endpoint: Endpoint, *, terminal: bool = False, code: int = 0
+) -> tuple[Run, float]:
     """A run, and the mean of the floor before and after it: the machine's speed drifts."""
     before = floor(bench, endpoint)
     made = run(bench, endpoint, terminal=terminal, expected=[code])
@@ -266,7 +296,12 @@ def run_beside_floor(bench: Bench, endpoint: Endpoint, *, terminal: bool = False
 
 def expected_requests(described: World) -> Counter[str]:
     """The requests an audit of this world needs, polls of the reports apart."""
-    once = ("GetCallerIdentity", "DescribeOrganization", "ListOrganizationsFeatures", "ListPolicies")
+    once = (
+        "GetCallerIdentity",
+        "DescribeOrganization",
+        "ListOrganizationsFeatures",
+        "ListPolicies",
+    )
     needed = Counter(once)
     # the endpoint's one policy, FullAWSAccess at the root
     needed.update(DescribePolicy=1, ListTargetsForPolicy=1)
@@ -305,7 +340,11 @@ def csv_rows(described: World) -> dict[str, int]:
 
 def csvs(made: Run) -> dict[str, bytes]:
     """The CSVs of a run, by account."""
-    return {path.stem: path.read_bytes() for path in made.folder.glob("accounts/*.csv")} if made.folder else {}
+    return (
+        {path.stem: path.read_bytes() for path in made.folder.glob("accounts/*.csv")}
+        if made.folder
+        else {}
+    )
 
 
 # --- printing -------------------------------------------------------------------------------------------------------
@@ -325,13 +364,24 @@ def show(title: str, made: Run, floor_call: float | None = None) -> None:
         ("peak memory", f"{made.memory:.0f} MB"),
         ("requests", f"{made.requests}: {actions}"),
         ("connections", connections),
-        ("throttled, dropped, errored", f"{stats['throttled']}, {stats['dropped']}, {stats['errored']}"),
-        ("in flight", f"{stats['in_flight_seconds'] / made.wall:.1f} on average, {stats['in_flight_total']} at most"),
+        (
+            "throttled, dropped, errored",
+            f"{stats['throttled']}, {stats['dropped']}, {stats['errored']}",
+        ),
+        (
+            "in flight",
+            f"{stats['in_flight_seconds'] / made.wall:.1f} on average, {stats['in_flight_total']} at most",
+        ),
         ("exit code", str(made.exit_code)),
         ("endpoint's CPU", f"{1000 * stats['cpu'] / max(1, made.requests):.3f} ms a request"),
     ]
     if floor_call is not None and made.requests:
-        rows.append(("floor", f"{1000 * floor_call:.3f} ms a call, {floor_call * made.requests:.1f} s for all"))
+        rows.append(
+            (
+                "floor",
+                f"{1000 * floor_call:.3f} ms a call, {floor_call * made.requests:.1f} s for all",
+            )
+        )
         rows.append(("CPU / floor", f"{made.cpu / (floor_call * made.requests):.2f}"))
     print(f"\n  {title}")
     for name, value in rows:
@@ -344,14 +394,18 @@ def judge(verdicts: Iterable[Verdict]) -> bool:
     found = list(verdicts)
     print()
     for one in found:
-        print(f"  {'met    ' if one.met else 'NOT MET'}  {one.what}: {one.figure}  (target: {one.target})")
+        print(
+            f"  {'met    ' if one.met else 'NOT MET'}  {one.what}: {one.figure}  (target: {one.target})"
+        )
     return all(one.met for one in found)
 
 
 def at_most(what: str, figure: float, limit: float, unit: str = "") -> Verdict:
     """A verdict on a number; one that is not finite comes from a run that failed, and meets nothing."""
     text = f"{figure:.2f}".removesuffix(".00") + unit
-    return Verdict(what, text, f"at most {limit:g}{unit}", math.isfinite(figure) and figure <= limit)
+    return Verdict(
+        what, text, f"at most {limit:g}{unit}", math.isfinite(figure) and figure <= limit
+    )
 
 
 def not_later(what: str, figure: float, reference: float, limit: float) -> Verdict:
@@ -366,8 +420,14 @@ def exact_requests(endpoint: Endpoint, made: Run) -> Verdict:
     needed = expected_requests(endpoint.world)
     counts: Counter[str] = Counter(made.stats["requests"])
     polls = counts.pop("GenerateCredentialReport", 0)
-    differing = [f"{a} {counts[a] - needed[a]:+d}" for a in sorted({*counts, *needed}) if counts[a] != needed[a]]
-    figure = f"{counts.total()} and {polls} polls" + (f"; {', '.join(differing)}" if differing else "")
+    differing = [
+        f"{a} {counts[a] - needed[a]:+d}"
+        for a in sorted({*counts, *needed})
+        if counts[a] != needed[a]
+    ]
+    figure = f"{counts.total()} and {polls} polls" + (
+        f"; {', '.join(differing)}" if differing else ""
+    )
     return Verdict("requests", figure, f"exactly {needed.total()}", not differing)
 
 
@@ -384,7 +444,10 @@ def scenario_floor(bench: Bench) -> list[Verdict]:
     accounts = bench.options.accounts or bench.size(150, 15)
     users = bench.options.users or bench.size(20, 10)
     # the first account is left unlimited: the floor is measured in it
-    plans = [bench.plan(1, users), bench.plan(accounts - 1, users, first=2, rate=bench.options.rate)]
+    plans = [
+        bench.plan(1, users),
+        bench.plan(accounts - 1, users, first=2, rate=bench.options.rate),
+    ]
     with bench.endpoint(*plans) as endpoint:
         made, call = run_beside_floor(bench, endpoint)
         show(f"{accounts} accounts of {users} users", made, call)
@@ -404,8 +467,15 @@ def scenario_connections(bench: Bench) -> list[Verdict]:
             made = run(bench, endpoint)
             show(f"{accounts} accounts of 3 users", made)
             verdicts += [
-                at_most(f"{service} connections, {accounts} accounts", made.stats["connections"].get(service, 0), limit)
-                for service, limit in (("iam", bench.options.workers), ("sts", bench.options.workers))
+                at_most(
+                    f"{service} connections, {accounts} accounts",
+                    made.stats["connections"].get(service, 0),
+                    limit,
+                )
+                for service, limit in (
+                    ("iam", bench.options.workers),
+                    ("sts", bench.options.workers),
+                )
             ]
             verdicts += [exact_requests(endpoint, made), exit_code(made, 0)]
     return verdicts
@@ -426,7 +496,9 @@ def scenario_memory(bench: Bench) -> list[Verdict]:
     ]
 
 
-def ordinary_beside(bench: Bench, title: str, users: int, rate: float) -> tuple[Run, Run, list[str], str]:
+def ordinary_beside(
+    bench: Bench, title: str, users: int, rate: float
+) -> tuple[Run, Run, list[str], str]:
     """Runs over ordinary accounts, without and with a special one of `users` users and `rate` calls/s among them.
 
     Returns both runs, the ordinary accounts, and the special one.
@@ -448,7 +520,10 @@ def ordinary_beside(bench: Bench, title: str, users: int, rate: float) -> tuple[
 def others_undisturbed(without: Run, beside: Run, ordinary: list[str]) -> Verdict:
     """Whether the ordinary accounts were done when they would be without the special one."""
     return not_later(
-        "ordinary accounts beside it, and alone", beside.last_csv(ordinary), without.last_csv(ordinary), 1.1
+        "ordinary accounts beside it, and alone",
+        beside.last_csv(ordinary),
+        without.last_csv(ordinary),
+        1.1,
     )
 
 
@@ -462,7 +537,11 @@ def scenario_large_account(bench: Bench) -> list[Verdict]:
     took = beside.last_csv([large])
     return [
         others_undisturbed(without, beside, ordinary),
-        at_most(f"large account ({took:.0f} s) / its {calls} calls at {rate:g}/s", took / (calls / rate), 1.15),
+        at_most(
+            f"large account ({took:.0f} s) / its {calls} calls at {rate:g}/s",
+            took / (calls / rate),
+            1.15,
+        ),
         exit_code(beside, 0),
     ]
 
@@ -485,7 +564,12 @@ def scenario_throttled(bench: Bench) -> list[Verdict]:
     done = f"{len(beside.csv_times)} CSVs, the throttled one after {beside.last_csv([throttled]):.0f} s"
     return [
         others_undisturbed(without, beside, ordinary),
-        Verdict("accounts", done, f"{len(ordinary) + 1} CSVs", len(beside.csv_times) == len(ordinary) + 1),
+        Verdict(
+            "accounts",
+            done,
+            f"{len(ordinary) + 1} CSVs",
+            len(beside.csv_times) == len(ordinary) + 1,
+        ),
         exit_code(beside, 0),
     ]
 
@@ -497,10 +581,14 @@ def scenario_faults(bench: Bench) -> list[Verdict]:
         clean = run(bench, endpoint)
         show(f"{accounts} accounts of {users} users", clean)
         faults = {"drop": 0.005, "error500": 0.005, "seed": 1}
-        endpoint.update({"faults": faults, "generate": endpoint.world.described["generate"]})  # reports start anew
+        endpoint.update(
+            {"faults": faults, "generate": endpoint.world.described["generate"]}
+        )  # reports start anew
         faulty = run(bench, endpoint)
         show("the same with 0.5 % dropped and 0.5 % answered 500", faulty)
-        rows = {name: text.count(b"\r\n") or text.count(b"\n") for name, text in csvs(faulty).items()}
+        rows = {
+            name: text.count(b"\r\n") or text.count(b"\n") for name, text in csvs(faulty).items()
+        }
         right = sum(rows.get(name) == count + 1 for name, count in csv_rows(endpoint.world).items())
     same = sum(csvs(faulty).get(name) == text for name, text in csvs(clean).items())
     return [
@@ -521,9 +609,14 @@ def scenario_many(bench: Bench) -> list[Verdict]:
         failed = sum(one["result"] == "failed" for one in listed)
         return [
             exit_code(made, 3),
-            Verdict("failures listed in summary.json", str(failed), str(missing), failed == missing),
             Verdict(
-                "CSVs", str(len(made.csv_times)), str(accounts - missing), len(made.csv_times) == accounts - missing
+                "failures listed in summary.json", str(failed), str(missing), failed == missing
+            ),
+            Verdict(
+                "CSVs",
+                str(len(made.csv_times)),
+                str(accounts - missing),
+                len(made.csv_times) == accounts - missing,
             ),
             at_most(
                 "longest time without a change of the progress line",
@@ -542,11 +635,18 @@ def scenario_first_account(bench: Bench) -> list[Verdict]:
     many = bench.size(5000, 400)
     for accounts in (20, many):
         with bench.endpoint(bench.plan(accounts, 3)) as endpoint:
-            made = run(bench, endpoint, until=lambda output: any(output.glob("*/accounts/*.csv")), expected=[0, 143])
+            made = run(
+                bench,
+                endpoint,
+                until=lambda output: any(output.glob("*/accounts/*.csv")),
+                expected=[0, 143],
+            )
             show(f"{accounts} accounts of 3 users, ended after the first", made)
             firsts.append(min(made.csv_times.values(), default=math.inf))
     listing = math.ceil(many / 20) * bench.options.latency
-    print(f"\n  (the report takes {bench.options.report_delay:g} s, listing {many} accounts {listing:.1f} s)")
+    print(
+        f"\n  (the report takes {bench.options.report_delay:g} s, listing {many} accounts {listing:.1f} s)"
+    )
     return [not_later(f"first of {many} accounts, and of 20", firsts[1], firsts[0], 1.25)]
 
 
@@ -573,20 +673,45 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"scenarios:\n{scenarios}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--scenario", choices=[*SCENARIOS, "all"], default="floor", help="default: floor")
-    made.add_argument("--quick", action="store_true", help="small sizes, to see that all is in order")
+    made.add_argument(
+        "--scenario", choices=[*SCENARIOS, "all"], default="floor", help="default: floor"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="small sizes, to see that all is in order"
+    )
     made.add_argument("--accounts", type=int, metavar="N", help="accounts of scenario floor")
     made.add_argument("--users", type=int, metavar="N", help="users an account of scenario floor")
     made.add_argument(
-        "--rate", type=float, metavar="N", help="IAM calls/s an account of scenario floor, default: no limit"
+        "--rate",
+        type=float,
+        metavar="N",
+        help="IAM calls/s an account of scenario floor, default: no limit",
     )
-    made.add_argument("--latency", type=float, default=0.05, metavar="SECONDS", help="default: 0.05")
-    made.add_argument("--report-delay", type=float, default=4.0, metavar="SECONDS", help="default: 4")
-    made.add_argument("--workers", type=int, default=32, metavar="N", help="of the program, default: 32")
+    made.add_argument(
+        "--latency", type=float, default=0.05, metavar="SECONDS", help="default: 0.05"
+    )
+    made.add_argument(
+        "--report-delay", type=float, default=4.0, metavar="SECONDS", help="default: 4"
+    )
+    made.add_argument(
+        "--workers", type=int, default=32, metavar="N", help="of the program, default: 32"
+    )
     made.add_argument("--http", action="store_true", help="HTTP in place of TLS")
-    made.add_argument("--python", default=sys.executable, metavar="PATH", help="runs the program; default: this one")
-    made.add_argument("--program", type=Path, default=PROGRAM, metavar="PATH", help="default: ../iam_audit.py")
-    made.add_argument("--wrap", default="", metavar="COMMAND", help='put before it: "py-spy record -o out.svg --", say')
+    made.add_argument(
+        "--python",
+        default=sys.executable,
+        metavar="PATH",
+        help="runs the program; default: this one",
+    )
+    made.add_argument(
+        "--program", type=Path, default=PROGRAM, metavar="PATH", help="default: ../iam_audit.py"
+    )
+    made.add_argument(
+        "--wrap",
+        default="",
+        metavar="COMMAND",
+        help='put before it: "py-spy record -o out.svg --", say',
+    )
     return made
 
 

@@ -27,22 +27,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import WORLD_DEFAULTS, Endpoint, Json, access_key_id, secret_of, world
+from endpoint import TIMEOUT, WORLD_DEFAULTS, Endpoint, Json, access_key_id, secret_of, world
+from hypothesis import HealthCheck, settings
 
 PROGRAM = Path(__file__).resolve().parent.parent / "iam_audit.py"
-TIMEOUT = 60  # seconds; what hangs is killed, and the test fails
-SECRETS = re.compile(r"IQoJ|AWS4-HMAC-SHA256|x-amz-security-token|x-amz-signature|\b[0-9a-f]{64}\b", re.IGNORECASE)
+SECRETS = re.compile(
+    r"IQoJ|AWS4-HMAC-SHA256|x-amz-security-token|x-amz-signature|\b[0-9a-f]{64}\b", re.IGNORECASE
+)
 TRACEBACK = re.compile(r"^Traceback|^ *File \".*\", line \d+", re.MULTILINE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--program", default=str(PROGRAM), help="the copy of iam_audit.py to test")
-    parser.addoption("--program-python", default=sys.executable, help="the Python that runs it as a process")
+    parser.addoption(
+        "--program-python", default=sys.executable, help="the Python that runs it as a process"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """`import iam_audit` in a test is the same copy that runs as a process."""
     sys.path.insert(0, str(Path(config.getoption("--program")).resolve().parent))
+    # No time limit per example: a loaded machine would exceed any.
+    unhurried = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=unhurried)
+    settings.load_profile("unhurried")
 
 
 @dataclass(frozen=True)
@@ -103,16 +111,23 @@ class Result:
 
 def check_what_always_holds(result: Result, env: Mapping[str, str], verbose: bool) -> None:
     """What the program promises of every run, however it ended."""
-    assert "\x1b" not in result.stdout + result.stderr, "an escape sequence where there is no terminal"
+    assert "\x1b" not in result.stdout + result.stderr, (
+        "an escape sequence where there is no terminal"
+    )
     if not verbose:
         assert not TRACEBACK.search(result.stderr + result.terminal), result.stderr
     if result.exit_code in (130, 143):
         assert result.stderr.count("\n") <= 1, result.stderr
-    outputs = [result.stdout, result.stderr, result.terminal, *(file.read_text("utf-8") for file in result.files)]
+    outputs = [
+        result.stdout,
+        result.stderr,
+        result.terminal,
+        *(file.read_text("utf-8") for file in result.files),
+    ]
     check_for_secrets("\n".join(outputs), env)
     for path in result.output_dir.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
-        assert path.suffix in ("", ".csv", ".json", ".html"), f"a temporary file is left: {path}"
+        assert path.suffix in ("", ".csv", ".json"), f"a temporary file is left: {path}"
         assert not path.name.startswith("."), f"a temporary file is left: {path}"
     if result.summary is not None:
         audited = {one for one, entry in result.accounts.items() if entry["result"] == "audited"}
@@ -124,9 +139,14 @@ def check_what_always_holds(result: Result, env: Mapping[str, str], verbose: boo
 
 def check_for_secrets(output: str, env: Mapping[str, str]) -> None:
     """Neither the caller's secrets nor those of the sessions that the endpoint hands out, tokens or signatures."""
-    sessions = {secret_of(access_key_id(account_id)) for account_id in re.findall(r"\b\d{12}\b", output)}
+    sessions = {
+        secret_of(access_key_id(account_id)) for account_id in re.findall(r"\b\d{12}\b", output)
+    }
     callers = {env[name] for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN") if name in env}
-    found = [SECRETS.search(output), *(re.search(re.escape(secret), output) for secret in sessions | callers)]
+    found = [
+        SECRETS.search(output),
+        *(re.search(re.escape(secret), output) for secret in sessions | callers),
+    ]
     assert not any(found), found
 
 
@@ -136,11 +156,12 @@ class Program:
     def __init__(self, path: str, python: str, make_folder: Callable[[], Path]) -> None:
         self.path, self.python, self._make_folder = str(Path(path).resolve()), python, make_folder
 
-    def __call__(self, env: Mapping[str, str], *options: str, role: str | None = "Audit", **popen: Any) -> Result:
+    def __call__(
+        self, env: Mapping[str, str], *options: str, role: str | None = "Audit", **popen: Any
+    ) -> Result:
         """Run it to its end; `role` None leaves --role away."""
         with self.start(env, *options, role=role, **popen) as (process, output_dir):
-            stdout, stderr = process.communicate(timeout=TIMEOUT)
-        return self._checked(Result(process.returncode, stdout or "", stderr or "", output_dir), env, options)
+            return self.finish(process, output_dir, env, *options)
 
     @contextlib.contextmanager
     def start(
@@ -155,21 +176,38 @@ class Program:
         output_dir = output_dir or self._make_folder() / "reports"
         command = self._command(options, role, output_dir)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, env=dict(env), text=True, encoding="utf-8", **{**pipes, **popen}) as process:
+        with subprocess.Popen(
+            command, env=dict(env), text=True, encoding="utf-8", **{**pipes, **popen}
+        ) as process:
             try:
                 yield process, output_dir
             finally:
                 process.kill()
 
+    def finish(
+        self,
+        process: subprocess.Popen[str],
+        output_dir: Path,
+        env: Mapping[str, str],
+        *options: str,
+    ) -> Result:
+        """Wait for the end of a process that was started."""
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+        return self._checked(
+            Result(process.returncode, stdout or "", stderr or "", output_dir), env, options
+        )
+
     def end(
-        self, process: subprocess.Popen[str], output_dir: Path, signum: signal.Signals, env: Mapping[str, str]
+        self,
+        process: subprocess.Popen[str],
+        output_dir: Path,
+        signum: signal.Signals,
+        env: Mapping[str, str],
     ) -> tuple[Result, float]:
         """Send a signal; what came of it, and after how many seconds."""
         began = time.monotonic()
         process.send_signal(signum)
-        stdout, stderr = process.communicate(timeout=TIMEOUT)
-        result = Result(process.returncode, stdout, stderr, output_dir)
-        return self._checked(result, env, ()), time.monotonic() - began
+        return self.finish(process, output_dir, env), time.monotonic() - began
 
     def in_terminal(
         self,
@@ -189,7 +227,9 @@ class Program:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, ours)
-            stdout = stack.enter_context((folder / "stdout").open("w+", encoding="utf-8", newline=""))
+            stdout = stack.enter_context(
+                (folder / "stdout").open("w+", encoding="utf-8", newline="")
+            )
             process = stack.enter_context(
                 subprocess.Popen(
                     command,
@@ -271,7 +311,9 @@ def all_cpus() -> Iterator[None]:
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
     """The program under test."""
     option = request.config.getoption
-    return Program(option("--program"), option("--program-python"), lambda: tmp_path_factory.mktemp("run"))
+    return Program(
+        option("--program"), option("--program-python"), lambda: tmp_path_factory.mktemp("run")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -284,7 +326,9 @@ def run_program(program: Program) -> Program:
 def program_versions(program: Program) -> dict[str, str]:
     """Versions of botocore and Python (as `3.11`) that the program runs with."""
     code = "import sys, botocore, json; print(json.dumps([botocore.__version__, '%d.%d' % sys.version_info[:2]]))"
-    shown = subprocess.run([program.python, "-c", code], check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        [program.python, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
     return dict(zip(["botocore", "python"], json.loads(shown), strict=True))
 
 

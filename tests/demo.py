@@ -67,9 +67,13 @@ class Past:
     def days_ago(self, days: int) -> datetime:
         return self._today - timedelta(days=days)
 
-    def key(self, age: int, used: int | None = None, service: str = "s3", status: str = "Active") -> KeySpec:
+    def key(
+        self, age: int, used: int | None = None, service: str = "s3", status: str = "Active"
+    ) -> KeySpec:
         """A key of `age` days, used last `used` days ago or never."""
-        return KeySpec(self.days_ago(age), None if used is None else self.days_ago(used), service, status)
+        return KeySpec(
+            self.days_ago(age), None if used is None else self.days_ago(used), service, status
+        )
 
     def person(
         self, name: str, age: int, *keys: KeySpec, login: int | None = None, mfa: Iterable[str] = ()
@@ -93,7 +97,9 @@ def production(past: Past) -> list[AccountSpec]:
             (
                 person("ana.torres", 2900, key(2890, 2, "dynamodb"), login=1, mfa=[VIRTUAL]),
                 person("bruno.diaz", 700, login=12),
-                machine("ci-deploy", 3100, key(3055, 0, "ecr"), key(40, 0, "ecr"), path="/automation/"),
+                machine(
+                    "ci-deploy", 3100, key(3055, 0, "ecr"), key(40, 0, "ecr"), path="/automation/"
+                ),
                 machine("settlement-export", 1500, key(1490, 400, "s3"), key(1100, 1, "s3")),
                 machine("backup", 2600, key(2600, 1800, "glacier", "Inactive")),
             ),
@@ -107,7 +113,12 @@ def production(past: Past) -> list[AccountSpec]:
                 person("carla.nunez", 1200, login=5, mfa=[SECURITY_KEY, VIRTUAL]),
                 person("diego.rios", 1200, key(1190), login=300),
                 machine("mailer", 900, key(880, 3, "ses")),
-                machine("etl+nightly@example.com", 420, key(410, 0, "redshift"), key(411, 200, "redshift", "Inactive")),
+                machine(
+                    "etl+nightly@example.com",
+                    420,
+                    key(410, 0, "redshift"),
+                    key(411, 200, "redshift", "Inactive"),
+                ),
             ),
             RootSpec(password=True, keys=(key(3020, 2100, "ec2"),)),
         ),
@@ -134,7 +145,12 @@ def other_workloads(past: Past) -> list[AccountSpec]:
                 person("fabio.leal", 500, key(120, 20, "athena"), login=8, mfa=[HARDWARE]),
                 machine("=glue-loader", 380, key(366, 45, "glue")),
                 machine("lake,reader", 95, key(91)),
-                machine("old-loader", 1700, key(1650, 1300, "glue", "Inactive"), key(1640, status="Inactive")),
+                machine(
+                    "old-loader",
+                    1700,
+                    key(1650, 1300, "glue", "Inactive"),
+                    key(1640, status="Inactive"),
+                ),
             ),
         ),
         AccountSpec(
@@ -157,7 +173,10 @@ def other_workloads(past: Past) -> list[AccountSpec]:
             "sandbox-ines",
             "777788889999",
             ("Sandbox",),
-            (person("ines.soto", 75, key(70, 69, "ec2"), key(5, 0, "bedrock"), login=0), person("guest", 20)),
+            (
+                person("ines.soto", 75, key(70, 69, "ec2"), key(5, 0, "bedrock"), login=0),
+                person("guest", 20),
+            ),
         ),
     ]
 
@@ -185,25 +204,45 @@ def foundation(past: Past) -> list[AccountSpec]:
 
 def management(past: Past) -> AccountSpec:
     """Left out of the audit unless --include-management asks for it."""
-    user = past.person("org-admin", 3000, past.key(1200, 0, "organizations"), login=0, mfa=[VIRTUAL])
+    user = past.person(
+        "org-admin", 3000, past.key(1200, 0, "organizations"), login=0, mfa=[VIRTUAL]
+    )
     root = RootSpec(password=True, password_last_used=past.days_ago(60), mfa=HARDWARE)
     return AccountSpec("management", MANAGEMENT_ID, users=(user,), root=root)
 
 
 def build(server: MotoServer, today: datetime) -> MadeOrganization:
     past = Past(today)
-    made = fill(server, [*production(past), *other_workloads(past), *foundation(past)], management(past))
+    made = fill(
+        server, [*production(past), *other_workloads(past), *foundation(past)], management(past)
+    )
     enable_scps(server)
-    attach_scp(server, "RequireMFA", REQUIRE_MFA, made.ous["Security",], made.ous["Workloads", "Production", "PCI"])
+    attach_scp(
+        server,
+        "RequireMFA",
+        REQUIRE_MFA,
+        made.ous["Security",],
+        made.ous["Workloads", "Production", "PCI"],
+    )
     attach_scp(server, "DenyAccessKeys", DENY_ACCESS_KEYS, made.ous["Security",])
     return made
 
 
 def run(server: MotoServer, output_dir: Path, options: list[str]) -> int:
     """Run the program with the output where it came from; its exit code."""
-    command = [sys.executable, str(PROGRAM), "--role", DEFAULT_ROLE, "--output-dir", str(output_dir), *options]
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--role",
+        DEFAULT_ROLE,
+        "--output-dir",
+        str(output_dir),
+        *options,
+    ]
     with subprocess.Popen(command, env=server.env()) as process:
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # leave no program behind without its server
+        signal.signal(
+            signal.SIGTERM, lambda *_: process.terminate()
+        )  # leave no program behind without its server
         while True:
             try:
                 code = process.wait()
@@ -235,7 +274,10 @@ def main(argv: list[str] | None = None) -> int:
     known = set(new_files(arguments.output_dir, set()))
     with MotoServer() as server:
         accounts = len(build(server, today).accounts)
-        print(f"An invented organization of {accounts} member accounts, played by moto on 127.0.0.1", flush=True)
+        print(
+            f"An invented organization of {accounts} member accounts, played by moto on 127.0.0.1",
+            flush=True,
+        )
         code = run(server, arguments.output_dir, options)
     files = new_files(arguments.output_dir, known)
     if files:

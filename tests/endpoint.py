@@ -14,7 +14,7 @@ In a test:      with Endpoint(world(account("111111111111", "payments", users=[u
 
 The world is a JSON object; the builders below (`world`, `account`, `root`, `user`, `key`, `event`, `rule`, ...) make it
 and are its documentation. GET /_stats gives the statistics, DELETE /_stats starts them anew, POST /_world replaces
-top-level keys of the world.
+top-level keys of the world, POST /_release sends the replies that are held.
 
 Whom a request is for is read from its access key ID, which holds the account's ID; for AssumeRole it is the account of
 the role.
@@ -39,6 +39,7 @@ import html
 import http.client
 import io
 import json
+import math
 import os
 import random
 import re
@@ -48,8 +49,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,6 +59,7 @@ from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 Moment = str | datetime
+TIMEOUT = 600  # seconds; ends what hangs. Nothing else takes that long, even on a machine ten times as slow.
 
 # --- builders ---------------------------------------------------------------------------------------------------------
 
@@ -122,6 +124,7 @@ RULE_DEFAULTS: Json = {
     "error": None,
     "drop": False,
     "hang": False,
+    "hold": False,
     "raw": None,
     "status": 200,
     "delay": 0.0,
@@ -146,7 +149,9 @@ def key(
 ) -> Json:
     """An access key; `service` and `region` are of its last use (default s3 in us-east-1)."""
     if not 16 <= len(key_id) <= 128:
-        raise ValueError(f"{key_id}: botocore sends no such access key ID, it takes 16 to 128 characters")
+        raise ValueError(
+            f"{key_id}: botocore sends no such access key ID, it takes 16 to 128 characters"
+        )
     used = last_used is not None
     return {
         "id": key_id,
@@ -191,7 +196,11 @@ def user(
 
 
 def root_key(
-    *, active: bool = True, last_rotated: Moment = CREATED, last_used: Moment | None = None, service: str | None = None
+    *,
+    active: bool = True,
+    last_rotated: Moment = CREATED,
+    last_used: Moment | None = None,
+    service: str | None = None,
 ) -> Json:
     """An access key of root, which only the report shows."""
     return {
@@ -227,7 +236,9 @@ def root(
 
 def account(account_id: str, name: str, *, users: Iterable[Json] = (), **options: Any) -> Json:
     """An account; `options` are the other keys of ACCOUNT_DEFAULTS."""
-    return checked({"id": account_id, "name": name, "users": list(users), **options}, ACCOUNT_DEFAULTS)
+    return checked(
+        {"id": account_id, "name": name, "users": list(users), **options}, ACCOUNT_DEFAULTS
+    )
 
 
 def world(*accounts: Json, **options: Any) -> Json:
@@ -262,8 +273,9 @@ def rule(
     """What happens to requests of `action` ("*": any), `account_id`, `user=` (UserName), `fields={name: value}`.
 
     One of `error=` (code, with `message` and `status`, default 400), `raw=` (body, with `status`, default 200),
-    `drop=True` (closed without an answer), `hang=True` (never answered) or `delay=` (seconds more) alone. `skip=` lets
-    that many pass first, `times=` ends it after so many. The first rule that matches counts.
+    `drop=True` (closed without an answer), `hang=True` (never answered); or nothing but `delay=` (seconds more) or
+    `hold=True` (answered at the next `Endpoint.release`), which go with an error or a body too. `skip=` lets that many
+    pass first, `times=` ends it after so many. The first rule that matches counts.
     """
     made: Json = {"action": action, "account": account_id, **options}
     if error is not None:
@@ -298,8 +310,13 @@ def event(
     response: Json | None = None
     if name == "CreateAccessKey":
         del parameters["accessKeyId"]  # nobody knows it before the answer
-        response = {"accessKey": {"userName": user or caller, "accessKeyId": key, "status": "Active"}}
-    event_id = event_id or hashlib.sha256(f"{name}{time_text}{actor}{user}{key}{serial}".encode()).hexdigest()[:36]
+        response = {
+            "accessKey": {"userName": user or caller, "accessKeyId": key, "status": "Active"}
+        }
+    event_id = (
+        event_id
+        or hashlib.sha256(f"{name}{time_text}{actor}{user}{key}{serial}".encode()).hexdigest()[:36]
+    )
     detail: Json = {
         "eventVersion": "1.11",
         "userIdentity": _user_identity(actor),
@@ -360,8 +377,13 @@ def secret_of(key_id: str) -> str:
 FIRST_ID = 100_000_000_000
 STATUS_OF_STATE = {"CLOSED": "SUSPENDED", "PENDING_ACTIVATION": "ACTIVE"}
 NO_ROOT_CREDENTIALS = root()
-ALLOW_ALL: Json = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
-FULL_ACCESS = policy("p-FullAWSAccess", "FullAWSAccess", ALLOW_ALL, ["r-test"])  # as AWS attaches it
+ALLOW_ALL: Json = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+}
+FULL_ACCESS = policy(
+    "p-FullAWSAccess", "FullAWSAccess", ALLOW_ALL, ["r-test"]
+)  # as AWS attaches it
 
 
 class Directory:
@@ -394,7 +416,9 @@ class World:
         self.organization: str | None = described["organization"]
         caller = described["caller"] or {}
         self.caller_account: str = caller.get("account") or self.management
-        self.caller_arn: str = caller.get("arn") or f"arn:{self.partition}:iam::{self.caller_account}:user/auditor"
+        self.caller_arn: str = (
+            caller.get("arn") or f"arn:{self.partition}:iam::{self.caller_account}:user/auditor"
+        )
         self.latency: float = described["latency"]
         self.verify: bool = described["verify_signatures"]
         self.record: bool = described["record"]
@@ -409,10 +433,16 @@ class World:
         return renewed
 
     def _settle(self) -> None:
-        explicit = [{**ACCOUNT_DEFAULTS, **checked(one, ACCOUNT_DEFAULTS)} for one in self.described["accounts"]]
+        explicit = [
+            {**ACCOUNT_DEFAULTS, **checked(one, ACCOUNT_DEFAULTS)}
+            for one in self.described["accounts"]
+        ]
         if all(one["id"] != self.management for one in explicit):
             # the roles that audits assume do not exist in the management account
-            explicit.insert(0, {**ACCOUNT_DEFAULTS, "id": self.management, "name": "management", "role": "denied"})
+            explicit.insert(
+                0,
+                {**ACCOUNT_DEFAULTS, "id": self.management, "name": "management", "role": "denied"},
+            )
         self.explicit: dict[str, Json] = {one["id"]: one for one in explicit}
         self.order: list[str] = list(self.explicit)
         plans = self.described["generate"]
@@ -451,11 +481,20 @@ class World:
             return found
         made = self.find(account_id)
         if made is None:
-            raise AwsError("InvalidClientTokenId", "The security token included in the request is invalid.", 403)
+            raise AwsError(
+                "InvalidClientTokenId",
+                "The security token included in the request is invalid.",
+                403,
+            )
         if account_id not in self.explicit:
             number = int(account_id) - FIRST_ID
-            plan = next(one for one in self.plans if one["first"] <= number < one["first"] + one["accounts"])
-            made = {**made, "users": [_generated_user(plan, number, n) for n in range(plan["users"])]}
+            plan = next(
+                one for one in self.plans if one["first"] <= number < one["first"] + one["accounts"]
+            )
+            made = {
+                **made,
+                "users": [_generated_user(plan, number, n) for n in range(plan["users"])],
+            }
         while len(self._directories) >= self.KEPT:
             self._directories.popitem(last=False)
         found = self._directories[account_id] = Directory(made)
@@ -468,7 +507,11 @@ class World:
 
     def paths(self, one: Json) -> list[str]:
         """Account.Paths."""
-        return one["paths"] if one["paths"] is not None else [f"{self.organization}/r-test/{one['id']}/"]
+        return (
+            one["paths"]
+            if one["paths"] is not None
+            else [f"{self.organization}/r-test/{one['id']}/"]
+        )
 
 
 def _generated_account(plan: Json, index: int) -> Json:
@@ -479,7 +522,9 @@ def _generated_account(plan: Json, index: int) -> Json:
         "id": str(FIRST_ID + number),
         "name": f"{plan['name']}-{number}",
         "role": "denied" if missing else "ok",
-        "root": root(password=True, password_last_used=CREATED, virtual=True) if number % 2 else None,
+        "root": root(password=True, password_last_used=CREATED, virtual=True)
+        if number % 2
+        else None,
         **plan["account"],
     }
 
@@ -516,7 +561,9 @@ class Rule:
     def __init__(self, described: Json) -> None:
         self.described: Json = {**RULE_DEFAULTS, **checked(described, RULE_DEFAULTS)}
         self.skip: int = self.described["skip"]
-        self.left: float = float("inf") if self.described["times"] is None else self.described["times"]
+        self.left: float = (
+            float("inf") if self.described["times"] is None else self.described["times"]
+        )
         fields = dict(self.described["fields"])
         if self.described["user"] is not None:
             fields["UserName"] = self.described["user"]
@@ -584,11 +631,13 @@ class Statistics:
         self.connections_open: collections.Counter[str] = collections.Counter()
         self.connections_peak: dict[str, int] = {}
         self.errors: collections.Counter[str] = collections.Counter()
-        self.throttled = self.dropped = self.errored = self.hung = 0
+        self.throttled = self.dropped = self.errored = self.hung = self.held = 0
         self.in_flight: collections.Counter[str] = collections.Counter()
         self.in_flight_peak: dict[str, int] = {}
         self.in_flight_total = self.in_flight_total_peak = 0
-        self.in_flight_seconds = 0.0  # of the requests done; of each other one, less the time it came
+        self.in_flight_seconds = (
+            0.0  # of the requests done; of each other one, less the time it came
+        )
         self.assumed: dict[str, Json] = {}
         self.scopes: collections.Counter[str] = collections.Counter()
         self.user_agents: dict[str, str] = {}
@@ -602,7 +651,9 @@ class Statistics:
         self.scopes[request.service + "/" + request.region] += 1
         self.user_agents[request.service] = request.headers.get("user-agent", "")
         if record:
-            self.recorded.append((round(time.monotonic() - self.started, 4), request.account, request.action))
+            self.recorded.append(
+                (round(time.monotonic() - self.started, 4), request.account, request.action)
+            )
         self.in_flight_total += 1
         self.in_flight_seconds -= time.monotonic()
         self.in_flight_total_peak = max(self.in_flight_total_peak, self.in_flight_total)
@@ -622,12 +673,17 @@ class Statistics:
         """Count a connection, at its first request."""
         self.connections[service] += 1
         self.connections_open[service] += 1
-        self.connections_peak[service] = max(self.connections_peak.get(service, 0), self.connections_open[service])
+        self.connections_peak[service] = max(
+            self.connections_peak.get(service, 0), self.connections_open[service]
+        )
 
     def failed(self, code: str, status: int) -> None:
         """Count an error answer."""
         self.errors[code] += 1
-        if code in ("Throttling", "ThrottlingException", "TooManyRequestsException") or status == 429:
+        if (
+            code in ("Throttling", "ThrottlingException", "TooManyRequestsException")
+            or status == 429
+        ):
             self.throttled += 1
         else:
             self.errored += 1
@@ -643,6 +699,7 @@ class Statistics:
             "dropped": self.dropped,
             "errored": self.errored,
             "hung": self.hung,
+            "held": self.held,
             "errors": self.errors,
             "in_flight": self.in_flight_peak,
             "in_flight_total": self.in_flight_total_peak,
@@ -740,7 +797,20 @@ def parse_request(method: str, target: str, headers: dict[str, str], body: bytes
     if action == "AssumeRole":
         about = (fields.get("RoleArn", "").split(":") + [""] * 5)[4]
     return Request(
-        method, target, headers, body, service, region, date, key_id, signed, signature, action, signer, about, fields
+        method,
+        target,
+        headers,
+        body,
+        service,
+        region,
+        date,
+        key_id,
+        signed,
+        signature,
+        action,
+        signer,
+        about,
+        fields,
     )
 
 
@@ -823,7 +893,9 @@ def credential_report(made: Json, partition: str, dates: str) -> str:
     text = io.StringIO()
     text.write(",".join([REPORT_HEADER, *extra]) + "\n")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_root_row(made["root"] or NO_ROOT_CREDENTIALS, arn, dates), *("N/A" for _ in extra)])
+    writer.writerow(
+        [*_root_row(made["root"] or NO_ROOT_CREDENTIALS, arn, dates), *("N/A" for _ in extra)]
+    )
     for one in made["users"]:
         if one["in_report"]:
             writer.writerow([*_user_row(one, arn, dates), *("N/A" for _ in extra)])
@@ -832,7 +904,10 @@ def credential_report(made: Json, partition: str, dates: str) -> str:
 
 def _root_row(one: Json, arn: str, dates: str) -> list[str]:
     slots = [
-        [_word(each["active"]), *_use(each["last_rotated"], each["last_used"], each["service"], dates)]
+        [
+            _word(each["active"]),
+            *_use(each["last_rotated"], each["last_used"], each["service"], dates),
+        ]
         for each in one["keys"]
     ]
     password = one["password"]
@@ -852,7 +927,10 @@ def _root_row(one: Json, arn: str, dates: str) -> list[str]:
 
 def _user_row(one: Json, arn: str, dates: str) -> list[str]:
     slots = [
-        [_word(each["status"] == "Active"), *_use(each["created"], each["last_used"], each["service"], dates)]
+        [
+            _word(each["status"] == "Active"),
+            *_use(each["created"], each["last_used"], each["service"], dates),
+        ]
         for each in reversed(one["keys"][:2])
     ]
     return [
@@ -907,15 +985,23 @@ def _page(items: list[Any], request: Request) -> tuple[list[Any], str]:
     except ValueError:
         raise AwsError("ValidationError", "Invalid Marker.") from None
     if not 1 <= size <= 1000:
-        raise AwsError("ValidationError", f"Value '{size}' at 'maxItems' failed to satisfy constraint: 1 to 1000")
+        raise AwsError(
+            "ValidationError",
+            f"Value '{size}' at 'maxItems' failed to satisfy constraint: 1 to 1000",
+        )
     if start + size < len(items):
-        return items[start : start + size], f"<IsTruncated>true</IsTruncated><Marker>{start + size}</Marker>"
+        return items[
+            start : start + size
+        ], f"<IsTruncated>true</IsTruncated><Marker>{start + size}</Marker>"
     return items[start:], "<IsTruncated>false</IsTruncated>"
 
 
 def _organizations_page(name: str, items: list[Json], request: Request) -> Json:
     """A page of an Organizations list, at most 20 long; the token is the index of the next item."""
-    first, size = int(request.fields.get("NextToken", "0")), min(20, request.fields.get("MaxResults", 20))
+    first, size = (
+        int(request.fields.get("NextToken", "0")),
+        min(20, request.fields.get("MaxResults", 20)),
+    )
     more = {"NextToken": str(first + size)} if first + size < len(items) else {}
     return {name: items[first : first + size], **more}
 
@@ -937,9 +1023,17 @@ class Services:
         token = request.headers.get("x-amz-security-token")
         session = Session.parse(token) if token else None
         is_caller = request.key_id == access_key_id(self.world.caller_account, caller=True)
-        fits = token is None if is_caller else session is not None and session.account == request.signer
+        fits = (
+            token is None
+            if is_caller
+            else session is not None and session.account == request.signer
+        )
         if not request.signer or not fits:
-            raise AwsError("InvalidClientTokenId", "The security token included in the request is invalid.", 403)
+            raise AwsError(
+                "InvalidClientTokenId",
+                "The security token included in the request is invalid.",
+                403,
+            )
         if self.world.verify and not hmac.compare_digest(signature_of(request), request.signature):
             raise AwsError(
                 "SignatureDoesNotMatch",
@@ -948,7 +1042,9 @@ class Services:
                 403,
             )
         if session is not None and session.expires < time.time():
-            raise AwsError("ExpiredToken", "The security token included in the request is expired", 403)
+            raise AwsError(
+                "ExpiredToken", "The security token included in the request is expired", 403
+            )
         request.session = session
 
     def authorize(self, request: Request) -> None:
@@ -957,7 +1053,9 @@ class Services:
         if request.session is not None:
             if request.action in state.deny:
                 raise self._denied(request, "with an explicit deny in a service control policy")
-            if not self._session_allows(request.session.policy, f"{request.service}:{request.action}"):
+            if not self._session_allows(
+                request.session.policy, f"{request.service}:{request.action}"
+            ):
                 raise self._denied(request, "because no session policy allows the action")
         if request.service == "iam" and state.bucket is not None and not state.bucket.take():
             raise AwsError("Throttling", "Rate exceeded")
@@ -982,13 +1080,17 @@ class Services:
             return True
         answer = self.allowed.get((policy_id, action))
         if answer is None:
-            answer = self.allowed[policy_id, action] = policy_allows(self.policies[policy_id], action)
+            answer = self.allowed[policy_id, action] = policy_allows(
+                self.policies[policy_id], action
+            )
         return answer
 
     def _signer_arn(self, request: Request) -> str:
         if request.session is None:
             return self.world.caller_arn
-        assumed = self.statistics.assumed.get(request.signer, {"RoleArn": "role/unknown", "RoleSessionName": "unknown"})
+        assumed = self.statistics.assumed.get(
+            request.signer, {"RoleArn": "role/unknown", "RoleSessionName": "unknown"}
+        )
         role = assumed["RoleArn"].rsplit("/", 1)[-1]
         return f"arn:{self.world.partition}:sts::{request.signer}:assumed-role/{role}/{assumed['RoleSessionName']}"
 
@@ -996,7 +1098,9 @@ class Services:
         """The whole HTTP answer to a request that may be answered."""
         operation = OPERATIONS.get((request.service, request.action))
         if operation is None:
-            raise AwsError("InvalidAction", f"Could not find operation {request.action} of {request.service}.")
+            raise AwsError(
+                "InvalidAction", f"Could not find operation {request.action} of {request.service}."
+            )
         made = operation(self, request)
         if isinstance(made, dict):
             return http_answer(200, json.dumps(made), "application/x-amz-json-1.1")
@@ -1013,16 +1117,25 @@ class Services:
     def get_caller_identity(self, request: Request) -> str:
         """By the credentials alone."""
         arn = self._signer_arn(request)
-        return f"<Arn>{escape(arn)}</Arn><UserId>AIDATEST</UserId><Account>{request.signer}</Account>"
+        return (
+            f"<Arn>{escape(arn)}</Arn><UserId>AIDATEST</UserId><Account>{request.signer}</Account>"
+        )
 
     def assume_role(self, request: Request) -> str:
         """Credentials for an account; AccessDenied looks the same whatever the reason."""
         fields = request.fields
-        made = self.world.find(request.account) if re.fullmatch(r"\d{12}", request.account) else None
+        made = (
+            self.world.find(request.account) if re.fullmatch(r"\d{12}", request.account) else None
+        )
         self.statistics.assumed[request.account] = {
-            name: fields.get(name) for name in ("RoleArn", "RoleSessionName", "Policy", "ExternalId", "DurationSeconds")
+            name: fields.get(name)
+            for name in ("RoleArn", "RoleSessionName", "Policy", "ExternalId", "DurationSeconds")
         }
-        fits = made is not None and made["role"] == "ok" and made["external_id"] in (None, fields.get("ExternalId"))
+        fits = (
+            made is not None
+            and made["role"] == "ok"
+            and made["external_id"] in (None, fields.get("ExternalId"))
+        )
         if not fits or not fields["RoleArn"].startswith(f"arn:{self.world.partition}:iam::"):
             raise AwsError(
                 "AccessDenied",
@@ -1031,7 +1144,8 @@ class Services:
                 403,
             )
         expires = int(
-            time.time() + min(self.world.described["session_seconds"], int(fields.get("DurationSeconds", 3600)))
+            time.time()
+            + min(self.world.described["session_seconds"], int(fields.get("DurationSeconds", 3600)))
         )
         session = Session(request.account, expires, self._remember(fields.get("Policy", "")))
         key_id = access_key_id(request.account)
@@ -1053,7 +1167,9 @@ class Services:
             try:
                 self.policies[name] = json.loads(policy)
             except ValueError:
-                raise AwsError("MalformedPolicyDocument", "This policy contains invalid Json") from None
+                raise AwsError(
+                    "MalformedPolicyDocument", "This policy contains invalid Json"
+                ) from None
         return name
 
     # Organizations
@@ -1077,7 +1193,10 @@ class Services:
 
     def _organization_in_use(self) -> None:
         if self.world.organization is None:
-            raise AwsError("AWSOrganizationsNotInUseException", "Your account is not a member of an organization.")
+            raise AwsError(
+                "AWSOrganizationsNotInUseException",
+                "Your account is not a member of an organization.",
+            )
 
     def list_accounts(self, request: Request) -> Json:
         """A page of accounts; the token is the index of the next one, marked once the empty page was handed out."""
@@ -1088,7 +1207,9 @@ class Services:
         if self.world.described["empty_page"] == first // size and not shown:
             return {"Accounts": [], "NextToken": f"{first}+"}
         last = min(first + size, self.world.total)
-        page: Json = {"Accounts": [self._listed(self.world.at(index)) for index in range(first, last)]}
+        page: Json = {
+            "Accounts": [self._listed(self.world.at(index)) for index in range(first, last)]
+        }
         if last < self.world.total:
             page["NextToken"] = str(last)
         return page
@@ -1107,7 +1228,11 @@ class Services:
             "JoinedMethod": "CREATED",
             "JoinedTimestamp": 1700000000.5,
         }
-        return {name: value for name, value in listed.items() if name not in self.world.described["omit"]}
+        return {
+            name: value
+            for name, value in listed.items()
+            if name not in self.world.described["omit"]
+        }
 
     def _policies(self) -> list[Json]:
         self._organization_in_use()
@@ -1118,7 +1243,10 @@ class Services:
         for one in self._policies():
             if one["id"] == request.fields["PolicyId"]:
                 return one
-        raise AwsError("PolicyNotFoundException", "We can't find a policy with the PolicyId that you specified.")
+        raise AwsError(
+            "PolicyNotFoundException",
+            "We can't find a policy with the PolicyId that you specified.",
+        )
 
     def _policy_summary(self, one: Json) -> Json:
         by_aws = one["id"] == FULL_ACCESS["id"]
@@ -1135,7 +1263,9 @@ class Services:
         """Service control policies; there are no others."""
         if request.fields["Filter"] != "SERVICE_CONTROL_POLICY":
             return {"Policies": []}
-        return _organizations_page("Policies", [self._policy_summary(one) for one in self._policies()], request)
+        return _organizations_page(
+            "Policies", [self._policy_summary(one) for one in self._policies()], request
+        )
 
     def describe_policy(self, request: Request) -> Json:
         """A policy with its text."""
@@ -1163,7 +1293,10 @@ class Services:
                     parent = parts[parts.index(child) - 1]
                     kind = "ROOT" if parent.startswith("r-") else "ORGANIZATIONAL_UNIT"
                     return {"Parents": [{"Id": parent, "Type": kind}]}
-        raise AwsError("ChildNotFoundException", "We can't find an organizational unit (OU) or account with that ID.")
+        raise AwsError(
+            "ChildNotFoundException",
+            "We can't find an organizational unit (OU) or account with that ID.",
+        )
 
     # IAM
 
@@ -1222,7 +1355,9 @@ class Services:
     def _named_user(self, request: Request) -> Json:
         name = request.fields.get("UserName")
         if name is None:
-            raise AwsError("ValidationError", "Must specify userName when calling with non-User credentials")
+            raise AwsError(
+                "ValidationError", "Must specify userName when calling with non-User credentials"
+            )
         found = self.world.directory(request.account).by_name.get(name)
         if found is None:
             raise AwsError("NoSuchEntity", f"The user with name {name} cannot be found.", 404)
@@ -1249,7 +1384,9 @@ class Services:
         if found is None:
             raise AwsError("NoSuchEntity", f"The Access Key with id {key_id} cannot be found.", 404)
         one, each = found
-        used = f"<LastUsedDate>{_date(each['last_used'])}</LastUsedDate>" if each["last_used"] else ""
+        used = (
+            f"<LastUsedDate>{_date(each['last_used'])}</LastUsedDate>" if each["last_used"] else ""
+        )
         return (
             f"<UserName>{escape(one['name'])}</UserName><AccessKeyLastUsed>{used}<ServiceName>{escape(each['service'])}"
             f"</ServiceName><Region>{each['region']}</Region></AccessKeyLastUsed>"
@@ -1299,7 +1436,9 @@ class Services:
         """Tells whether a user has a password."""
         one = self._named_user(request)
         if not one["password"]:
-            raise AwsError("NoSuchEntity", f"Login Profile for User {one['name']} cannot be found.", 404)
+            raise AwsError(
+                "NoSuchEntity", f"Login Profile for User {one['name']} cannot be found.", 404
+            )
         return (
             f"<LoginProfile><UserName>{escape(one['name'])}</UserName><CreateDate>{_date(one['created'])}</CreateDate>"
             "<PasswordResetRequired>false</PasswordResetRequired></LoginProfile>"
@@ -1308,7 +1447,9 @@ class Services:
     def list_organizations_features(self, request: Request) -> str:
         """Features of central root access."""
         self._organization_in_use()
-        features = "".join([f"<member>{escape(feature)}</member>" for feature in self.world.described["features"]])
+        features = "".join(
+            [f"<member>{escape(feature)}</member>" for feature in self.world.described["features"]]
+        )
         organization = self.world.organization
         return f"<OrganizationId>{organization}</OrganizationId><EnabledFeatures>{features}</EnabledFeatures>"
 
@@ -1326,7 +1467,9 @@ class Services:
         start, _, asked = fields.pop("NextToken", "0").partition(":")
         question = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
         if asked not in ("", question):
-            raise AwsError("InvalidNextTokenException", "NextToken goes with the same parameters only.")
+            raise AwsError(
+                "InvalidNextTokenException", "NextToken goes with the same parameters only."
+            )
         events = self._events(request)
         first, size = int(start), min(50, fields.get("MaxResults", 50))
         page: Json = {"Events": events[first : first + size]}
@@ -1337,7 +1480,9 @@ class Services:
     def _events(self, request: Request) -> list[Json]:
         attributes = request.fields.get("LookupAttributes", [])
         if len(attributes) > 1:
-            raise AwsError("InvalidLookupAttributesException", "You can specify one lookup attribute only.")
+            raise AwsError(
+                "InvalidLookupAttributesException", "You can specify one lookup attribute only."
+            )
         since = max(request.fields.get("StartTime", 0), time.time() - 90 * 86400)
         until = request.fields.get("EndTime", float("inf"))
         if request.fields.get("StartTime", 0) > until:
@@ -1347,7 +1492,9 @@ class Services:
         found = []
         for one in (self.world.find(request.account) or ACCOUNT_DEFAULTS)["events"]:
             when = _epoch(one["EventTime"])
-            if since <= when <= until and all(one.get(a["AttributeKey"]) == a["AttributeValue"] for a in attributes):
+            if since <= when <= until and all(
+                one.get(a["AttributeKey"]) == a["AttributeValue"] for a in attributes
+            ):
                 detail = one["CloudTrailEvent"]
                 detail = detail if isinstance(detail, str) else json.dumps(detail)
                 found.append({**one, "EventTime": when, "CloudTrailEvent": detail})
@@ -1412,12 +1559,16 @@ class Reply(NamedTuple):
     """What becomes of a request: an answer after a delay, a closed connection, or (with neither) silence."""
 
     answer: bytes | None
-    delay: float
+    delay: float  # math.inf: until it is released
     drop: bool = False
 
 
 class Server(Services):
     """From HTTP requests to replies."""
+
+    def __init__(self, described: Json) -> None:
+        super().__init__(described)
+        self.held: list[Callable[[], None]] = []  # what sends each reply that is held
 
     def reply(self, request: Request) -> Reply:
         """Decide over a request: credentials first, then rules, faults, limits, and at last the operation."""
@@ -1427,7 +1578,7 @@ class Server(Services):
             self.authenticate(request)
             found = next((one.described for one in world.rules if one.applies(request)), None)
             if found is not None:
-                delay += found["delay"]
+                delay = math.inf if found["hold"] else delay + found["delay"]
                 reply = self._ruled(found, request, delay)
                 if reply is not None:
                     return reply
@@ -1437,12 +1588,18 @@ class Server(Services):
                     return Reply(None, delay, drop=True)
                 if chance < world.faults.get("drop", 0.0) + world.faults.get("error500", 0.0):
                     raise AwsError(
-                        "InternalFailure", "The request processing has failed because of an unknown error.", 500
+                        "InternalFailure",
+                        "The request processing has failed because of an unknown error.",
+                        500,
                     )
             self.authorize(request)
             return Reply(self.answer(request), delay)
         except AwsError as error:
-            code = JSON_CODES.get(error.code, error.code) if request.service in JSON_SERVICES else error.code
+            code = (
+                JSON_CODES.get(error.code, error.code)
+                if request.service in JSON_SERVICES
+                else error.code
+            )
             self.statistics.failed(code, error.status)
             return Reply(error_answer(error, request.service), delay)
 
@@ -1454,14 +1611,18 @@ class Server(Services):
             return Reply(None, delay)
         if found["error"] is not None:
             error = found["error"]
-            raise AwsError(error["code"], error.get("message", "made to fail"), error.get("status", 400))
+            raise AwsError(
+                error["code"], error.get("message", "made to fail"), error.get("status", 400)
+            )
         if found["raw"] is not None:
-            content_type = "application/x-amz-json-1.1" if request.service in JSON_SERVICES else "text/xml"
+            content_type = (
+                "application/x-amz-json-1.1" if request.service in JSON_SERVICES else "text/xml"
+            )
             return Reply(http_answer(found["status"], found["raw"], content_type), delay)
         return None
 
     def control(self, method: str, target: str, body: bytes) -> bytes:
-        """GET and DELETE /_stats, POST /_world."""
+        """GET and DELETE /_stats, POST /_world, POST /_release."""
         if (method, target) == ("GET", "/_stats"):
             return http_answer(200, json.dumps(self.statistics.as_json()), "application/json")
         if (method, target) == ("DELETE", "/_stats"):
@@ -1475,6 +1636,11 @@ class Server(Services):
                     self.states.clear()
             except (TypeError, ValueError, KeyError) as error:
                 return http_answer(400, json.dumps({"error": str(error)}), "application/json")
+            return http_answer(200, "{}", "application/json")
+        if (method, target) == ("POST", "/_release"):
+            held, self.held = self.held, []
+            for send in held:
+                send()
             return http_answer(200, "{}", "application/json")
         return http_answer(404, "{}", "application/json")
 
@@ -1543,12 +1709,17 @@ class Connection(asyncio.Protocol):
         reply = self.server.reply(request)
         if reply.answer is None and not reply.drop:
             self.statistics.hung += 1
+        elif reply.delay == math.inf:
+            self.statistics.held += 1
+            self.server.held.append(functools.partial(self._end, reply))
         elif reply.delay > 0:
             self.timer = asyncio.get_running_loop().call_later(reply.delay, self._end, reply)
         else:
             self._end(reply)
 
     def _end(self, reply: Reply) -> None:
+        if self.transport.is_closing():
+            return
         if reply.answer is not None:
             self._send(reply.answer)
         else:
@@ -1574,7 +1745,9 @@ class Connection(asyncio.Protocol):
 # --- process ----------------------------------------------------------------------------------------------------------
 
 
-async def serve(described: Json, port: int, certificate: str | None, private_key: str | None) -> None:
+async def serve(
+    described: Json, port: int, certificate: str | None, private_key: str | None
+) -> None:
     """Answer until SIGTERM, SIGINT or the end of stdin."""
     context = None
     if certificate is not None:
@@ -1582,11 +1755,15 @@ async def serve(described: Json, port: int, certificate: str | None, private_key
         context.load_cert_chain(certificate, private_key)
     loop = asyncio.get_running_loop()
     server = Server(described)
-    listening = await loop.create_server(lambda: Connection(server), "127.0.0.1", port, ssl=context, backlog=1024)
+    listening = await loop.create_server(
+        lambda: Connection(server), "127.0.0.1", port, ssl=context, backlog=1024
+    )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    with contextlib.suppress(PermissionError):  # a file or /dev/null cannot be watched: only a signal ends it then
+    with contextlib.suppress(
+        PermissionError
+    ):  # a file or /dev/null cannot be watched: only a signal ends it then
         loop.add_reader(0, lambda: None if os.read(0, 4096) else stop.set())
     address = listening.sockets[0].getsockname()
     print(f"{'https' if context else 'http'}://{address[0]}:{address[1]}", flush=True)
@@ -1596,9 +1773,13 @@ async def serve(described: Json, port: int, certificate: str | None, private_key
 
 def main(argv: list[str] | None = None) -> int:
     """Run the endpoint as a process."""
-    parser = argparse.ArgumentParser(description="A small AWS for tests: STS, Organizations, IAM and CloudTrail.")
+    parser = argparse.ArgumentParser(
+        description="A small AWS for tests: STS, Organizations, IAM and CloudTrail."
+    )
     parser.add_argument("--world", required=True, help="JSON file that describes the world")
-    parser.add_argument("--port", type=int, default=0, help="port on the loopback interface, default: a free one")
+    parser.add_argument(
+        "--port", type=int, default=0, help="port on the loopback interface, default: a free one"
+    )
     parser.add_argument("--cert", help="certificate chain (PEM); TLS then")
     parser.add_argument("--key", help="private key of the certificate (PEM)")
     options = parser.parse_args(argv)
@@ -1636,7 +1817,9 @@ class Endpoint:
         command = [sys.executable, str(Path(__file__).resolve()), "--world", str(file)]
         if self._certificate is not None and self._private_key is not None:
             command += ["--cert", self._certificate, "--key", self._private_key]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._process.stdout is not None
         self.url = self._process.stdout.readline().strip()
         if not self.url:
@@ -1645,14 +1828,17 @@ class Endpoint:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -1686,16 +1872,20 @@ class Endpoint:
         """What has been asked since the start or the last `reset`.
 
         requests {action: n}, by_account {account: {action: n}}, connections {service: opened}, connections_peak
-        {service: most at once}, throttled, dropped, errored, hung, errors {code: n}, in_flight {account: most IAM calls
-        at once}, in_flight_total, in_flight_seconds (of all requests together), assumed {account: fields of the last
-        AssumeRole}, scopes {service/region: n}, user_agents {service: last}, recorded [[seconds, account, action]] if
-        the world says `record`, seconds, cpu (of the endpoint, in seconds).
+        {service: most at once}, throttled, dropped, errored, hung, held, errors {code: n}, in_flight {account: most IAM
+        calls at once}, in_flight_total, in_flight_seconds (of all requests together), assumed {account: fields of the
+        last AssumeRole}, scopes {service/region: n}, user_agents {service: last}, recorded [[seconds, account, action]]
+        if the world says `record`, seconds, cpu (of the endpoint, in seconds).
         """
         return self._control("GET", "/_stats")
 
     def reset(self) -> None:
         """Start the statistics anew; rules and reports stay as they are."""
         self._control("DELETE", "/_stats")
+
+    def release(self) -> None:
+        """Send the replies that are held."""
+        self._control("POST", "/_release")
 
     def update(self, part: Json) -> None:
         """Replace top-level keys of the world, `rules` or `accounts` say; new accounts start without reports."""
@@ -1707,9 +1897,9 @@ class Endpoint:
         connection: http.client.HTTPConnection
         if self.url.startswith("https"):
             context = ssl.create_default_context(cafile=self._ca_bundle)
-            connection = http.client.HTTPSConnection(address, timeout=30, context=context)
+            connection = http.client.HTTPSConnection(address, timeout=TIMEOUT, context=context)
         else:
-            connection = http.client.HTTPConnection(address, timeout=30)
+            connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None)
             answer = connection.getresponse()

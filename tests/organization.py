@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from mypy_boto3_organizations import OrganizationsClient
     from mypy_boto3_sts import STSClient
 
-MANAGEMENT_ID = DEFAULT_ACCOUNT_ID  # whom moto takes everybody for whose credentials it does not know
+MANAGEMENT_ID = (
+    DEFAULT_ACCOUNT_ID  # whom moto takes everybody for whose credentials it does not know
+)
 DEFAULT_ROLE = "OrganizationAccountAccessRole"
 REGION = "us-east-1"
 ACCESS_KEY_ID = "AKIAIOSFODNN7EXAMPLE"  # the pair of AWS's documentation: a well-known dummy
@@ -186,7 +188,9 @@ class _Failure:
             self.times != 0
             and self.action == request.action
             and self.account in (None, request.account)
-            and all(request.parameters.get(name) == value for name, value in self.parameters.items())
+            and all(
+                request.parameters.get(name) == value for name, value in self.parameters.items()
+            )
         )
 
 
@@ -267,7 +271,9 @@ class MotoServer:
         `parameters` narrow it to requests that carry these values, like `UserName="ana"`.
         """
         with self._lock:
-            self._failures.append(_Failure(action, code, status, message, account, parameters, times))
+            self._failures.append(
+                _Failure(action, code, status, message, account, parameters, times)
+            )
 
     def heal(self) -> None:
         """Take back every `fail`."""
@@ -312,7 +318,9 @@ class MotoServer:
             **variables,
         }
 
-    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def _answer(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
         """The WSGI application: count, fail if told to, answer like AWS where moto does not, else leave it to moto."""
         with self._lock:
             request = _read_request(environ)
@@ -324,7 +332,9 @@ class MotoServer:
                 try:
                     return list(self._moto(environ, start_response))
                 except NotImplementedError:
-                    answer = _error(request, 400, "InvalidAction", f"moto does not implement {request.action}")
+                    answer = _error(
+                        request, 400, "InvalidAction", f"moto does not implement {request.action}"
+                    )
         start_response(f"{answer.status} ", [("Content-Type", answer.content_type)])
         return [answer.body.encode()]
 
@@ -401,7 +411,9 @@ class _Handler(BaseHTTPRequestHandler):
                 environ["HTTP_" + name.upper().replace("-", "_")] = value
         return environ
 
-    def _start_response(self, status: str, headers: list[tuple[str, str]], _exc_info: object = None) -> None:
+    def _start_response(
+        self, status: str, headers: list[tuple[str, str]], _exc_info: object = None
+    ) -> None:
         self.send_response(int(status.partition(" ")[0]))
         for name, value in headers:
             if name.lower() not in ("content-length", "connection", "date", "server"):
@@ -416,7 +428,9 @@ def _read_request(environ: dict[str, Any]) -> _Request:
     body = environ["wsgi.input"].read()
     environ["wsgi.input"] = io.BytesIO(body)
     target = environ.get("HTTP_X_AMZ_TARGET", "")
-    parameters = json.loads(body or b"{}") if target else dict(urllib.parse.parse_qsl(body.decode()))
+    parameters = (
+        json.loads(body or b"{}") if target else dict(urllib.parse.parse_qsl(body.decode()))
+    )
     action = target.rpartition(".")[2] or parameters.get("Action", "")
     credential = environ.get("HTTP_AUTHORIZATION", "").partition("Credential=")[2]
     caller = get_account_id_from(credential.partition("/")[0])
@@ -450,11 +464,13 @@ def _assume_role(request: _Request, _state: _State) -> _Answer | None:
     arn = request.parameters["RoleArn"]
     wanted = arn.partition(":role")[2]
     # The roles that moto makes in new accounts have the path "" where AWS has "/".
-    if any((role.path or "/") + role.name == wanted for role in iam_backends[request.account]["aws"].roles.values()):
+    if any(
+        (role.path or "/") + role.name == wanted
+        for role in iam_backends[request.account]["aws"].roles.values()
+    ):
         return None
-    message = (
-        f"User: arn:aws:iam::{request.caller}:user/moto is not authorized to perform: sts:AssumeRole on resource: "
-    )
+    caller = f"arn:aws:iam::{request.caller}:user/moto"
+    message = f"User: {caller} is not authorized to perform: sts:AssumeRole on resource: "
     return _error(request, 403, "AccessDenied", message + arn)
 
 
@@ -465,12 +481,22 @@ def _list_accounts(request: _Request, _state: _State) -> _Answer:
         if request.caller not in organizations_backends.master_accounts:
             message = "Your account is not a member of an organization."
             return _error(request, 400, "AWSOrganizationsNotInUseException", message)
-        backend = organizations_backends[organizations_backends.master_accounts[request.caller][0]]["aws"]
+        backend = organizations_backends[organizations_backends.master_accounts[request.caller][0]][
+            "aws"
+        ]
         if all(admin.account.id != request.caller for admin in backend.admins):
-            return _error(request, 400, "AccessDeniedException", "You don't have permissions to access this resource.")
+            return _error(
+                request,
+                400,
+                "AccessDeniedException",
+                "You don't have permissions to access this resource.",
+            )
     start = int(request.parameters.get("NextToken", "0"))
     end = start + int(request.parameters.get("MaxResults", "20"))
-    page = [{**account.describe(), "Paths": [_path(backend, account)]} for account in backend.accounts[start:end]]
+    page = [
+        {**account.describe(), "Paths": [_path(backend, account)]}
+        for account in backend.accounts[start:end]
+    ]
     more = {"NextToken": str(end)} if end < len(backend.accounts) else {}
     return _json(request, 200, {"Accounts": page, **more})
 
@@ -521,12 +547,25 @@ _AWS_ANSWERS: Mapping[str, Callable[[_Request, _State], _Answer | None]] = {
 }
 
 _REPORT_COLUMNS = [
-    *("user", "arn", "user_creation_time", "password_enabled", "password_last_used", "password_last_changed"),
+    *(
+        "user",
+        "arn",
+        "user_creation_time",
+        "password_enabled",
+        "password_last_used",
+        "password_last_changed",
+    ),
     *("password_next_rotation", "mfa_active"),
     *(
         f"access_key_{slot}_{name}"
         for slot in (1, 2)
-        for name in ("active", "last_rotated", "last_used_date", "last_used_region", "last_used_service")
+        for name in (
+            "active",
+            "last_rotated",
+            "last_used_date",
+            "last_used_region",
+            "last_used_service",
+        )
     ),
     *("cert_1_active", "cert_1_last_rotated", "cert_2_active", "cert_2_last_rotated"),
 ]
@@ -542,8 +581,14 @@ def _take_report(state: _State, account_id: str) -> _Report:
 
 
 def _root_row(account_id: str, root: RootSpec) -> list[str]:
-    password = ["true", _iso(root.password_last_used) if root.password_last_used else "no_information", _iso(LONG_AGO)]
-    slots = [_slot(key.status, key.created, key.last_used, key.service, REGION) for key in root.keys]
+    password = [
+        "true",
+        _iso(root.password_last_used) if root.password_last_used else "no_information",
+        _iso(LONG_AGO),
+    ]
+    slots = [
+        _slot(key.status, key.created, key.last_used, key.service, REGION) for key in root.keys
+    ]
     return [
         "<root_account>",
         f"arn:aws:iam::{account_id}:root",
@@ -581,7 +626,9 @@ def _user_row(user: Any) -> list[str]:
     ]
 
 
-def _slot(status: str, created: datetime, used: datetime | None, service: str | None, region: str | None) -> list[str]:
+def _slot(
+    status: str, created: datetime, used: datetime | None, service: str | None, region: str | None
+) -> list[str]:
     last_use = [_iso(used), region or "N/A", service or "N/A"] if used else ["N/A", "N/A", "N/A"]
     return [_bool(status == "Active"), _iso(created), *last_use]
 
@@ -632,7 +679,9 @@ def fill(
     path = f"{tree.id}/{tree.root_id}/{MANAGEMENT_ID}/"
     manager = MadeAccount(MANAGEMENT_ID, boss.name, path, (tree.root_id,), boss, users)
     server.clear_counts()
-    return MadeOrganization(tree.id, tree.root_id, manager, tree.ous, {member.id: member for member in members})
+    return MadeOrganization(
+        tree.id, tree.root_id, manager, tree.ous, {member.id: member for member in members}
+    )
 
 
 def _make_account(
@@ -644,7 +693,9 @@ def _make_account(
         organizations.create_account(Email=email, AccountName=account.name, RoleName=account.role)
     parents = _make_ous(organizations, tree, account.ou)
     if account.ou:
-        organizations.move_account(AccountId=account.id, SourceParentId=tree.root_id, DestinationParentId=parents[-1])
+        organizations.move_account(
+            AccountId=account.id, SourceParentId=tree.root_id, DestinationParentId=parents[-1]
+        )
     users = _make_users(server, iam_client(server, account.id, account.role), account.id, account)
     if account.suspended:
         organizations.close_account(AccountId=account.id)
@@ -652,7 +703,9 @@ def _make_account(
     return MadeAccount(account.id, account.name, path, parents, account, users)
 
 
-def _make_ous(organizations: OrganizationsClient, tree: _Tree, names: tuple[str, ...]) -> tuple[str, ...]:
+def _make_ous(
+    organizations: OrganizationsClient, tree: _Tree, names: tuple[str, ...]
+) -> tuple[str, ...]:
     """Create what is missing of this path of OUs; the IDs from the root down."""
     ids = [tree.root_id]
     for depth in range(1, len(names) + 1):
@@ -664,7 +717,9 @@ def _make_ous(organizations: OrganizationsClient, tree: _Tree, names: tuple[str,
     return tuple(ids)
 
 
-def _make_users(server: MotoServer, iam: IAMClient, account_id: str, account: AccountSpec) -> dict[str, MadeUser]:
+def _make_users(
+    server: MotoServer, iam: IAMClient, account_id: str, account: AccountSpec
+) -> dict[str, MadeUser]:
     server.set_root(account_id, account.root)
     if account.root.mfa == VIRTUAL:
         _give_root_virtual_mfa(iam, account_id)
@@ -676,7 +731,9 @@ def make_user(iam: IAMClient, account_id: str, user: UserSpec) -> MadeUser:
     arn = iam.create_user(UserName=user.name, Path=user.path)["User"]["Arn"]
     if user.password:
         iam.create_login_profile(UserName=user.name, Password="correct horse battery staple")
-    serials = tuple(_add_mfa(iam, account_id, user, kind, number) for number, kind in enumerate(user.mfa, 1))
+    serials = tuple(
+        _add_mfa(iam, account_id, user, kind, number) for number, kind in enumerate(user.mfa, 1)
+    )
     backend = iam_backends[account_id]["aws"]
     # AWS sets these dates itself, so there is no call that backdates them; moto's objects are in this process.
     backend.users[user.name].create_date = _naive(user.created)
@@ -719,20 +776,29 @@ def _add_mfa(iam: IAMClient, account_id: str, user: UserSpec, kind: str, number:
         SMS: f"arn:aws:iam::{account_id}:sms-mfa/{name}",
     }.get(kind)
     if serial is None:
-        device = iam.create_virtual_mfa_device(Path=user.path, VirtualMFADeviceName=name)["VirtualMFADevice"]
+        device = iam.create_virtual_mfa_device(Path=user.path, VirtualMFADeviceName=name)[
+            "VirtualMFADevice"
+        ]
         serial = device["SerialNumber"]
     iam.enable_mfa_device(
-        UserName=user.name, SerialNumber=serial, AuthenticationCode1="123456", AuthenticationCode2="654321"
+        UserName=user.name,
+        SerialNumber=serial,
+        AuthenticationCode1="123456",
+        AuthenticationCode2="654321",
     )
     return serial
 
 
 def _give_root_virtual_mfa(iam: IAMClient, account_id: str) -> None:
     """Only root can enable a device for root, and moto knows no root: put it where ListVirtualMFADevices looks."""
-    serial = iam.create_virtual_mfa_device(VirtualMFADeviceName="root-account-mfa-device")["VirtualMFADevice"]
+    serial = iam.create_virtual_mfa_device(VirtualMFADeviceName="root-account-mfa-device")[
+        "VirtualMFADevice"
+    ]
     device = iam_backends[account_id]["aws"].virtual_mfa_devices[serial["SerialNumber"]]
     device.enable_date = _naive(LONG_AGO)
-    root = types.SimpleNamespace(id=account_id, arn=f"arn:aws:iam::{account_id}:root", create_date=_naive(LONG_AGO))
+    root = types.SimpleNamespace(
+        id=account_id, arn=f"arn:aws:iam::{account_id}:root", create_date=_naive(LONG_AGO)
+    )
     device.user = root  # type: ignore[assignment]
 
 
@@ -752,7 +818,9 @@ def attach_scp(server: MotoServer, name: str, document: object, *targets: str) -
     """Create a service control policy, attach it to roots, OUs or accounts by ID; the policy's ID."""
     organizations = organizations_client(server)
     content = document if isinstance(document, str) else json.dumps(document)
-    made = organizations.create_policy(Name=name, Description=name, Type="SERVICE_CONTROL_POLICY", Content=content)
+    made = organizations.create_policy(
+        Name=name, Description=name, Type="SERVICE_CONTROL_POLICY", Content=content
+    )
     policy_id = made["Policy"]["PolicySummary"]["Id"]
     for target in targets:
         organizations.attach_policy(PolicyId=policy_id, TargetId=target)
@@ -766,7 +834,9 @@ def organizations_client(server: MotoServer) -> OrganizationsClient:
     return _session().client("organizations", endpoint_url=server.url, config=_CONFIG)
 
 
-def iam_client(server: MotoServer, account_id: str = MANAGEMENT_ID, role: str = DEFAULT_ROLE) -> IAMClient:
+def iam_client(
+    server: MotoServer, account_id: str = MANAGEMENT_ID, role: str = DEFAULT_ROLE
+) -> IAMClient:
     """A client of this account, through AssumeRole as an administrator of the organization would."""
     if account_id == MANAGEMENT_ID:
         return _session().client("iam", endpoint_url=server.url, config=_CONFIG)
@@ -791,7 +861,11 @@ _CONFIG = Config(retries={"max_attempts": 0}, proxies={})
 def _session() -> boto3.Session:
     """A session that sees none of the machine's AWS setup: neither profile nor files."""
     nothing = (None, None, NOWHERE, None)
-    variables = {"profile": (None, None, None, None), "config_file": nothing, "credentials_file": nothing}
+    variables = {
+        "profile": (None, None, None, None),
+        "config_file": nothing,
+        "credentials_file": nothing,
+    }
     session = botocore.session.Session(session_vars=variables)
     session.set_credentials(ACCESS_KEY_ID, SECRET_ACCESS_KEY)
     return boto3.Session(botocore_session=session, region_name=REGION)

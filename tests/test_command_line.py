@@ -1,12 +1,12 @@
-"""The command line: what it refuses and when, what it prints where, and what a terminal shows."""
+"""The program on the command line: what it prints where, and what a terminal shows of its progress."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
+from builders import ONE, THREE, TWO, reach
 from conftest import TRACEBACK, Program, Result, Serve, screen
 from endpoint import account, generate, key, root, rule, user
 
@@ -14,114 +14,26 @@ import iam_audit
 
 pytestmark = pytest.mark.program
 
-ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-WRONG: list[tuple[list[str], str]] = [  # options, what stderr quotes
-    (["--profile", ""], "--profile"),
-    (["--role", ""], "--role"),
-    (["--role", "arn:aws:iam::111111111111:role/Audit"], "arn:aws:iam::111111111111:role/Audit"),
-    (["--role", "Au dit"], "Au dit"),
-    (["--role", "/Audit"], "/Audit"),
-    (["--role", "path/"], "path/"),
-    (["--role", "x" * 65], "x" * 65),
-    (["--role", "Audit\n"], "Audit"),
-    (["--output-dir", ""], "--output-dir"),
-    (["--accounts", ""], "--accounts"),
-    (["--accounts", "12345678901"], "12345678901"),
-    (["--accounts", "1234567890123"], "1234567890123"),
-    (["--accounts", f"{ONE},abc"], "abc"),
-    (["--accounts", f"{ONE},"], "--accounts"),
-    (["--accounts", "11111111111\N{ARABIC-INDIC DIGIT ONE}"], "11111111111\N{ARABIC-INDIC DIGIT ONE}"),
-    (["--exclude", "one"], "one"),
-    (["--exclude", f"{ONE};{TWO}"], f"{ONE};{TWO}"),
-    (["--accounts", f"{ONE},{TWO}", "--exclude", ONE], ONE),
-    (["--ou", "r-test"], "r-test"),
-    (["--ou", "ou-ab12"], "ou-ab12"),
-    (["--ou", "ou-ab12-CDEFGH34"], "ou-ab12-CDEFGH34"),
-    (["--ou", "ou-ab12-cdefgh34,x"], "x"),
-    (["--external-id", "x"], "x"),
-    (["--external-id", ""], "--external-id"),
-    (["--external-id", "with space"], "with space"),
-    (["--external-id", "y" * 1225], "yyy"),
-    (["--workers", "0"], "0"),
-    (["--workers", "257"], "257"),
-    (["--workers", "-1"], "-1"),
-    (["--workers", "many"], "many"),
-    (["--workers", "1.5"], "1.5"),
-    (["--report-timeout", "0"], "0"),
-    (["--report-timeout", "-5"], "-5"),
-    (["--report-timeout", "nan"], "nan"),
-    (["--report-timeout", "inf"], "inf"),
-    (["--report-timeout", "soon"], "soon"),
-    (["--print", "scp-deny-access-keys", "--exempt-role", ",".join(f"{'x' * 60}{n}" for n in range(80))], "5,120"),
-    (["--print", "scp-deny-access-keys", "--exempt-role", "*/Admin"], "--print"),
-    (["--print", "scp-deny-access-keys", "--exempt-role", "${aws:PrincipalTag/x}/y"], "--print"),
-    (["--print", "caller-policy", "--role", "?/Audit"], "--print"),
-    (["--unknown-option"], "--unknown-option"),
-    (["--work", "3"], "--work"),  # no abbreviations: a later option may make one ambiguous
-    (["surplus"], "surplus"),
-]
-
-
-@pytest.mark.parametrize(("options", "quoted"), WRONG, ids=[" ".join(options)[:40] for options, _ in WRONG])
-def test_wrong_values_are_refused(
-    options: list[str], quoted: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In this process, where nothing has been asked of AWS or written yet, as the two tests below show."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    role = [] if "--role" in options else ["--role", "Audit"]
-    with pytest.raises(SystemExit) as ended:
-        iam_audit.main([*role, *options])
-    shown = capsys.readouterr()
-    assert (ended.value.code, shown.out) == (2, "")
-    assert quoted in shown.err
-    assert options[0] in shown.err or not options[0].startswith("--")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("options", [["--workers", "0"], ["--accounts", "12"], []])
-def test_what_is_refused_costs_no_request(serve: Serve, run_program: Program, options: list[str]) -> None:
-    """Without --role too."""
-    endpoint = serve(account(ONE, "one"))
-    result = run_program(endpoint.env(), *options, role="Audit" if options else None)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert (options or ["--role"])[-1] in result.stderr
-    assert endpoint.stats()["requests"] == {}
-    assert not result.output_dir.exists()
-
-
-def test_accepted_values(serve: Serve, run_program: Program) -> None:
-    """The edges of what is allowed; and main() gives back the exit code."""
-    endpoint = serve(account(ONE, "one"))
-    options = ["--workers", "256", "--report-timeout", "0.5", "--external-id", "ab", "--exclude", f" {TWO}, {THREE}"]
-    result = run_program(endpoint.env(), *options, role="a/b+=,.@-/" + "x" * 64)
-    assert (result.exit_code, result.csvs) == (0, {ONE}), result.stderr
-
-
-def test_version(program: Program) -> None:
-    shown = subprocess.run([program.python, program.path, "--version"], capture_output=True, text=True, check=True)
-    assert iam_audit.VERSION in shown.stdout
-
 
 def test_main_gives_back_the_exit_code(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in serve(account(ONE, "one"), account(TWO, "two", role="denied")).env().items():
-        monkeypatch.setenv(name, value)
-    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "a"), "--accounts", ONE]) == 0
+    reach(serve(account(ONE, "one"), account(TWO, "two", role="denied")), monkeypatch)
+    assert (
+        iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "a"), "--accounts", ONE])
+        == 0
+    )
     assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "b")]) == 3
-    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "c"), "--accounts", THREE]) == 1
+    assert (
+        iam_audit.main(
+            ["--role", "Audit", "--output-dir", str(tmp_path / "c"), "--accounts", THREE]
+        )
+        == 1
+    )
     assert THREE in capsys.readouterr().err
-
-
-def test_reports_is_the_default_folder(serve: Serve, program: Program, tmp_path: Path) -> None:
-    command = [program.python, program.path, "--role", "Audit"]
-    done = subprocess.run(command, env=serve(account(ONE, "one")).env(), cwd=tmp_path, capture_output=True, check=True)
-    assert done.returncode == 0
-    assert [path.stem for path in tmp_path.glob("reports/*/accounts/*.csv")] == [ONE]
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -144,7 +56,13 @@ def test_stdout_says_what_was_found(mixed: Result) -> None:
     assert mixed.exit_code == 3
     assert mixed.stderr == ""
     said = mixed.stdout
-    for words in ("audited: 1 account", "2 users", "2 access keys", "failed: 1 account", "skipped.*1 account"):
+    for words in (
+        "audited: 1 account",
+        "2 users",
+        "2 access keys",
+        "failed: 1 account",
+        "skipped.*1 account",
+    ):
         assert re.search(words, said, re.IGNORECASE), words
     assert re.search(rf"{TWO}.*second", said)
     assert re.search(rf"{THREE}.*third.*SUSPENDED", said)
@@ -152,14 +70,20 @@ def test_stdout_says_what_was_found(mixed: Result) -> None:
     assert str(mixed.folder) in said
 
 
-def test_quiet_says_nothing_where_nothing_needs_attention(serve: Serve, run_program: Program) -> None:
-    endpoint = serve(account(ONE, "one", users=[user("ana")]), account(TWO, "two", state="SUSPENDED"))
+def test_quiet_says_nothing_where_nothing_needs_attention(
+    serve: Serve, run_program: Program
+) -> None:
+    endpoint = serve(
+        account(ONE, "one", users=[user("ana")]), account(TWO, "two", state="SUSPENDED")
+    )
     result = run_program(endpoint.env(), "-q")
     assert (result.exit_code, result.stdout, result.stderr, result.csvs) == (0, "", "", {ONE})
 
 
 def test_quiet_says_what_failed(serve: Serve, run_program: Program) -> None:
-    result = run_program(serve(account(ONE, "one"), account(TWO, "no-role", role="denied")).env(), "--quiet")
+    result = run_program(
+        serve(account(ONE, "one"), account(TWO, "no-role", role="denied")).env(), "--quiet"
+    )
     assert (result.exit_code, result.stderr) == (3, "")
     for word in (TWO, "no-role", "AssumeRole", "AccessDenied", "trust"):
         assert word in result.stdout
@@ -178,10 +102,18 @@ def test_verbose_says_each_account_and_step(serve: Serve, run_program: Program) 
         user(name, password=True, mfa=["GAHT12345678"], keys=[key(f"AKIA0000000000000{name}")])
         for name in ("ana", "bea")
     )
-    endpoint = serve(account(ONE, "one", users=[ana, bea], root=boss), account(TWO, "two", role="denied"))
+    endpoint = serve(
+        account(ONE, "one", users=[ana, bea], root=boss), account(TWO, "two", role="denied")
+    )
     result = run_program(endpoint.env(), "--verbose")
     lines = result.stderr.splitlines()
-    steps = ["AssumeRole", "GenerateCredentialReport", "GetCredentialReport", "ListUsers", "ListAccessKeys"]
+    steps = [
+        "AssumeRole",
+        "GenerateCredentialReport",
+        "GetCredentialReport",
+        "ListUsers",
+        "ListAccessKeys",
+    ]
     for step in (*steps, "GetAccessKeyLastUsed", "ListMFADevices", "ListVirtualMFADevices"):
         assert len([line for line in lines if re.search(rf"{ONE}.*\b{step}\b", line)]) == 1, step
     assert any(re.search(rf"{TWO}.*AccessDenied", line) for line in lines)
@@ -198,7 +130,9 @@ def test_verbose_shows_where_it_stopped(serve: Serve, run_program: Program) -> N
 def test_an_ascii_terminal_can_show_all_names(serve: Serve, run_program: Program) -> None:
     """cron's locale may be C."""
     endpoint = serve(account(ONE, "Se\xf1or \u4e2d", state="SUSPENDED"), account(TWO, "\xe9t\xe9"))
-    result = run_program({**endpoint.env(), "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    result = run_program(
+        {**endpoint.env(), "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    )
     assert result.exit_code == 0, result.stderr
     assert result.rows(TWO)[0]["account_name"] == "\xe9t\xe9"
 
@@ -240,7 +174,7 @@ def test_progress_fits_a_narrow_terminal(serve: Serve, program: Program) -> None
     assert max(map(len, drawn)) <= 30
 
 
-def test_progress_on_a_terminal_that_knows_no_width(serve: Serve, program: Program) -> None:
+def test_progress_shows_on_a_terminal_that_knows_no_width(serve: Serve, program: Program) -> None:
     """A new pseudo-terminal, as a container may give, has 0 columns."""
     endpoint = serve(generate=generate(8, 1, missing_roles=0.25), latency=0.1)
     result = program.in_terminal(endpoint.env(), "--workers", "2", columns=0)
@@ -248,19 +182,29 @@ def test_progress_on_a_terminal_that_knows_no_width(serve: Serve, program: Progr
     assert not any(screen(result.terminal)), screen(result.terminal)
 
 
-def test_the_total_may_still_grow(serve: Serve, program: Program) -> None:
+def test_no_total_is_claimed_while_accounts_are_listed(serve: Serve, program: Program) -> None:
     """While accounts are listed, the line does not claim to know how many there are."""
-    slow = rule("ListAccounts", fields={"NextToken": "4"}, delay=1.5)
-    endpoint = serve(generate=generate(6, 1), page=4, rules=[slow])
-    result = program.in_terminal(endpoint.env())
+    second_page = rule("ListAccounts", fields={"NextToken": "4"}, hold=True)
+    endpoint = serve(generate=generate(6, 1), page=4, rules=[second_page])
+
+    def list_the_rest(shown: str) -> str:
+        if re.search(r"3 of 3\D", shown):
+            endpoint.release()
+        return ""
+
+    result = program.in_terminal(endpoint.env(), answer=list_the_rest)
     assert len(result.csvs) == 6
     drawn = [line for line in re.split(r"\r|\x1b\[[0-9]*[A-Z]", result.terminal) if " of " in line]
     assert any(re.search(r"3 of 3\D", line) for line in drawn)
-    assert not any(re.search(r"3 of 3 ", line) or "left" in line for line in drawn if "3 of 3" in line)
+    assert not any(
+        re.search(r"3 of 3 ", line) or "left" in line for line in drawn if "3 of 3" in line
+    )
 
 
-@pytest.mark.parametrize(("options", "variables"), [(["--quiet"], {}), ([], {"TERM": "dumb"})], ids=["quiet", "dumb"])
-def test_terminals_without_a_progress_line(
+@pytest.mark.parametrize(
+    ("options", "variables"), [(["--quiet"], {}), ([], {"TERM": "dumb"})], ids=["quiet", "dumb"]
+)
+def test_quiet_and_dumb_terminals_show_no_progress_line(
     serve: Serve, program: Program, options: list[str], variables: dict[str, str]
 ) -> None:
     endpoint = serve(account(ONE, "one"), latency=0.1)

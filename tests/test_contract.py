@@ -13,12 +13,12 @@ from pathlib import Path
 import botocore.session
 import pytest
 from botocore import xform_name
+from builders import ONE
 from conftest import Program, Serve
 from endpoint import account, key, root, user
 
 import iam_audit
 
-ONE = "111111111111"
 SOURCE = Path(iam_audit.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -39,19 +39,20 @@ ROLE_ACTIONS = {
 }
 
 
-def test_columns() -> None:
+def test_the_eleven_columns_stand_in_their_order() -> None:
     assert ",".join(iam_audit.CSV_COLUMNS) == HEADER
 
 
-def test_exit_codes() -> None:
+def test_exit_codes_are_the_ones_that_scripts_rely_on() -> None:
     codes = (
         iam_audit.EXIT_OK,
         iam_audit.EXIT_NOT_DONE,
         iam_audit.EXIT_USAGE,
         iam_audit.EXIT_ACCOUNTS_FAILED,
+        iam_audit.EXIT_FAIL_ON,
         iam_audit.EXIT_SIGNAL,
     )
-    assert codes == (0, 1, 2, 3, 128)
+    assert codes == (0, 1, 2, 3, 4, 128)
 
 
 def test_imports_nothing_but_the_standard_library_and_the_sdk() -> None:
@@ -72,7 +73,11 @@ def test_imports_nothing_but_the_standard_library_and_the_sdk() -> None:
 
 def allowed() -> set[str]:
     """The allow-list: the constants that name reads with their reasons, and AssumeRole."""
-    reads = [value for name, value in vars(iam_audit).items() if name.endswith("_READS") and isinstance(value, dict)]
+    reads = [
+        value
+        for name, value in vars(iam_audit).items()
+        if name.endswith("_READS") and isinstance(value, dict)
+    ]
     return {"sts:AssumeRole"}.union(*reads)
 
 
@@ -100,13 +105,19 @@ def callable_actions() -> dict[str, set[str]]:
         for operation in loader.get_service_model(service).operation_names:
             operations.setdefault(xform_name(operation), set()).add(f"{service}:{operation}")
     used = {node.attr for node in ast.walk(TREE) if isinstance(node, ast.Attribute)}
-    used |= {node.value for node in ast.walk(TREE) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    used |= {
+        node.value
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     return {name: operations[name] for name in used & set(operations)}
 
 
 def test_every_action_that_can_be_called_is_allowed() -> None:
     found = callable_actions()
-    assert {"assume_role", "list_accounts", "list_users"} <= set(found)  # the search finds something
+    assert {"assume_role", "list_accounts", "list_users"} <= set(
+        found
+    )  # the search finds something
     for name, actions in found.items():
         assert actions & allowed(), f"{name} is not among the constants"
 
@@ -123,11 +134,22 @@ def test_the_docstring_names_every_action_and_no_other() -> None:
 def test_no_operation_is_hidden_from_that_search() -> None:
     """getattr on a client, botocore's own way to make a call and the like would hide one."""
     for node in ast.walk(TREE):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "getattr"
+        ):
             owner = ast.unparse(node.args[0])
-            assert not re.search(r"aws|iam|sts|organizations|cloudtrail|client|session|meta", owner), owner
+            assert not re.search(
+                r"aws|iam|sts|organizations|cloudtrail|client|session|meta", owner
+            ), owner
         if isinstance(node, ast.Attribute):
-            assert node.attr not in ("_make_api_call", "make_api_call", "__getattribute__", "generate_presigned_url")
+            assert node.attr not in (
+                "_make_api_call",
+                "make_api_call",
+                "__getattribute__",
+                "generate_presigned_url",
+            )
     assert not re.search(r"\b(eval|exec)\(", SOURCE)
 
 
@@ -136,7 +158,7 @@ def test_every_action_is_a_read() -> None:
         assert re.search(r":(Get|List|Describe|Lookup)", action), action
 
 
-def test_what_the_role_needs() -> None:
+def test_the_role_needs_these_eight_actions_each_for_a_reason() -> None:
     assert set(iam_audit.ROLE_READS) == ROLE_ACTIONS
     assert all(iam_audit.ROLE_READS.values()), "an action without its reason"
     assert all(iam_audit.CALLER_READS.values())
@@ -156,7 +178,9 @@ def test_what_is_called_is_what_is_allowed(serve: Serve, run_program: Program) -
 
 
 @pytest.mark.program
-def test_the_session_policy_allows_the_reads_and_nothing_else(serve: Serve, run_program: Program) -> None:
+def test_the_session_policy_allows_the_reads_and_nothing_else(
+    serve: Serve, run_program: Program
+) -> None:
     endpoint = serve(account(ONE, "one"))
     run_program(endpoint.env())
     policy = json.loads(endpoint.stats()["assumed"][ONE]["Policy"])
@@ -181,7 +205,7 @@ def test_help_shows_two_examples_and_the_exit_codes(program: Program) -> None:
     shown = help_text(program)
     assert shown.startswith("usage: iam_audit.py")
     assert shown.count("  python iam_audit.py --") >= 2
-    for code in ("0", "1", "2", "3", "130", "143"):
+    for code in ("0", "1", "2", "3", "4", "130", "143"):
         assert re.search(rf"\b{code}\b.*[a-z]{{4}}", shown)
 
 
@@ -189,7 +213,9 @@ def test_help_shows_two_examples_and_the_exit_codes(program: Program) -> None:
 def test_readme_shows_the_help(program: Program, program_versions: dict[str, str]) -> None:
     if program_versions["python"] == "3.9":
         pytest.skip("argparse had other headings before 3.10")
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```[a-z]*\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     [block] = [block for block in blocks if "usage: iam_audit.py" in block]
     shown = block[block.index("usage: iam_audit.py") :]
     assert shown == help_text(program)

@@ -24,13 +24,15 @@ NOON = datetime(2024, 1, 31, 12, tzinfo=timezone.utc)
         ("2024-01-31T12:00:00.250000Z", NOON + timedelta(milliseconds=250)),
     ],
 )
-def test_times_of_aws(text: str, moment: datetime) -> None:
+def test_times_as_aws_writes_them_are_read_as_utc(text: str, moment: datetime) -> None:
     found = iam_audit.parse_time(text)
     assert (found, found.utcoffset()) == (moment, timedelta(0))
 
 
-@pytest.mark.parametrize("text", ["", "N/A", "no_information", "2024-13-01T00:00:00Z", "yesterday", "Z"])
-def test_what_is_no_time(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "N/A", "no_information", "2024-13-01T00:00:00Z", "yesterday", "Z"]
+)
+def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".*"):
         iam_audit.parse_time(text)
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from endpoint import TIMEOUT
 
 DEMO = Path(__file__).with_name("demo.py")
 AUDITED = {  # ten member accounts; acquired-2018 is suspended
@@ -21,21 +22,28 @@ DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 
 def run_demo(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     # A profile and a proxy that do not exist: whoever used either would fail.
-    traps = {"AWS_PROFILE": "a-real-profile", "HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    traps = {
+        "AWS_PROFILE": "a-real-profile",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
     return subprocess.run(
         [sys.executable, str(DEMO), *options],
         cwd=folder,
         env=os.environ | traps,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
         check=False,
     )
 
 
 def tables(folder: Path) -> dict[str, list[list[str]]]:
     """The rows of every account's CSV by account ID."""
-    return {file.stem: list(csv.reader(file.open(newline=""))) for file in folder.rglob("accounts/*.csv")}
+    return {
+        file.stem: list(csv.reader(file.open(newline="")))
+        for file in folder.rglob("accounts/*.csv")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +56,26 @@ def finished(folder: Path) -> subprocess.CompletedProcess[str]:
     return run_demo(folder)
 
 
-def test_audits_every_active_account(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
+def test_audits_every_active_account(
+    finished: subprocess.CompletedProcess[str], folder: Path
+) -> None:
     assert finished.returncode == 0, finished.stderr
     assert set(tables(folder / "reports")) == AUDITED
 
 
 def test_names_the_files_it_wrote(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
-    named = {folder / line.strip() for line in finished.stdout.partition("\nThe files of this run:\n")[2].splitlines()}
+    named = {
+        folder / line.strip()
+        for line in finished.stdout.partition("\nThe files of this run:\n")[2].splitlines()
+    }
     written = {file for file in (folder / "reports").rglob("*") if file.is_file()}
     assert named == written
     assert len(named) > len(AUDITED)  # summary.json at least is there too
 
 
-def test_shows_users_keys_and_mfa_of_all_kinds(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
+def test_shows_users_keys_and_mfa_of_all_kinds(
+    finished: subprocess.CompletedProcess[str], folder: Path
+) -> None:
     assert finished.returncode == 0, finished.stderr
     header, *rows = [row for table in tables(folder / "reports").values() for row in table]
     seen = {name: {row[column] for row in rows} for column, name in enumerate(header)}
@@ -68,12 +83,24 @@ def test_shows_users_keys_and_mfa_of_all_kinds(finished: subprocess.CompletedPro
     assert {"Nunca", "N/A"} < seen["password_last_used"]
     assert seen["status"] >= {"Active", "Inactive", "N/A"}
     assert {"Nunca utilizada", "N/A"} < seen["last_used_date"]
-    assert seen["mfa_status"] >= {"None", "Virtual", "Hardware", "SMS", "Security key+Virtual", "Hardware+Security key"}
-    assert seen["account_name"] >= {"Data Lake, Staging", """'=HYPERLINK("http://203.0.113.7","Invoice")"""}
+    assert seen["mfa_status"] >= {
+        "None",
+        "Virtual",
+        "Hardware",
+        "SMS",
+        "Security key+Virtual",
+        "Hardware+Security key",
+    }
+    assert seen["account_name"] >= {
+        "Data Lake, Staging",
+        """'=HYPERLINK("http://203.0.113.7","Invoice")""",
+    }
     assert seen["username"] >= {"<root_account>", "'=glue-loader", "lake,reader", "'@SUM.1+1"}
 
 
-def test_is_the_same_every_time(finished: subprocess.CompletedProcess[str], folder: Path, tmp_path: Path) -> None:
+def test_is_the_same_every_time(
+    finished: subprocess.CompletedProcess[str], folder: Path, tmp_path: Path
+) -> None:
     """Up to the dates, which are counted back from the start; the options behind the demo's own reach the program."""
     again = run_demo(tmp_path, "--output-dir", "again", "--exclude", "888899990000,999900001111")
     assert (finished.returncode, again.returncode) == (0, 0), again.stderr

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, ConnectionClosedError, ReadTimeoutError
 from endpoint import (
+    TIMEOUT,
     Endpoint,
     World,
     access_key_id,
@@ -49,8 +51,14 @@ ALICE = user(
     ],
 )
 ACCOUNTS = [
-    account(ONE, 'One, "first"', users=[ALICE, user("bob"), user("gone", in_list=False), user("new", in_report=False)]),
-    account(TWO, "=two", root=root(password=True, virtual=True, keys=[root_key()]), state="SUSPENDED"),
+    account(
+        ONE,
+        'One, "first"',
+        users=[ALICE, user("bob"), user("gone", in_list=False), user("new", in_report=False)],
+    ),
+    account(
+        TWO, "=two", root=root(password=True, virtual=True, keys=[root_key()]), state="SUSPENDED"
+    ),
 ]
 
 
@@ -61,22 +69,28 @@ def endpoint() -> Iterator[Endpoint]:
         yield started
 
 
-def client(endpoint: Endpoint, service: str, **credentials: str) -> Any:
-    """A client of the caller, or with other credentials, that tries once and reads for a second at most."""
+def client(
+    endpoint: Endpoint, service: str, read_timeout: float = TIMEOUT, /, **credentials: str
+) -> Any:
+    """A client of the caller, or with other credentials, that tries once."""
     key_id = access_key_id(endpoint.world.caller_account, caller=True)
     return boto3.client(  # type: ignore[call-overload]
         service,
         endpoint_url=endpoint.url,
         region_name="us-east-1",
-        config=Config(retries={"total_max_attempts": 1}, read_timeout=1),
-        **(credentials or {"aws_access_key_id": key_id, "aws_secret_access_key": secret_of(key_id)}),
+        config=Config(retries={"total_max_attempts": 1}, read_timeout=read_timeout),
+        **(
+            credentials or {"aws_access_key_id": key_id, "aws_secret_access_key": secret_of(key_id)}
+        ),
     )
 
 
 def session(endpoint: Endpoint, account_id: str, **parameters: str) -> dict[str, str]:
     """Credentials of the role in an account, as AssumeRole gives them."""
     arn = f"arn:aws:iam::{account_id}:role/Audit"
-    answer = client(endpoint, "sts").assume_role(RoleArn=arn, RoleSessionName="iam-audit", **parameters)["Credentials"]
+    answer = client(endpoint, "sts").assume_role(
+        RoleArn=arn, RoleSessionName="iam-audit", **parameters
+    )["Credentials"]
     return {
         "aws_access_key_id": answer["AccessKeyId"],
         "aws_secret_access_key": answer["SecretAccessKey"],
@@ -98,9 +112,14 @@ def refused(call: Any, **parameters: Any) -> tuple[str, int]:
 
 
 def test_sts_tells_who_asks_and_hands_out_sessions(endpoint: Endpoint) -> None:
-    assert client(endpoint, "sts").get_caller_identity()["Arn"] == "arn:aws:iam::999999999999:user/auditor"
+    assert (
+        client(endpoint, "sts").get_caller_identity()["Arn"]
+        == "arn:aws:iam::999999999999:user/auditor"
+    )
     arn = f"arn:aws:iam::{ONE}:role/audit/Role"
-    answer = client(endpoint, "sts").assume_role(RoleArn=arn, RoleSessionName="me", Policy="{}", ExternalId="x-1")
+    answer = client(endpoint, "sts").assume_role(
+        RoleArn=arn, RoleSessionName="me", Policy="{}", ExternalId="x-1"
+    )
     left = answer["Credentials"]["Expiration"] - datetime.now(timezone.utc)
     assert timedelta(minutes=59) < left <= timedelta(hours=1)
     assert len(answer["Credentials"]["AccessKeyId"]) == 20
@@ -110,10 +129,15 @@ def test_sts_tells_who_asks_and_hands_out_sessions(endpoint: Endpoint) -> None:
         "RoleArn": arn, "RoleSessionName": "me", "Policy": "{}", "ExternalId": "x-1", "DurationSeconds": None,
     }  # fmt: skip
     identity = member(endpoint, service="sts").get_caller_identity()
-    assert (identity["Account"], identity["Arn"]) == (ONE, f"arn:aws:sts::{ONE}:assumed-role/Audit/iam-audit")
+    assert (identity["Account"], identity["Arn"]) == (
+        ONE,
+        f"arn:aws:sts::{ONE}:assumed-role/Audit/iam-audit",
+    )
 
 
-@pytest.mark.parametrize("account_id", [TWO, "999999999999", "123456789012"], ids=["denied", "management", "unknown"])
+@pytest.mark.parametrize(
+    "account_id", [TWO, "999999999999", "123456789012"], ids=["denied", "management", "unknown"]
+)
 def test_assume_role_is_denied(endpoint: Endpoint, account_id: str) -> None:
     endpoint.update({"accounts": [account(TWO, "two", role="denied")]})
     assume = client(endpoint, "sts").assume_role
@@ -122,11 +146,18 @@ def test_assume_role_is_denied(endpoint: Endpoint, account_id: str) -> None:
 
 
 def test_external_id_session_policy_and_scp_bind(endpoint: Endpoint) -> None:
-    endpoint.update({"accounts": [account(ONE, "one", external_id="secret", deny=["GetCredentialReport"])]})
+    endpoint.update(
+        {"accounts": [account(ONE, "one", external_id="secret", deny=["GetCredentialReport"])]}
+    )
     with pytest.raises(ClientError, match="sts:AssumeRole on resource"):
         session(endpoint, ONE)
-    policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": ["iam:List*"], "Resource": "*"}]}
-    narrow = client(endpoint, "iam", **session(endpoint, ONE, ExternalId="secret", Policy=json.dumps(policy)))
+    policy = {
+        "Version": "2012-10-17",
+        "Statement": [{"Effect": "Allow", "Action": ["iam:List*"], "Resource": "*"}],
+    }
+    narrow = client(
+        endpoint, "iam", **session(endpoint, ONE, ExternalId="secret", Policy=json.dumps(policy))
+    )
     assert narrow.list_users()["Users"] == []
     assert refused(narrow.generate_credential_report) == ("AccessDenied", 403)
     wide = client(endpoint, "iam", **session(endpoint, ONE, ExternalId="secret"))
@@ -138,19 +169,27 @@ def test_external_id_session_policy_and_scp_bind(endpoint: Endpoint) -> None:
 def test_signatures_tokens_and_expiry_are_verified(endpoint: Endpoint) -> None:
     good, other = session(endpoint, ONE), session(endpoint, TWO)
     wrong_secret = {**good, "aws_secret_access_key": other["aws_secret_access_key"]}
-    assert refused(client(endpoint, "iam", **wrong_secret).list_users) == ("SignatureDoesNotMatch", 403)
+    assert refused(client(endpoint, "iam", **wrong_secret).list_users) == (
+        "SignatureDoesNotMatch",
+        403,
+    )
     mixed_up = {**good, "aws_session_token": other["aws_session_token"]}
     assert refused(client(endpoint, "iam", **mixed_up).list_users) == ("InvalidClientTokenId", 403)
-    assert refused(client(endpoint, "organizations", **wrong_secret).list_accounts)[0] == "InvalidSignatureException"
+    assert (
+        refused(client(endpoint, "organizations", **wrong_secret).list_accounts)[0]
+        == "InvalidSignatureException"
+    )
     endpoint.update({"session_seconds": -1})
     assert refused(member(endpoint).list_users) == ("ExpiredToken", 403)
     endpoint.update({"verify_signatures": False, "session_seconds": 60})
     assert client(endpoint, "iam", **wrong_secret).list_users()["Users"]
 
 
-def test_organization_pages(endpoint: Endpoint) -> None:
+def test_accounts_are_listed_page_by_page(endpoint: Endpoint) -> None:
     organizations = client(endpoint, "organizations")
-    assert organizations.describe_organization()["Organization"]["MasterAccountId"] == "999999999999"
+    assert (
+        organizations.describe_organization()["Organization"]["MasterAccountId"] == "999999999999"
+    )
     endpoint.update({"generate": generate(45, 0), "empty_page": 1})
     pages = list(organizations.get_paginator("list_accounts").paginate())
     assert [len(page["Accounts"]) for page in pages] == [20, 0, 20, 8]
@@ -167,7 +206,7 @@ def test_organization_pages(endpoint: Endpoint) -> None:
     assert refused(organizations.list_accounts)[0] == "AWSOrganizationsNotInUseException"
 
 
-def test_service_control_policies(endpoint: Endpoint) -> None:
+def test_policies_are_listed_with_their_content_targets_and_parents(endpoint: Endpoint) -> None:
     organizations = client(endpoint, "organizations")
     default = organizations.list_policies(Filter="SERVICE_CONTROL_POLICY")["Policies"]
     assert [(one["Name"], one["AwsManaged"]) for one in default] == [("FullAWSAccess", True)]
@@ -175,12 +214,19 @@ def test_service_control_policies(endpoint: Endpoint) -> None:
     path = f"o-test123456/r-test/ou-test-a/ou-test-b/{ONE}/"
     deny: dict[str, Any] = {"Version": "2012-10-17", "Statement": []}
     endpoint.update(
-        {"accounts": [account(ONE, "one", paths=[path])], "policies": [policy("p-1", "mine", deny, targets)]}
+        {
+            "accounts": [account(ONE, "one", paths=[path])],
+            "policies": [policy("p-1", "mine", deny, targets)],
+        }
     )
     assert json.loads(organizations.describe_policy(PolicyId="p-1")["Policy"]["Content"]) == deny
     pages = list(organizations.get_paginator("list_targets_for_policy").paginate(PolicyId="p-1"))
     listed = [(one["TargetId"], one["Type"]) for page in pages for one in page["Targets"]]
-    assert listed[:3] == [("r-test", "ROOT"), ("ou-test-a", "ORGANIZATIONAL_UNIT"), (ONE, "ACCOUNT")]
+    assert listed[:3] == [
+        ("r-test", "ROOT"),
+        ("ou-test-a", "ORGANIZATIONAL_UNIT"),
+        (ONE, "ACCOUNT"),
+    ]
     assert ([len(page["Targets"]) for page in pages], len(listed)) == ([20, 3], 23)
     chain = [ONE]
     while not chain[-1].startswith("r-"):
@@ -189,7 +235,14 @@ def test_service_control_policies(endpoint: Endpoint) -> None:
 
 
 def test_report_takes_its_time(endpoint: Endpoint) -> None:
-    endpoint.update({"accounts": [account(ONE, "never", report_delay=None), account(TWO, "soon", report_delay=0.3)]})
+    endpoint.update(
+        {
+            "accounts": [
+                account(ONE, "never", report_delay=None),
+                account(TWO, "soon", report_delay=0.3),
+            ]
+        }
+    )
     never, soon = member(endpoint), member(endpoint, TWO)
     assert refused(never.get_credential_report) == ("ReportNotPresent", 410)
     states = [never.generate_credential_report()["State"] for _ in range(3)]
@@ -199,7 +252,9 @@ def test_report_takes_its_time(endpoint: Endpoint) -> None:
     while soon.generate_credential_report()["State"] != "COMPLETE":
         time.sleep(0.05)
     assert time.monotonic() - began >= 0.3
-    assert abs(soon.get_credential_report()["GeneratedTime"] - datetime.now(timezone.utc)) < timedelta(minutes=1)
+    assert abs(
+        soon.get_credential_report()["GeneratedTime"] - datetime.now(timezone.utc)
+    ) < timedelta(minutes=1)
 
 
 def report(endpoint: Endpoint, account_id: str = ONE) -> list[dict[str, str]]:
@@ -209,11 +264,15 @@ def report(endpoint: Endpoint, account_id: str = ONE) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(iam.get_credential_report()["Content"].decode())))
 
 
-def test_report_rows(endpoint: Endpoint) -> None:
+def test_a_report_has_a_row_for_root_and_each_user(endpoint: Endpoint) -> None:
     rows = report(endpoint)
     assert [row["user"] for row in rows] == ["<root_account>", ALICE["name"], "bob", "gone"]
     nobody, alice, bob, _ = rows
-    assert (nobody["password_enabled"], nobody["mfa_active"], nobody["access_key_1_last_rotated"]) == (
+    assert (
+        nobody["password_enabled"],
+        nobody["mfa_active"],
+        nobody["access_key_1_last_rotated"],
+    ) == (
         "false",
         "false",
         "N/A",
@@ -222,7 +281,10 @@ def test_report_rows(endpoint: Endpoint) -> None:
     assert (alice["password_last_used"], alice["mfa_active"]) == ("2025-01-02T03:04:05Z", "true")
     # the second key comes first: a slot tells nothing of the order of ListAccessKeys
     assert (alice["access_key_1_active"], alice["access_key_1_last_used_date"]) == ("false", "N/A")
-    assert (alice["access_key_2_active"], alice["access_key_2_last_used_service"]) == ("true", "ec2")
+    assert (alice["access_key_2_active"], alice["access_key_2_last_used_service"]) == (
+        "true",
+        "ec2",
+    )
     assert (bob["password_last_used"], bob["cert_2_last_rotated"]) == ("N/A", "N/A")
     of_root = report(endpoint, TWO)[0]
     assert (of_root["password_last_used"], of_root["access_key_1_active"], of_root["access_key_2_active"]) == (
@@ -230,21 +292,32 @@ def test_report_rows(endpoint: Endpoint) -> None:
     )  # fmt: skip
 
 
-def test_report_overrides(endpoint: Endpoint) -> None:
+def test_a_world_can_replace_the_report(endpoint: Endpoint) -> None:
     old_root = root(password="not_supported")
-    odd = account(ONE, "one", report={"account": TWO, "extra_columns": ["additional_credentials_info"]}, root=old_root)
+    odd = account(
+        ONE,
+        "one",
+        report={"account": TWO, "extra_columns": ["additional_credentials_info"]},
+        root=old_root,
+    )
     raw = account(TWO, "two", report="no report", report_time="2024-05-06T07:08:09Z")
     endpoint.update({"accounts": [odd, raw], "report_dates": "+00:00"})
     row = report(endpoint)[0]
     assert (row["arn"], row["additional_credentials_info"]) == (f"arn:aws:iam::{TWO}:root", "N/A")
-    assert (row["password_enabled"], row["user_creation_time"]) == ("not_supported", "2024-01-31T12:00:00+00:00")
+    assert (row["password_enabled"], row["user_creation_time"]) == (
+        "not_supported",
+        "2024-01-31T12:00:00+00:00",
+    )
     iam = member(endpoint, TWO)
     iam.generate_credential_report()
     answer = iam.get_credential_report()
-    assert (answer["Content"], iso(answer["GeneratedTime"])) == (b"no report", "2024-05-06T07:08:09Z")
+    assert (answer["Content"], iso(answer["GeneratedTime"])) == (
+        b"no report",
+        "2024-05-06T07:08:09Z",
+    )
 
 
-def test_iam_lists(endpoint: Endpoint) -> None:
+def test_iam_lists_what_the_world_holds(endpoint: Endpoint) -> None:
     iam = member(endpoint)
     listed = iam.list_users()["Users"]
     assert [one["UserName"] for one in listed] == [ALICE["name"], "bob", "new"]
@@ -262,18 +335,28 @@ def test_iam_lists(endpoint: Endpoint) -> None:
     devices = iam.list_mfa_devices(UserName=ALICE["name"])["MFADevices"]
     assert [one["SerialNumber"] for one in devices] == ALICE["mfa"]
     virtual = iam.list_virtual_mfa_devices(AssignmentStatus="Assigned")["VirtualMFADevices"]
-    assert [(one["SerialNumber"], one["User"]["UserName"]) for one in virtual] == [(ALICE["mfa"][0], ALICE["name"])]
-    of_root = member(endpoint, TWO).list_virtual_mfa_devices(AssignmentStatus="Assigned")["VirtualMFADevices"]
+    assert [(one["SerialNumber"], one["User"]["UserName"]) for one in virtual] == [
+        (ALICE["mfa"][0], ALICE["name"])
+    ]
+    of_root = member(endpoint, TWO).list_virtual_mfa_devices(AssignmentStatus="Assigned")[
+        "VirtualMFADevices"
+    ]
     assert [one["User"]["Arn"] for one in of_root] == [f"arn:aws:iam::{TWO}:root"]
-    assert iam.get_login_profile(UserName=ALICE["name"])["LoginProfile"]["UserName"] == ALICE["name"]
+    assert (
+        iam.get_login_profile(UserName=ALICE["name"])["LoginProfile"]["UserName"] == ALICE["name"]
+    )
     assert refused(iam.get_login_profile, UserName="bob") == ("NoSuchEntity", 404)
     assert refused(iam.list_access_keys, UserName="gone") == ("NoSuchEntity", 404)
     endpoint.update({"features": ["RootCredentialsManagement"]})
-    assert client(endpoint, "iam").list_organizations_features()["EnabledFeatures"] == ["RootCredentialsManagement"]
+    assert client(endpoint, "iam").list_organizations_features()["EnabledFeatures"] == [
+        "RootCredentialsManagement"
+    ]
 
 
-def test_list_users_pages(endpoint: Endpoint) -> None:
-    endpoint.update({"accounts": [account(ONE, "one", users=[user(f"user-{n}") for n in range(250)])]})
+def test_users_are_listed_page_by_page(endpoint: Endpoint) -> None:
+    endpoint.update(
+        {"accounts": [account(ONE, "one", users=[user(f"user-{n}") for n in range(250)])]}
+    )
     iam = member(endpoint)
     pages = list(iam.get_paginator("list_users").paginate())
     assert [len(page["Users"]) for page in pages] == [100, 100, 50]
@@ -309,16 +392,43 @@ def test_rules_decide_over_requests(endpoint: Endpoint) -> None:
     iam.list_users()
     assert refused(iam.list_users) == ("ServiceFailure", 500)
     iam.list_users()
+    impatient = client(endpoint, "iam", 0.2, **session(endpoint, ONE))
     with pytest.raises(ReadTimeoutError):
-        iam.list_mfa_devices(UserName="bob")
+        impatient.list_mfa_devices(UserName="bob")
     assert refused(iam.get_login_profile, UserName="bob")[1] == 503
-    assert iam.get_access_key_last_used(AccessKeyId="AKIA0000000000000001")["UserName"] == ALICE["name"]
+    assert (
+        iam.get_access_key_last_used(AccessKeyId="AKIA0000000000000001")["UserName"]
+        == ALICE["name"]
+    )
     organizations = client(endpoint, "organizations")
     organizations.list_accounts()
     assert refused(organizations.list_accounts, NextToken="20") == ("TooManyRequestsException", 400)
     stats = endpoint.stats()
     assert (stats["dropped"], stats["hung"], stats["throttled"]) == (1, 1, 1)
     assert stats["errors"] == {"ServiceFailure": 1, "TooManyRequestsException": 1}
+
+
+def test_a_reply_is_held_until_it_is_released(endpoint: Endpoint) -> None:
+    endpoint.update(
+        {
+            "rules": [
+                rule("ListUsers", error="Late", hold=True),
+                rule("ListAccessKeys", hold=True, times=1),
+            ]
+        }
+    )
+    iam = member(endpoint)
+    with ThreadPoolExecutor(2) as pool:
+        users = pool.submit(refused, iam.list_users)
+        keys = pool.submit(iam.list_access_keys, UserName="bob")
+        while endpoint.stats()["held"] < 2:
+            time.sleep(0.02)
+        assert not users.done()
+        assert not keys.done()
+        assert iam.list_access_keys(UserName="bob")["AccessKeyMetadata"] == []
+        endpoint.release()
+        assert users.result() == ("Late", 400)
+        assert keys.result()["AccessKeyMetadata"] == []
 
 
 def test_faults_come_by_chance_and_are_the_same_every_time(endpoint: Endpoint) -> None:
@@ -340,8 +450,11 @@ def test_faults_come_by_chance_and_are_the_same_every_time(endpoint: Endpoint) -
     assert first == outcomes()
 
 
-def test_lookup_events(endpoint: Endpoint) -> None:
-    recent = [event("CreateAccessKey", NOW - timedelta(minutes=n), user="bob", key=f"AKIA{n}") for n in range(120)]
+def test_events_are_looked_up_by_name_and_time(endpoint: Endpoint) -> None:
+    recent = [
+        event("CreateAccessKey", NOW - timedelta(minutes=n), user="bob", key=f"AKIA{n}")
+        for n in range(120)
+    ]
     others = [
         event("CreateAccessKey", NOW - timedelta(days=91), user="bob", key="AKIAOLD"),
         event(
@@ -352,12 +465,16 @@ def test_lookup_events(endpoint: Endpoint) -> None:
             error_code="AccessDenied",
         ),
     ]
-    endpoint.update({"accounts": [account(ONE, "one", events=recent + others)], "lookup_rate": None})
+    endpoint.update(
+        {"accounts": [account(ONE, "one", events=recent + others)], "lookup_rate": None}
+    )
     trail = member(endpoint, service="cloudtrail")
 
     def lookup(name: str, **parameters: Any) -> list[list[dict[str, Any]]]:
         attributes = [{"AttributeKey": "EventName", "AttributeValue": name}]
-        pages = trail.get_paginator("lookup_events").paginate(LookupAttributes=attributes, **parameters)
+        pages = trail.get_paginator("lookup_events").paginate(
+            LookupAttributes=attributes, **parameters
+        )
         return [page["Events"] for page in pages]
 
     pages = lookup("CreateAccessKey")
@@ -365,8 +482,16 @@ def test_lookup_events(endpoint: Endpoint) -> None:
     times = [one["EventTime"] for page in pages for one in page]
     assert times == sorted(times, reverse=True)
     detail = json.loads(pages[0][0]["CloudTrailEvent"])
-    assert detail["responseElements"]["accessKey"] == {"userName": "bob", "accessKeyId": "AKIA0", "status": "Active"}
-    within = lookup("CreateAccessKey", StartTime=NOW - timedelta(minutes=9.5), EndTime=NOW - timedelta(minutes=4.5))
+    assert detail["responseElements"]["accessKey"] == {
+        "userName": "bob",
+        "accessKeyId": "AKIA0",
+        "status": "Active",
+    }
+    within = lookup(
+        "CreateAccessKey",
+        StartTime=NOW - timedelta(minutes=9.5),
+        EndTime=NOW - timedelta(minutes=4.5),
+    )
     assert len(within[0]) == 5
     failed = json.loads(lookup("DeleteAccessKey")[0][0]["CloudTrailEvent"])
     assert failed["requestParameters"] == {"accessKeyId": "AKIA0000000000000001"}
@@ -377,7 +502,7 @@ def test_lookup_events(endpoint: Endpoint) -> None:
     assert refused(trail.lookup_events) == ("ThrottlingException", 400)
 
 
-def test_statistics(endpoint: Endpoint) -> None:
+def test_statistics_tell_what_was_asked_since_the_last_reset(endpoint: Endpoint) -> None:
     endpoint.update({"record": True})
     iam = member(endpoint)
     iam.list_users()
@@ -402,7 +527,13 @@ def test_generated_accounts_are_the_same_seen_from_both_sides(endpoint: Endpoint
     ])  # fmt: skip
     endpoint.update(made)
     listed = client(endpoint, "organizations").list_accounts()["Accounts"]
-    assert [one["Name"] for one in listed] == ["management", "account-1", "account-2", "account-3", "large-1000"]
+    assert [one["Name"] for one in listed] == [
+        "management",
+        "account-1",
+        "account-2",
+        "account-3",
+        "large-1000",
+    ]
     here = {one["id"]: one for one in World(made).accounts()}
     assert [one["role"] for one in here.values()] == ["denied", "ok", "denied", "ok", "ok"]
     iam = member(endpoint, "100000000003")
@@ -425,10 +556,12 @@ def test_the_process_ends_with_its_stdin(tmp_path: Path) -> None:
     file = tmp_path / "world.json"
     file.write_text(json.dumps(world()), encoding="utf-8")
     command = [sys.executable, str(Path(__file__).with_name("endpoint.py")), "--world", str(file)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline().startswith("http://127.0.0.1:")
         assert process.poll() is None
         process.stdin.close()
-        assert process.wait(timeout=10) == 0
+        assert process.wait(TIMEOUT) == 0

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TRACEBACK, Program, Result, Serve, check_what_always_holds, screen
+from builders import MANAGEMENT, ONE, THREE, TWO, numbered, profile_env, released, until, written
+from conftest import TRACEBACK, Program, Result, Serve, screen
 from endpoint import (
-    Endpoint,
+    TIMEOUT,
     Json,
     access_key_id,
     account,
@@ -34,11 +35,15 @@ from endpoint import (
 
 pytestmark = pytest.mark.program
 
-ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
-MANAGEMENT = "999999999999"
 MFA_SERIAL = f"arn:aws:iam::{MANAGEMENT}:mfa/auditor"
 ROLE_ACTIONS = [
-    *("GenerateCredentialReport", "GetCredentialReport", "ListUsers", "ListAccessKeys", "GetAccessKeyLastUsed"),
+    *(
+        "GenerateCredentialReport",
+        "GetCredentialReport",
+        "ListUsers",
+        "ListAccessKeys",
+        "GetAccessKeyLastUsed",
+    ),
     *("ListMFADevices", "ListVirtualMFADevices", "GetLoginProfile"),
 ]
 CALLER_ACTIONS = ["GetCallerIdentity", "DescribeOrganization", "ListAccounts", "AssumeRole"]
@@ -48,24 +53,26 @@ def full(account_id: str, name: str, **options: Any) -> Json:
     """An account of which the program asks everything that it can ask."""
     ana = user("ana", password=True, mfa=["GAHT12345678"], keys=[key(f"AKIA{account_id}0ANA")])
     new = user("new", in_report=False)
-    return account(account_id, name, users=[ana, new], root=root(password=True, virtual=True), **options)
-
-
-def numbered(number: int) -> str:
-    return f"1000000{number:05d}"
+    return account(
+        account_id, name, users=[ana, new], root=root(password=True, virtual=True), **options
+    )
 
 
 def for_each_action(options: Callable[[str], Json]) -> tuple[list[Json], dict[str, str]]:
     """An account for each action of the role, and one more; and which action belongs to which account."""
     actions = dict(zip(map(numbered, range(len(ROLE_ACTIONS))), ROLE_ACTIONS, strict=True))
-    accounts = [full(account_id, action, **options(action)) for account_id, action in actions.items()]
+    accounts = [
+        full(account_id, action, **options(action)) for account_id, action in actions.items()
+    ]
     return [*accounts, full(ONE, "well")], actions
 
 
 # --- an account cannot be read ----------------------------------------------------------------------------------------
 
 
-def test_role_denied(serve: Serve, run_program: Program) -> None:
+def test_a_denied_role_fails_its_account_and_says_what_to_look_at(
+    serve: Serve, run_program: Program
+) -> None:
     """AWS does not say why; the person is told what to look at."""
     result = run_program(serve(account(ONE, "one"), account(TWO, "no role", role="denied")).env())
     assert (result.exit_code, result.csvs) == (3, {ONE})
@@ -75,7 +82,7 @@ def test_role_denied(serve: Serve, run_program: Program) -> None:
         assert word in result.stdout
 
 
-def test_each_action_denied(serve: Serve, run_program: Program) -> None:
+def test_a_denied_action_fails_its_account_and_is_named(serve: Serve, run_program: Program) -> None:
     accounts, actions = for_each_action(lambda action: {"deny": [action]})
     result = run_program(serve(*accounts).env())
     assert (result.exit_code, result.csvs) == (3, {ONE})
@@ -84,7 +91,9 @@ def test_each_action_denied(serve: Serve, run_program: Program) -> None:
         assert f"iam:{action}" in result.stdout
 
 
-def test_an_error_nobody_has_thought_of(serve: Serve, run_program: Program) -> None:
+def test_an_error_nobody_has_thought_of_fails_its_account_at_once(
+    serve: Serve, run_program: Program
+) -> None:
     """It fails the account at once, whichever action it is."""
     accounts, actions = for_each_action(lambda _: {})
     rules = [
@@ -97,7 +106,9 @@ def test_an_error_nobody_has_thought_of(serve: Serve, run_program: Program) -> N
     assert result.failures == {one: (action, "Novelty") for one, action in actions.items()}
     assert "never seen" in result.stdout
     counts = endpoint.stats()["by_account"]
-    repeated = {action for one, action in actions.items() if counts[one][action] > counts[ONE][action]}
+    repeated = {
+        action for one, action in actions.items() if counts[one][action] > counts[ONE][action]
+    }
     assert not repeated
 
 
@@ -109,7 +120,8 @@ def as_report(content: bytes) -> str:
     content64 = base64.b64encode(content).decode()
     generated = "<GeneratedTime>2026-01-02T03:04:05Z</GeneratedTime>"
     return answer_of(
-        "GetCredentialReport", f"<Content>{content64}</Content><ReportFormat>text/csv</ReportFormat>{generated}"
+        "GetCredentialReport",
+        f"<Content>{content64}</Content><ReportFormat>text/csv</ReportFormat>{generated}",
     )
 
 
@@ -142,7 +154,7 @@ def report(*rows: str, header: str = HEADER) -> str:
 
 
 def damaged_reports(one: str) -> dict[str, str | Json]:
-    """What an account's GetCredentialReport gives that is no report of this account."""
+    """What GetCredentialReport gives that is not a report of this account."""
     boss, ana = row("<root_account>", one), row("ana", one)
     return {
         "nothing": "",
@@ -162,30 +174,42 @@ def damaged_reports(one: str) -> dict[str, str | Json]:
         "no creation date": report(boss, row("ana", one, created="sometime")),
         "no boolean": report(boss, row("ana", one, mfa="perhaps")),
         "password unclear": report(row("<root_account>", one, password="perhaps")),
-        "root key without a date": report(row("<root_account>", one, keys="true" + KEYS.removeprefix("false"))),
+        "root key without a date": report(
+            row("<root_account>", one, keys="true" + KEYS.removeprefix("false"))
+        ),
     }
 
 
-def test_reports_that_are_none(serve: Serve, run_program: Program) -> None:
+def test_what_is_no_report_of_its_account_fails_it(serve: Serve, run_program: Program) -> None:
     cases = [*damaged_reports(""), "not UTF-8", "not base64", "no content"]
     ids = {numbered(number): name for number, name in enumerate(cases)}
     ana = user("ana", keys=[key("AKIA0000000000000ANA")])
-    accounts = [account(one, name, users=[ana], report=damaged_reports(one).get(name)) for one, name in ids.items()]
+    accounts = [
+        account(one, name, users=[ana], report=damaged_reports(one).get(name))
+        for one, name in ids.items()
+    ]
     raw = {
-        "not UTF-8": as_report(report(row("an\xe4", numbered(cases.index("not UTF-8")))).encode("latin-1")),
+        "not UTF-8": as_report(
+            report(row("an\xe4", numbered(cases.index("not UTF-8")))).encode("latin-1")
+        ),
         "not base64": as_report(b"").replace("<Content>", "<Content>%%%"),
         "no content": answer_of("GetCredentialReport", "<ReportFormat>text/csv</ReportFormat>"),
     }
-    rules = [rule("GetCredentialReport", numbered(cases.index(name)), raw=body) for name, body in raw.items()]
+    rules = [
+        rule("GetCredentialReport", numbered(cases.index(name)), raw=body)
+        for name, body in raw.items()
+    ]
     result = run_program(serve(*accounts, full(ONE, "well"), rules=rules).env())
     assert (result.exit_code, result.csvs) == (3, {ONE})
-    assert {one: step for one, (step, _) in result.failures.items()} == dict.fromkeys(ids, "GetCredentialReport")
+    assert {one: step for one, (step, _) in result.failures.items()} == dict.fromkeys(
+        ids, "GetCredentialReport"
+    )
     codes = {ids[one]: code for one, (_, code) in result.failures.items()}
     assert codes["another account's"] == codes["one row of another account"] == codes["no ARN"]
     assert codes["another account's"] != codes["nothing"]
 
 
-def test_users_of_another_account(serve: Serve, run_program: Program) -> None:
+def test_users_of_another_account_fail_the_account(serve: Serve, run_program: Program) -> None:
     """Whatever mixes accounts up must show."""
     member = (
         f"<member><Path>/</Path><UserName>ana</UserName><UserId>1</UserId><Arn>arn:aws:iam::{THREE}:user/ana</Arn>"
@@ -193,16 +217,24 @@ def test_users_of_another_account(serve: Serve, run_program: Program) -> None:
     )
     users = answer_of("ListUsers", f"<Users>{member}</Users><IsTruncated>false</IsTruncated>")
     result = run_program(
-        serve(account(ONE, "one"), account(TWO, "two"), rules=[rule("ListUsers", TWO, raw=users)]).env()
+        serve(
+            account(ONE, "one"), account(TWO, "two"), rules=[rule("ListUsers", TWO, raw=users)]
+        ).env()
     )
     assert (result.exit_code, result.csvs) == (3, {ONE})
     assert result.failures[TWO][0] == "ListUsers"
 
 
-def test_a_report_that_is_never_ready(serve: Serve, run_program: Program) -> None:
+def test_a_report_that_is_never_ready_is_given_up_at_the_deadline(
+    serve: Serve, run_program: Program
+) -> None:
     """Asked for after 2 s at first, then less and less often, and at the deadline no more."""
     expired = rule("GetCredentialReport", THREE, error="ReportExpired", status=410)
-    accounts = [account(ONE, "one"), account(TWO, "two", report_delay=None), account(THREE, "three")]
+    accounts = [
+        account(ONE, "one"),
+        account(TWO, "two", report_delay=None),
+        account(THREE, "three"),
+    ]
     endpoint = serve(*accounts, rules=[expired], record=True)
     result = run_program(endpoint.env(), "--report-timeout", "10")
     assert (result.exit_code, result.csvs) == (3, {ONE})
@@ -211,13 +243,16 @@ def test_a_report_that_is_never_ready(serve: Serve, run_program: Program) -> Non
     assert "ReportExpired" in result.stdout
     assert "--report-timeout" in result.stdout
     recorded = endpoint.stats()["recorded"]
-    asked = [at for at, one, action in recorded if (one, action) == (TWO, "GenerateCredentialReport")]
+    asked = [
+        at for at, one, action in recorded if (one, action) == (TWO, "GenerateCredentialReport")
+    ]
     pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
-    # 2, 2.2, 2.42 and 2.66 s, then what is left of the 10; a loaded machine only makes them longer
-    assert len(pauses) <= 5
-    assert pauses[0] > 1.7
-    assert pauses[3] > 2.4
-    assert 9.5 < asked[-1] - asked[0] < 14
+    # 2, 2.2, 2.42 and 2.66 s, then what is left of the 10. On a loaded machine each is longer, and there are fewer;
+    # yet the last but one is always over before the 10 s are, and the last one is not.
+    assert 2 <= len(pauses) <= 5
+    assert all(pause > 0.9 * least for pause, least in zip(pauses[:-1], (2, 2.2, 2.42, 2.66)))
+    assert asked[-2] - asked[0] < 10
+    assert asked[-1] - asked[0] > 9.5
 
 
 def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
@@ -241,18 +276,23 @@ def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
 
 def list_of_users(*users: tuple[str, str]) -> str:
     """ListUsers' answer with these names and creation dates."""
+    ids = {name: f"AIDA{zlib.crc32((name + created).encode()):016}" for name, created in users}
     members = "".join(
-        f"<member><Path>/</Path><UserName>{name}</UserName><UserId>AIDA{zlib.crc32((name + created).encode()):016}</UserId>"
+        f"<member><Path>/</Path><UserName>{name}</UserName><UserId>{ids[name]}</UserId>"
         f"<Arn>arn:aws:iam::{ONE}:user/{name}</Arn><CreateDate>{created}</CreateDate></member>"
         for name, created in users
     )
     return answer_of("ListUsers", f"<Users>{members}</Users><IsTruncated>false</IsTruncated>")
 
 
-def test_a_user_created_while_the_report_is_generated(serve: Serve, run_program: Program) -> None:
+def test_a_user_created_while_the_report_is_generated_is_read(
+    serve: Serve, run_program: Program
+) -> None:
     """Users are listed before the report is there; it can know one who was not listed yet."""
     now = datetime.now(timezone.utc)
-    young = user("young", password=True, created=now, keys=[key("AKIA0000000000YOUNG1", created=now)])
+    young = user(
+        "young", password=True, created=now, keys=[key("AKIA0000000000YOUNG1", created=now)]
+    )
     gone = user("gone", in_list=False, password=True, created=now - timedelta(minutes=10))
     users = [user("old"), young, gone]
     first = rule("ListUsers", ONE, raw=list_of_users(("old", "2024-01-31T12:00:00Z")), times=1)
@@ -268,14 +308,22 @@ def test_a_user_created_while_the_report_is_generated(serve: Serve, run_program:
 
 
 @pytest.mark.parametrize("then", ["is there", "is gone when read", "is gone when listed once more"])
-def test_a_user_deleted_and_created_again_while_the_report_is_generated(
+def test_keys_and_password_are_of_the_same_user_though_another_had_the_name(
     serve: Serve, run_program: Program, then: str
 ) -> None:
-    """The keys of the one and the password of the other must not stand side by side, be he still there or not."""
+    """The keys of the one and the password of the other must not stand side by side, whether or not the other stays."""
     now, in_list = datetime.now(timezone.utc), then != "is gone when read"
-    ana = user("ana", password=True, created=now, keys=[key("AKIA000000000000NEW1", created=now)], in_list=in_list)
+    ana = user(
+        "ana",
+        password=True,
+        created=now,
+        keys=[key("AKIA000000000000NEW1", created=now)],
+        in_list=in_list,
+    )
     listed = [rule("ListUsers", ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")), times=1)]
-    listed += [rule("ListUsers", ONE, raw=list_of_users())] * (then == "is gone when listed once more")
+    listed += [rule("ListUsers", ONE, raw=list_of_users())] * (
+        then == "is gone when listed once more"
+    )
     none = "<AccessKeyMetadata></AccessKeyMetadata><IsTruncated>false</IsTruncated>"
     no_keys = rule("ListAccessKeys", ONE, raw=answer_of("ListAccessKeys", none), times=1)
     endpoint = serve(account(ONE, "one", users=[ana], report_delay=1), rules=[*listed, no_keys])
@@ -286,8 +334,10 @@ def test_a_user_deleted_and_created_again_while_the_report_is_generated(
     ]
 
 
-def test_a_creation_date_that_differs_costs_nobody_his_row(serve: Serve, run_program: Program) -> None:
-    """Years ago, by a second: neither was he created meanwhile, nor may he vanish."""
+def test_a_creation_date_that_differs_costs_nobody_their_row(
+    serve: Serve, run_program: Program
+) -> None:
+    """Years ago, by a second: the user was not created meanwhile and must not vanish."""
     ana = user("ana", created="2024-01-31T12:00:01Z", keys=[key("AKIA00000000000ANA01")])
     listed = rule("ListUsers", ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")))
     endpoint = serve(account(ONE, "one", users=[ana], report_delay=1), rules=[listed])
@@ -299,14 +349,20 @@ def test_a_creation_date_that_differs_costs_nobody_his_row(serve: Serve, run_pro
 def test_the_step_is_the_one_that_failed(serve: Serve, run_program: Program) -> None:
     """Even while others are under way: here keys are read as a report without content comes."""
     users = [user(f"user-{n}", keys=[key(f"AKIA000000000000{n:04}")]) for n in range(20)]
-    time_alone = "<GeneratedTime>2026-01-02T03:04:05Z</GeneratedTime><ReportFormat>text/csv</ReportFormat>"
-    damaged = rule("GetCredentialReport", ONE, raw=answer_of("GetCredentialReport", time_alone), delay=0.6)
+    time_alone = (
+        "<GeneratedTime>2026-01-02T03:04:05Z</GeneratedTime><ReportFormat>text/csv</ReportFormat>"
+    )
+    damaged = rule(
+        "GetCredentialReport", ONE, raw=answer_of("GetCredentialReport", time_alone), delay=0.6
+    )
     slow = [rule("ListAccessKeys", ONE, delay=2.3), rule("GetAccessKeyLastUsed", ONE, delay=0.5)]
     endpoint = serve(account(ONE, "one", users=users, report_delay=1), rules=[damaged, *slow])
     assert run_program(endpoint.env()).failures == {ONE: ("GetCredentialReport", "KeyError")}
 
 
-def test_a_key_whose_last_use_is_another_accounts_secret(serve: Serve, run_program: Program) -> None:
+def test_a_key_whose_last_use_is_denied_fails_the_account(
+    serve: Serve, run_program: Program
+) -> None:
     """AWS may answer AccessDenied for a key that is no longer there: the account fails, it does not look clean."""
     denied = rule("GetAccessKeyLastUsed", ONE, error="AccessDenied", status=403)
     result = run_program(serve(full(ONE, "one"), rules=[denied]).env())
@@ -320,18 +376,28 @@ TROUBLES: dict[str, Json] = {
     "Throttling": {"error": "Throttling", "message": "Rate exceeded", "status": 400, "times": 4},
     "TooManyRequests": {"error": "TooManyRequestsException", "status": 429, "times": 4},
     "500": {"error": "InternalFailure", "status": 500, "times": 1},
-    "503 in HTML": {"raw": "<html><body>Service Unavailable</body></html>", "status": 503, "times": 1},
+    "503 in HTML": {
+        "raw": "<html><body>Service Unavailable</body></html>",
+        "status": 503,
+        "times": 1,
+    },
     "dropped": {"drop": True, "times": 1},
     "half an answer": {"raw": "<ListUsersResponse><ListUsersResult><Users><mem", "times": 1},
 }
 
 
-def test_trouble_with_each_action_of_the_role(serve: Serve, run_program: Program) -> None:
+def test_trouble_with_any_action_of_the_role_is_waited_out(
+    serve: Serve, run_program: Program
+) -> None:
     """Of every kind, each in an account of its own: all are audited, at the cost of the repeated call alone."""
     cases = [(trouble, action) for trouble in TROUBLES for action in [*ROLE_ACTIONS, "AssumeRole"]]
     ids = {numbered(number): case for number, case in enumerate(cases)}
     accounts = [full(one, f"{action}: {trouble}") for one, (trouble, action) in ids.items()]
-    rules = [rule(action, one, **TROUBLES[trouble]) for one, (trouble, action) in ids.items() if action != "AssumeRole"]
+    rules = [
+        rule(action, one, **TROUBLES[trouble])
+        for one, (trouble, action) in ids.items()
+        if action != "AssumeRole"
+    ]
     rules += [
         rule(action, one, **TROUBLES[trouble] | {"times": 1})
         for one, (trouble, action) in ids.items()
@@ -343,30 +409,43 @@ def test_trouble_with_each_action_of_the_role(serve: Serve, run_program: Program
     counts = endpoint.stats()["by_account"]
     for one, (trouble, action) in ids.items():
         times = 1 if action == "AssumeRole" else TROUBLES[trouble]["times"]
-        assert counts[one] == {**counts[ONE], action: counts[ONE][action] + times}, (trouble, action)
+        assert counts[one] == {**counts[ONE], action: counts[ONE][action] + times}, (
+            trouble,
+            action,
+        )
         assert [row[2:5] for row in result.table(one)] == [row[2:5] for row in result.table(ONE)]
 
 
 @pytest.mark.parametrize("trouble", ["Throttling", "503 in HTML", "dropped"])
-def test_trouble_with_each_action_of_the_caller(serve: Serve, run_program: Program, trouble: str) -> None:
+def test_trouble_with_any_action_of_the_caller_is_waited_out(
+    serve: Serve, run_program: Program, trouble: str
+) -> None:
     rules = [rule(action, **TROUBLES[trouble] | {"times": 1}) for action in CALLER_ACTIONS]
     endpoint = serve(account(ONE, "one"), rules=rules)
     result = run_program(endpoint.env())
     assert (result.exit_code, result.csvs) == (0, {ONE}), result.stderr
     requests = endpoint.stats()["requests"]
-    assert {action: requests[action] for action in CALLER_ACTIONS} == dict.fromkeys(CALLER_ACTIONS, 2)
+    assert {action: requests[action] for action in CALLER_ACTIONS} == dict.fromkeys(
+        CALLER_ACTIONS, 2
+    )
 
 
+# How long an answer is waited for: as long as the program takes to load, about half a second. On a machine that is ten
+# times as slow both the answers and the loading take ten times as long.
 LESS_PATIENT = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, os.path.dirname(os.environ["PROGRAM"]))
+began = time.monotonic()
 import iam_audit
-iam_audit.Pace.PATIENCE, iam_audit.READ_TIMEOUT, iam_audit.TRANSIENT_ATTEMPTS = 0.5, 0.2, 2
+iam_audit.READ_TIMEOUT = time.monotonic() - began
+iam_audit.Pace.PATIENCE, iam_audit.TRANSIENT_ATTEMPTS = 0.5, 2
 raise SystemExit(iam_audit.main())
 """
 
 
-def test_trouble_that_does_not_end_fails_the_account(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_trouble_that_does_not_end_fails_the_account(
+    serve: Serve, program: Program, tmp_path: Path
+) -> None:
     """With less patience than the program has, which would take minutes."""
     (tmp_path / "less_patient.py").write_text(LESS_PATIENT, encoding="utf-8")
     less_patient = Program(str(tmp_path / "less_patient.py"), program.python, lambda: tmp_path)
@@ -387,42 +466,64 @@ def test_trouble_that_does_not_end_fails_the_account(serve: Serve, program: Prog
 def test_a_session_that_expires_is_renewed(serve: Serve, run_program: Program) -> None:
     """Once, although seven calls find out at the same time."""
     users = [user(f"user-{n}") for n in range(20)]
-    expired = rule("ListAccessKeys", ONE, error="ExpiredToken", status=403, times=7, delay=0.7)
+    expired = rule("ListAccessKeys", ONE, error="ExpiredToken", status=403, times=7, hold=True)
     endpoint = serve(account(ONE, "one", users=users), rules=[expired])
-    result = run_program(endpoint.env())
+    with released(endpoint, lambda: endpoint.stats()["held"] == 7):
+        result = run_program(endpoint.env())
     assert (result.exit_code, len(result.rows(ONE))) == (0, 21)
     counts = endpoint.stats()["by_account"][ONE]
     assert (counts["AssumeRole"], counts["ListAccessKeys"]) == (2, 27)
 
 
-def test_sessions_that_are_always_expired(serve: Serve, run_program: Program) -> None:
-    endpoint = serve(account(ONE, "one"), rules=[rule("ListUsers", ONE, error="ExpiredToken", status=403)])
+def test_a_session_that_stays_expired_is_renewed_once_and_fails_the_account(
+    serve: Serve, run_program: Program
+) -> None:
+    endpoint = serve(
+        account(ONE, "one"), rules=[rule("ListUsers", ONE, error="ExpiredToken", status=403)]
+    )
     result = run_program(endpoint.env())
     assert result.failures == {ONE: ("ListUsers", "ExpiredToken")}
     assert endpoint.stats()["by_account"][ONE]["AssumeRole"] == 2
 
 
-def test_the_callers_own_session_ends_in_the_middle(serve: Serve, run_program: Program) -> None:
+def test_accounts_fail_once_the_callers_own_session_has_ended(
+    serve: Serve, run_program: Program
+) -> None:
     ended = rule("AssumeRole", error="ExpiredToken", status=403, skip=1)
     result = run_program(
-        serve(account(ONE, "one"), account(TWO, "two"), account(THREE, "three"), rules=[ended]).env(), "--workers", "1"
+        serve(
+            account(ONE, "one"), account(TWO, "two"), account(THREE, "three"), rules=[ended]
+        ).env(),
+        "--workers",
+        "1",
     )
     assert (result.exit_code, len(result.csvs)) == (3, 1)
     assert set(result.failures.values()) == {("AssumeRole", "ExpiredToken")}
     assert "sign in" in result.stdout
 
 
-def test_accounts_whose_role_is_throttled_hold_up_no_other(serve: Serve, run_program: Program) -> None:
+def test_accounts_whose_role_is_throttled_hold_up_no_other(
+    serve: Serve, run_program: Program
+) -> None:
     """Though there are as many of them as may ask for a role at once."""
     slow = [numbered(n) for n in range(4)]
     rules = [
-        rule("AssumeRole", fields={"RoleArn": f"arn:aws:iam::{one}:role/Audit"}, error="Throttling", times=9)
+        rule(
+            "AssumeRole",
+            fields={"RoleArn": f"arn:aws:iam::{one}:role/Audit"},
+            error="Throttling",
+            times=9,
+        )
         for one in slow
     ]
-    endpoint = serve(*(account(one, "slow") for one in slow), account(ONE, "one"), rules=rules, record=True)
+    endpoint = serve(
+        *(account(one, "slow") for one in slow), account(ONE, "one"), rules=rules, record=True
+    )
     result = run_program(endpoint.env())
     assert (result.exit_code, len(result.csvs)) == (0, 5)
-    last_asked = {one: at for at, one, action in endpoint.stats()["recorded"] if action == "AssumeRole"}
+    last_asked = {
+        one: at for at, one, action in endpoint.stats()["recorded"] if action == "AssumeRole"
+    }
     assert min(last_asked, key=last_asked.__getitem__) == ONE
 
 
@@ -433,7 +534,10 @@ STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stder
         {"rules": [rule("GetCallerIdentity", error="ExpiredToken", status=403)]},
         ["ExpiredToken", "ign in"],
     ),
-    "not an organization": ({"organization": None}, ["AWSOrganizationsNotInUseException", "organization"]),
+    "not an organization": (
+        {"organization": None},
+        ["AWSOrganizationsNotInUseException", "organization"],
+    ),
     "DescribeOrganization denied": (
         {"rules": [rule("DescribeOrganization", error="AccessDenied")]},
         ["DescribeOrganization", "AccessDenied"],
@@ -442,7 +546,10 @@ STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stder
         {"rules": [rule("ListAccounts", error="AccessDenied")]},
         ["ListAccounts", "AccessDenied", "management account"],
     ),
-    "ListAccounts is no JSON": ({"rules": [rule("ListAccounts", raw="<html>")]}, ["iam_audit.py: "]),
+    "ListAccounts is no JSON": (
+        {"rules": [rule("ListAccounts", raw="<html>")]},
+        ["iam_audit.py: "],
+    ),
     "neither State nor Status": ({"omit": ["State", "Status"]}, ["botocore", "State"]),
     "an error with escapes": (
         {"rules": [rule("ListAccounts", error="Odd", message="\x1b[31mred\x1b]0;title\x07")]},
@@ -452,7 +559,7 @@ STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stder
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_the_audit_cannot_start(
+def test_what_keeps_the_audit_from_starting_is_said_in_a_line(
     serve: Serve, run_program: Program, program_versions: dict[str, str], stop: str
 ) -> None:
     options, said = STOPS[stop]
@@ -469,24 +576,17 @@ def test_the_audit_cannot_start(
         assert program_versions["botocore"] in result.stderr
 
 
-def test_listing_breaks_off(serve: Serve, run_program: Program) -> None:
+def test_where_listing_breaks_off_what_is_finished_is_kept(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     """What has been finished is kept; nothing says that it is all."""
-    denied = rule("ListAccounts", error="AccessDenied", fields={"NextToken": "3"}, delay=1.5)
-    result = run_program(
-        serve(account(ONE, "one"), account(TWO, "two"), account(THREE, "three"), page=3, rules=[denied]).env()
-    )
+    denied = rule("ListAccounts", error="AccessDenied", fields={"NextToken": "3"}, hold=True)
+    accounts = [account(ONE, "one"), account(TWO, "two"), account(THREE, "three")]
+    endpoint = serve(*accounts, page=3, rules=[denied])
+    with released(endpoint, lambda: written(tmp_path, ONE) and written(tmp_path, TWO)):
+        result = run_program(endpoint.env(), output_dir=tmp_path / "reports")
     assert (result.exit_code, result.csvs) == (1, {ONE, TWO})
     assert "ListAccounts" in result.stderr
-
-
-def profile_env(endpoint: Endpoint, folder: Path, config: str) -> dict[str, str]:
-    """An environment in which profiles alone give credentials; `base` in that configuration has the caller's."""
-    env = endpoint.env()
-    base = [f"{name.lower()} = {env.pop(name)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-    (folder / "credentials").write_text("\n".join(["[base]", *base, ""]), encoding="utf-8")
-    (folder / "config").write_text(config, encoding="utf-8")
-    files = {"AWS_CONFIG_FILE": str(folder / "config"), "AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials")}
-    return {**env, **files, "HOME": str(folder)}
 
 
 def role_profile(name: str, *, source: str = "source_profile = base", mfa: bool = True) -> str:
@@ -494,7 +594,9 @@ def role_profile(name: str, *, source: str = "source_profile = base", mfa: bool 
     return f"[{name}]\nrole_arn = arn:aws:iam::{MANAGEMENT}:role/Operator\n{source}\n{serial}"
 
 
-def test_unknown_profile(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_an_unknown_profile_is_refused_before_any_request(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     endpoint = serve(account(ONE, "one"))
     result = run_program(profile_env(endpoint, tmp_path, ""), "--profile", "nowhere")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -502,7 +604,9 @@ def test_unknown_profile(serve: Serve, run_program: Program, tmp_path: Path) -> 
     assert endpoint.stats()["requests"] == {}
 
 
-def test_no_credentials(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_without_credentials_nothing_is_asked(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     endpoint = serve(account(ONE, "one"))
     result = run_program(profile_env(endpoint, tmp_path, ""))
     assert (result.exit_code, result.stdout) == (1, "")
@@ -511,14 +615,20 @@ def test_no_credentials(serve: Serve, run_program: Program, tmp_path: Path) -> N
     assert endpoint.stats()["requests"] == {}
 
 
-def test_half_the_credentials(serve: Serve, run_program: Program) -> None:
-    env = {name: value for name, value in serve(account(ONE, "one")).env().items() if name != "AWS_SECRET_ACCESS_KEY"}
+def test_half_the_credentials_are_none(serve: Serve, run_program: Program) -> None:
+    env = {
+        name: value
+        for name, value in serve(account(ONE, "one")).env().items()
+        if name != "AWS_SECRET_ACCESS_KEY"
+    }
     result = run_program(env)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "credentials" in result.stderr.lower()
 
 
-def test_expired_sso_session(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_an_expired_sso_session_stops_the_run_before_any_request(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     config = (
         "[profile sso]\nsso_session = corp\nsso_account_id = 999999999999\nsso_role_name = Admin\nregion = us-east-1\n"
         "[sso-session corp]\nsso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
@@ -533,7 +643,8 @@ def test_expired_sso_session(serve: Serve, run_program: Program, tmp_path: Path)
 MFA_PROFILES = {
     "its own": (role_profile("profile mgmt"), "mgmt", {}),
     "of its source": (
-        role_profile("profile mgmt", source="source_profile = hop", mfa=False) + role_profile("profile hop"),
+        role_profile("profile mgmt", source="source_profile = hop", mfa=False)
+        + role_profile("profile hop"),
         "mgmt",
         {},
     ),
@@ -543,14 +654,19 @@ MFA_PROFILES = {
 
 
 @pytest.mark.parametrize("which", MFA_PROFILES)
-def test_mfa_without_a_terminal(serve: Serve, program: Program, tmp_path: Path, which: str) -> None:
+def test_mfa_is_refused_where_no_terminal_can_ask_for_the_code(
+    serve: Serve, program: Program, tmp_path: Path, which: str
+) -> None:
     """Standard input is a pipe that never ends, as under some job runners: reading from it would hang."""
     config, profile, variables = MFA_PROFILES[which]
     endpoint = serve(account(ONE, "one"))
     env = {**profile_env(endpoint, tmp_path, config), **variables}
     options = ["--profile", profile] if profile else []
-    with program.start(env, *options, stdin=subprocess.PIPE, start_new_session=True) as (process, output_dir):
-        assert process.wait(30) == 1
+    with program.start(env, *options, stdin=subprocess.PIPE, start_new_session=True) as (
+        process,
+        output_dir,
+    ):
+        assert process.wait(TIMEOUT) == 1
         assert process.stderr is not None
         said = process.stderr.read()
     assert "mfa_serial" in said
@@ -560,7 +676,9 @@ def test_mfa_without_a_terminal(serve: Serve, program: Program, tmp_path: Path, 
     assert not list(output_dir.glob("*"))
 
 
-def test_mfa_profile_that_is_not_used(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_an_mfa_profile_that_is_not_used_asks_for_nothing(
+    serve: Serve, program: Program, tmp_path: Path
+) -> None:
     """Credentials of the environment go before AWS_PROFILE: nobody is asked anything."""
     endpoint = serve(account(ONE, "one"))
     env = {**endpoint.env(), "AWS_PROFILE": "mgmt", "AWS_CONFIG_FILE": str(tmp_path / "config")}
@@ -569,14 +687,18 @@ def test_mfa_profile_that_is_not_used(serve: Serve, program: Program, tmp_path: 
     assert (result.exit_code, result.csvs) == (0, {ONE}), result.stderr
 
 
-def test_mfa_with_a_terminal(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_the_mfa_code_is_asked_for_once_before_anything_else(
+    serve: Serve, program: Program, tmp_path: Path
+) -> None:
     """One prompt, before anything else is asked of AWS; and role chaining goes on to work."""
     code = {"SerialNumber": MFA_SERIAL, "TokenCode": "246810"}
     rules = [
         rule("AssumeRole", MANAGEMENT, fields=code),
         rule("AssumeRole", MANAGEMENT, error="AccessDenied", status=403),
     ]
-    endpoint = serve(account(MANAGEMENT, "management"), account(ONE, "one"), account(TWO, "two"), rules=rules)
+    endpoint = serve(
+        account(MANAGEMENT, "management"), account(ONE, "one"), account(TWO, "two"), rules=rules
+    )
     asked_before: list[Json] = []
 
     def type_code(shown: str) -> str:
@@ -593,10 +715,12 @@ def test_mfa_with_a_terminal(serve: Serve, program: Program, tmp_path: Path) -> 
     assert endpoint.stats()["requests"]["AssumeRole"] == 3
 
 
-def test_interrupted_at_the_prompt(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_ctrl_c_at_the_prompt_ends_the_run(serve: Serve, program: Program, tmp_path: Path) -> None:
     endpoint = serve(account(ONE, "one"))
     env = profile_env(endpoint, tmp_path, role_profile("profile mgmt"))
-    result = program.in_terminal(env, "--profile", "mgmt", answer=lambda shown: "\x03" if "MFA code" in shown else "")
+    result = program.in_terminal(
+        env, "--profile", "mgmt", answer=lambda shown: "\x03" if "MFA code" in shown else ""
+    )
     assert result.exit_code == 130
     assert endpoint.stats()["requests"] == {}
 
@@ -604,7 +728,9 @@ def test_interrupted_at_the_prompt(serve: Serve, program: Program, tmp_path: Pat
 # --- files cannot be written ------------------------------------------------------------------------------------------
 
 
-def test_output_folder_that_cannot_be(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_made_is_refused_before_any_request(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     endpoint = serve(account(ONE, "one"))
     for output_dir in (tmp_path / "file", tmp_path / "file" / "reports", Path("/proc/reports")):
@@ -614,15 +740,20 @@ def test_output_folder_that_cannot_be(serve: Serve, run_program: Program, tmp_pa
     assert endpoint.stats()["requests"] == {}
 
 
-def test_disk_full(serve: Serve, run_program: Program) -> None:
+def test_a_full_disk_ends_the_run_and_leaves_no_half_file(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     """A limit on the size of files stands for it: write() fails in the middle of a file in either case."""
     large = account(TWO, "large", users=[user(f"user-{n:03d}") for n in range(120)])
-    endpoint = serve(account(ONE, "one"), large, rules=[rule("GetCredentialReport", TWO, delay=1.0)])
+    endpoint = serve(
+        account(ONE, "one"), large, rules=[rule("GetCredentialReport", TWO, hold=True)]
+    )
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    result = run_program(endpoint.env(), preexec_fn=limit)
+    with released(endpoint, lambda: endpoint.stats()["held"] and written(tmp_path, ONE)):
+        result = run_program(endpoint.env(), output_dir=tmp_path / "reports", preexec_fn=limit)
     assert (result.exit_code, result.csvs, result.summary) == (1, {ONE}, None)
     assert "Cannot write" in result.stderr
     assert "large" in result.stderr.lower()  # File too large
@@ -630,12 +761,16 @@ def test_disk_full(serve: Serve, run_program: Program) -> None:
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
+READ_TIMEOUT = 30  # seconds; what an ending that waited for a server would take
 
-def until(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
+
+def prompt(started: float, signalled: float) -> float:
+    """How many seconds an ending may take: six times what the run had taken until the signal came.
+
+    That is 2 s on an idle machine, which needs 0.1, and ten times as much on one that is ten times as slow. An ending
+    that waits for a server takes longer than the limit on any machine.
+    """
+    return min(6 * (signalled - started), 0.9 * READ_TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -648,33 +783,44 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> None:
         ("ListAccessKeys", signal.SIGINT),
     ],
 )
-def test_interrupted_while_a_server_does_not_answer(
+def test_a_signal_ends_the_run_though_a_server_does_not_answer(
     serve: Serve, program: Program, action: str, signum: signal.Signals
 ) -> None:
     second_page = {"NextToken": "5"} if action == "ListAccounts" else {}
-    rules = [rule(action, ONE), rule(action, hang=True, fields=second_page)]  # account ONE alone goes well
-    endpoint = serve(account(ONE, "one"), full(TWO, "two"), generate=generate(20, 2), page=5, rules=rules)
+    rules = [
+        rule(action, ONE),
+        rule(action, hang=True, fields=second_page),
+    ]  # account ONE alone goes well
+    endpoint = serve(
+        account(ONE, "one"), full(TWO, "two"), generate=generate(20, 2), page=5, rules=rules
+    )
+    began = time.monotonic()
     with program.start(endpoint.env()) as (process, output_dir):
         until(lambda: endpoint.stats()["hung"])
-        started = action not in ("GetCallerIdentity", "DescribeOrganization")
-        if started:
-            until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        audits = action not in ("GetCallerIdentity", "DescribeOrganization")
+        if audits:
+            until(lambda: written(output_dir, ONE))
+        limit = prompt(began, time.monotonic())
         result, seconds = program.end(process, output_dir, signum, endpoint.env())
     assert result.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[signum]
-    assert seconds < 2
+    assert seconds < limit
     assert result.summary is None
-    assert result.csvs >= ({ONE} if started else set())
+    assert result.csvs >= ({ONE} if audits else set())
     assert TWO not in result.csvs or action == "ListAccounts"
 
 
-def test_interrupted_while_waiting_for_a_report_and_again_while_ending(serve: Serve, program: Program) -> None:
+def test_ctrl_c_ends_the_wait_for_a_report_and_a_second_one_disturbs_nothing(
+    serve: Serve, program: Program
+) -> None:
     endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=None))
+    began = time.monotonic()
     with program.start(endpoint.env()) as (process, output_dir):
-        until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        until(lambda: written(output_dir, ONE))
+        limit = prompt(began, time.monotonic())
         process.send_signal(signal.SIGINT)
         result, seconds = program.end(process, output_dir, signal.SIGINT, endpoint.env())
     assert (result.exit_code, result.csvs, result.summary) == (130, {ONE}, None)
-    assert seconds < 2
+    assert seconds < limit
 
 
 @pytest.mark.parametrize("trouble", ["closed", "full", "without a reader"])
@@ -685,9 +831,12 @@ def test_losing_stderr_costs_no_audit(serve: Serve, program: Program, trouble: s
     with open("/dev/full", "wb") as full:
         stderr = {"closed": None, "full": full, "without a reader": writer}[trouble]
         close = functools.partial(os.close, 2) if trouble == "closed" else None
-        with program.start(endpoint.env(), "--verbose", stderr=stderr, preexec_fn=close) as (process, output_dir):
+        with program.start(endpoint.env(), "--verbose", stderr=stderr, preexec_fn=close) as (
+            process,
+            output_dir,
+        ):
             os.close(writer)
-            stdout, _ = process.communicate(timeout=60)
+            stdout, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert "Audited: 2 accounts" in stdout
     assert Result(0, stdout, "", output_dir).csvs == {ONE, TWO}
@@ -696,67 +845,106 @@ def test_losing_stderr_costs_no_audit(serve: Serve, program: Program, trouble: s
 
 def test_the_exit_code_is_right_though_nobody_reads_stderr(serve: Serve, program: Program) -> None:
     endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=None))
-    with open("/dev/full", "wb") as full, program.start(endpoint.env(), stderr=full) as (process, output_dir):
-        until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+    with (
+        open("/dev/full", "wb") as full,
+        program.start(endpoint.env(), stderr=full) as (process, output_dir),
+    ):
+        until(lambda: written(output_dir, ONE))
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=TIMEOUT)
     assert process.returncode == 143
 
 
+# Runs the program and sends it SIGTERM at the first call of a function of the standard library that comes once an
+# account's CSV is there: before the call begins or, with AFTER, when it has done its work.
 AT_THAT_MOMENT = """
-import functools, os, pydoc, runpy, signal
+import functools, os, pathlib, pydoc, runpy, signal, sys, time
+reports = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1])
 owner, _, name = os.environ["FUNCTION"].rpartition(".")
-owner, number, calls = pydoc.locate(owner), int(os.environ["NUMBER"]), iter(range(1, 10**9))
-original = getattr(owner, name)
+owner, after = pydoc.locate(owner), "AFTER" in os.environ
+original, sent = getattr(owner, name), []
+
+def send_once():
+    if not sent and any(reports.glob("*/accounts/*.csv")):
+        sent.append(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # a thread waits here until the main thread has had its signal
 
 @functools.wraps(original)
 def interrupted(*args, **kwargs):
-    if next(calls) == number:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return original(*args, **kwargs)
+    if not after:
+        send_once()
+    answer = original(*args, **kwargs)
+    if after:
+        send_once()
+    return answer
 
 setattr(owner, name, interrupted)
 runpy.run_path(os.environ["PROGRAM"], run_name="__main__")
 """
+MOMENTS = {
+    # run again, the loop could wait for ever for what it had taken and not begun
+    "the loop has taken a callback": ("asyncio.events.Handle._run", False),
+    "the loop has run a callback": ("asyncio.events.Handle._run", True),
+    "a wait is over": ("asyncio.events.TimerHandle._run", False),
+    "a call is handed to a thread": ("queue.Queue.put", False),
+    "a call is handed to a thread, whose queue is locked": ("queue.PriorityQueue._put", False),
+    "a call has been handed to a thread": ("queue.Queue.put", True),
+    "a thread hands its answer to the loop": (
+        "asyncio.base_events.BaseEventLoop.call_soon_threadsafe",
+        False,
+    ),
+    "a thread has handed its answer to the loop": (
+        "asyncio.base_events.BaseEventLoop.call_soon_threadsafe",
+        True,
+    ),
+    "a file is begun": ("tempfile.mkstemp", True),
+    "a CSV is moved to its place": ("os.replace", False),
+    "a CSV is in its place": ("os.replace", True),
+}
 
 
-@pytest.mark.parametrize(
-    ("function", "number"),
-    [
-        # the event loop has taken what it runs next and not begun to; run again, it could wait for that for ever
-        *(("asyncio.events.Handle._run", number) for number in (97, 212)),
-        # a task is handing a call to a thread
-        *(("queue.Queue.put", number) for number in (94, 186)),
-    ],
-)
-def test_interrupted_at_the_worst_moment(
-    serve: Serve, program: Program, tmp_path: Path, function: str, number: int
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_the_worst_moment_ends_the_run(
+    serve: Serve, program: Program, tmp_path: Path, moment: str
 ) -> None:
-    """A signal can come between any two steps of the main thread; here it always comes at the same one."""
+    """A signal can come between any two steps. Here some accounts are finished, some at work, one waits."""
     (tmp_path / "iam_audit.py").write_text(AT_THAT_MOMENT, encoding="utf-8")
     at_that_moment = Program(str(tmp_path / "iam_audit.py"), program.python, lambda: tmp_path)
-    endpoint = serve(generate=generate(30, 6))
-    env = {**endpoint.env(), "PROGRAM": program.path, "FUNCTION": function, "NUMBER": str(number)}
-    with at_that_moment.start(env) as (process, output_dir):
-        stdout, stderr = process.communicate(timeout=20)
-    result = Result(process.returncode, stdout, stderr, output_dir)
-    check_what_always_holds(result, env, verbose=False)
+    endpoint = serve(
+        account(TWO, "waits for its report", report_delay=None),
+        generate=generate(100, 6),
+        latency=0.2,
+    )
+    function, after = MOMENTS[moment]
+    env = {
+        **endpoint.env(),
+        "PROGRAM": program.path,
+        "FUNCTION": function,
+        **({"AFTER": "yes"} if after else {}),
+    }
+    with at_that_moment.start(env, "--report-timeout", str(TIMEOUT // 2)) as (process, output_dir):
+        result = program.finish(process, output_dir, env)
     assert (result.exit_code, result.summary) == (143, None)
+    assert 1 <= len(result.csvs) < 100
+    assert TWO not in result.csvs
 
 
-def test_the_reader_of_stdout_goes_away(serve: Serve, program: Program) -> None:
+def test_the_files_are_written_though_the_reader_of_stdout_goes_away(
+    serve: Serve, program: Program
+) -> None:
     """`iam_audit.py | head`: the files are written, and nobody gets a traceback."""
     endpoint = serve(account(ONE, "one"))
     with program.start(endpoint.env()) as (process, output_dir):
         assert process.stdout is not None
         process.stdout.close()
-        process.wait(30)
+        process.wait(TIMEOUT)
         assert process.stderr is not None
         assert process.stderr.read() == ""
     assert list(output_dir.glob("*/summary.json"))
 
 
-def test_stdout_is_full(serve: Serve, program: Program) -> None:
+def test_a_full_stdout_ends_with_1_and_costs_no_file(serve: Serve, program: Program) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full_disk:
         result = program(serve(account(ONE, "one")).env(), stdout=full_disk)
     assert (result.exit_code, result.csvs) == (1, {ONE})
@@ -791,7 +979,7 @@ def broken_assume_role(account_id: str, token: str) -> str:
     )
 
 
-def test_no_secrets_in_accounts_that_fail(serve: Serve, run_program: Program) -> None:
+def test_no_secret_is_told_of_accounts_that_fail(serve: Serve, run_program: Program) -> None:
     """conftest.py looks for them in everything that a run writes; here are the answers that hold some."""
     mismatch: Json = {"error": "SignatureDoesNotMatch", "status": 403}
     whole = broken_assume_role(THREE, TOKEN)
@@ -799,7 +987,10 @@ def test_no_secrets_in_accounts_that_fail(serve: Serve, run_program: Program) ->
         whole.replace(f"<SessionToken>{TOKEN}</SessionToken>", "")
         + "</Credentials></AssumeRoleResult></AssumeRoleResponse>"
     )
-    odd_date = whole + "<Expiration>soon</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>"
+    odd_date = (
+        whole
+        + "<Expiration>soon</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>"
+    )
     rules = [
         rule("ListUsers", numbered(1), message=signature_does_not_match(TOKEN), **mismatch),
         rule("ListUsers", numbered(2), message=f"Signature {SIGNATURE} is wrong", **mismatch),
@@ -808,7 +999,11 @@ def test_no_secrets_in_accounts_that_fail(serve: Serve, run_program: Program) ->
         rule("AssumeRole", numbered(5), raw=no_token),
         rule("AssumeRole", numbered(6), raw=odd_date),
         rule(
-            "ListUsers", numbered(7), error="InvalidClientTokenId", status=403, message=f"The token {TOKEN} is invalid"
+            "ListUsers",
+            numbered(7),
+            error="InvalidClientTokenId",
+            status=403,
+            message=f"The token {TOKEN} is invalid",
         ),
     ]
     accounts = [account(numbered(n), f"account-{n}") for n in range(1, 8)]
@@ -820,14 +1015,20 @@ def test_no_secrets_in_accounts_that_fail(serve: Serve, run_program: Program) ->
 
 @pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=["terse", "verbose"])
 @pytest.mark.parametrize("action", ["GetCallerIdentity", "ListAccounts"])
-def test_no_secrets_when_the_caller_fails(serve: Serve, run_program: Program, action: str, verbose: list[str]) -> None:
-    mismatch = rule(action, error="SignatureDoesNotMatch", status=403, message=signature_does_not_match(TOKEN))
+def test_no_secret_is_told_when_the_caller_fails(
+    serve: Serve, run_program: Program, action: str, verbose: list[str]
+) -> None:
+    mismatch = rule(
+        action, error="SignatureDoesNotMatch", status=403, message=signature_does_not_match(TOKEN)
+    )
     result = run_program(serve(account(ONE, "one"), rules=[mismatch]).env(), "--verbose")
     assert result.exit_code == 1
     assert action in result.stderr
 
 
-def test_no_secrets_when_the_profiles_own_role_fails(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_no_secret_is_told_when_the_profiles_own_role_fails(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     broken = rule("AssumeRole", MANAGEMENT, raw=broken_assume_role(MANAGEMENT, TOKEN))
     endpoint = serve(account(MANAGEMENT, "management"), rules=[broken])
     env = profile_env(endpoint, tmp_path, role_profile("profile mgmt", mfa=False))

@@ -12,16 +12,18 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from builders import MANAGEMENT, ONE, THREE, TWO, reach, summary_of
 from conftest import Program, Serve
-from endpoint import account, key, user
-from hypothesis import HealthCheck, given, settings
+from endpoint import TIMEOUT, account, key, user
+from hypothesis import given
 from hypothesis import strategies as st
 
 import iam_audit
 
-ONE, TWO = "111111111111", "222222222222"
-
-cells = st.text(st.one_of(st.sampled_from("='\"+-@\t\r\n,; a"), st.characters(exclude_categories=["Cs"])), max_size=8)
+cells = st.text(
+    st.one_of(st.sampled_from("='\"+-@\t\r\n,; a"), st.characters(exclude_categories=["Cs"])),
+    max_size=8,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,6 @@ def test_cells_read_back(text: str) -> None:
 
 
 @given(st.lists(st.lists(cells, min_size=3, max_size=3), max_size=5))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tables_read_back(tmp_path: Path, rows: list[list[str]]) -> None:
     """By the csv module as every Python has it; on disk each row ends in one line feed."""
     path = tmp_path / "table.csv"
@@ -93,19 +94,26 @@ def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_the_summary_is_written_last(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A folder without it is one of a run that did not finish."""
-    for name, value in serve(account(ONE, "one"), account(TWO, "two")).env().items():
-        monkeypatch.setenv(name, value)
+    reach(serve(account(ONE, "one"), account(TWO, "two")), monkeypatch)
     put_in_place: list[str] = []
 
-    def replace(source: str, target: Path, rename: Callable[[str, Path], None] = os.replace) -> None:
+    def replace(
+        source: str, target: Path, rename: Callable[[str, Path], None] = os.replace
+    ) -> None:
         put_in_place.append(target.name)
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "reports"), "--quiet"]) == 0
+    assert (
+        iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path / "reports"), "--quiet"])
+        == 0
+    )
     assert {f"{ONE}.csv", f"{TWO}.csv"} <= set(put_in_place)
     assert put_in_place.index("summary.json") == len(put_in_place) - 1
     assert {path.name for path in tmp_path.rglob("*.*")} == set(put_in_place)
@@ -121,17 +129,23 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.program
-def test_modes_whatever_the_umask(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_new_folders_are_the_owners_alone_whatever_the_umask(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     """What is in the folders is checked after every run, by conftest.py."""
     output_dir = tmp_path / "a" / "b" / "reports"
-    result = run_program(serve(account(ONE, "one")).env(), output_dir=output_dir, preexec_fn=lambda: os.umask(0))
+    result = run_program(
+        serve(account(ONE, "one")).env(), output_dir=output_dir, preexec_fn=lambda: os.umask(0)
+    )
     assert result.csvs == {ONE}
     made = (output_dir, output_dir.parent, output_dir.parent.parent)
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in made] == [0o700] * 3
 
 
 @pytest.mark.program
-def test_a_folder_that_is_there_is_left_as_it_is(serve: Serve, run_program: Program, tmp_path: Path) -> None:
+def test_a_folder_that_is_there_is_left_as_it_is(
+    serve: Serve, run_program: Program, tmp_path: Path
+) -> None:
     (tmp_path / "notes.csv").write_text("mine", encoding="utf-8")
     (tmp_path / "notes.csv").chmod(0o600)
     mode = tmp_path.stat().st_mode
@@ -141,50 +155,74 @@ def test_a_folder_that_is_there_is_left_as_it_is(serve: Serve, run_program: Prog
 
 
 @pytest.mark.program
-def test_two_runs_in_the_same_second(serve: Serve, program: Program, tmp_path: Path) -> None:
+def test_two_runs_in_the_same_second_get_a_folder_each(
+    serve: Serve, program: Program, tmp_path: Path
+) -> None:
     """Whichever second it starts in, another run has begun in it already."""
     now = datetime.now(timezone.utc)
-    taken = {f"{now + timedelta(seconds=n):%Y%m%dT%H%M%SZ}" for n in range(60)}
+    taken = {f"{now + timedelta(seconds=n):%Y%m%dT%H%M%SZ}" for n in range(TIMEOUT)}
     for name in taken:
         (tmp_path / name).mkdir(mode=0o700)
     endpoint = serve(account(ONE, "one", users=[user("ana", keys=[key("AKIA0000000000000ANA")])]))
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(program.start(endpoint.env(), output_dir=tmp_path)) for _ in range(2)]
-        ended = [process.communicate(timeout=60) for process, _ in started]
+        started = [
+            stack.enter_context(program.start(endpoint.env(), output_dir=tmp_path))
+            for _ in range(2)
+        ]
+        ended = [process.communicate(timeout=TIMEOUT) for process, _ in started]
         assert [process.returncode for process, _ in started] == [0, 0], ended
     made = {path for path in tmp_path.iterdir() if path.name not in taken}
     assert len(made) == 2
     for folder in made:
-        assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["totals"]["audited"] == 1
+        assert (
+            json.loads((folder / "summary.json").read_text(encoding="utf-8"))["totals"]["audited"]
+            == 1
+        )
         assert (folder / "accounts" / f"{ONE}.csv").exists()
     assert not any(any((tmp_path / name).iterdir()) for name in taken)
 
 
 @pytest.mark.program
 def test_summary_says_what_was_done(serve: Serve, run_program: Program) -> None:
-    users = [user("ana", keys=[key("AKIA000000000000ANA1"), key("AKIA000000000000ANA2")]), user("bea")]
+    users = [
+        user("ana", keys=[key("AKIA000000000000ANA1"), key("AKIA000000000000ANA2")]),
+        user("bea"),
+    ]
     endpoint = serve(
-        account(ONE, "one", users=users, report_time="2026-01-02T03:04:05Z", paths=["o-test123456/r-test/ou-1/1/"]),
+        account(
+            ONE,
+            "one",
+            users=users,
+            report_time="2026-01-02T03:04:05Z",
+            paths=["o-test123456/r-test/ou-1/1/"],
+        ),
         account(TWO, "two", role="denied"),
-        account("333333333333", "three", state="SUSPENDED"),
+        account(THREE, "three", state="SUSPENDED"),
     )
     before = datetime.now(timezone.utc).replace(microsecond=0)
     result = run_program(endpoint.env(), role="audit/Role")
-    summary = result.summary
-    assert summary is not None
+    summary = summary_of(result)
     assert isinstance(summary["format"], int)
     assert (summary["version"], summary["role"]) == (iam_audit.VERSION, "audit/Role")
     started, finished = (datetime.fromisoformat(summary[name]) for name in ("started", "finished"))
     assert before <= started <= finished <= datetime.now(timezone.utc)
-    assert summary["caller"]["account"] == "999999999999"
+    assert summary["caller"]["account"] == MANAGEMENT
     assert summary["organization"]["id"] == "o-test123456"
-    assert summary["organization"]["management_account"] == "999999999999"
-    assert [summary["totals"][name] for name in ("audited", "failed", "skipped", "users")] == [1, 1, 1, 2]
-    entries = {one: (entry["name"], entry["state"], entry["result"]) for one, entry in result.accounts.items()}
+    assert summary["organization"]["management_account"] == MANAGEMENT
+    assert [summary["totals"][name] for name in ("audited", "failed", "skipped", "users")] == [
+        1,
+        1,
+        1,
+        2,
+    ]
+    entries = {
+        one: (entry["name"], entry["state"], entry["result"])
+        for one, entry in result.accounts.items()
+    }
     assert entries == {
         ONE: ("one", "ACTIVE", "audited"),
         TWO: ("two", "ACTIVE", "failed"),
-        "333333333333": ("three", "SUSPENDED", "skipped"),
+        THREE: ("three", "SUSPENDED", "skipped"),
     }
     audited, failed = result.accounts[ONE], result.accounts[TWO]
     assert audited["report_generated"] == "2026-01-02T03:04:05+00:00"
@@ -195,4 +233,6 @@ def test_summary_says_what_was_done(serve: Serve, run_program: Program) -> None:
 
 def test_half_a_character_does_not_cost_the_file(tmp_path: Path) -> None:
     iam_audit.write_csv(tmp_path / "events.csv", ["user_agent"], [["half \ud83d"], ["whole"]])
-    assert (tmp_path / "events.csv").read_text(encoding="utf-8") == "user_agent\nhalf \\ud83d\nwhole\n"
+    assert (tmp_path / "events.csv").read_text(
+        encoding="utf-8"
+    ) == "user_agent\nhalf \\ud83d\nwhole\n"

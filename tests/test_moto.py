@@ -44,7 +44,11 @@ class Expected(NamedTuple):
 
 NO_ROOT = "<root_account>|No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None"
 OLD, NEW, USED = at("2021-05-06T07:08:09"), at("2025-09-10T11:12:13"), at("2026-01-02T03:04:05")
-OLD_CELL, NEW_CELL, USED_CELL = "2021-05-06T07:08:09+00:00", "2025-09-10T11:12:13+00:00", "2026-01-02T03:04:05+00:00"
+OLD_CELL, NEW_CELL, USED_CELL = (
+    "2021-05-06T07:08:09+00:00",
+    "2025-09-10T11:12:13+00:00",
+    "2026-01-02T03:04:05+00:00",
+)
 
 MEMBERS = [
     Expected(AccountSpec("empty", "100000000001"), [NO_ROOT]),
@@ -128,7 +132,11 @@ MEMBERS = [
         ],
     ),
     Expected(
-        AccountSpec("root-virtual", "100000000006", root=RootSpec(password=True, password_last_used=USED, mfa=VIRTUAL)),
+        AccountSpec(
+            "root-virtual",
+            "100000000006",
+            root=RootSpec(password=True, password_last_used=USED, mfa=VIRTUAL),
+        ),
         [f"<root_account>|Configurada|{USED_CELL}|N/A|N/A|N/A|N/A|N/A|Virtual"],
     ),
     Expected(
@@ -147,7 +155,9 @@ MEMBERS = [
         AccountSpec(
             "root-keys",
             "100000000008",
-            root=RootSpec(password=True, keys=(KeySpec(NEW), KeySpec(OLD, USED, "ec2", "Inactive"))),
+            root=RootSpec(
+                password=True, keys=(KeySpec(NEW), KeySpec(OLD, USED, "ec2", "Inactive"))
+            ),
         ),
         [
             f"<root_account>|Configurada|Nunca|<root_access_key_2>|Inactive|{OLD_CELL}|{USED_CELL}|ec2|None",
@@ -155,7 +165,9 @@ MEMBERS = [
         ],
     ),
     Expected(
-        AccountSpec("in-a-unit", "100000000009", ("Workloads",), (UserSpec("ana", keys=(KeySpec(OLD),)),)),
+        AccountSpec(
+            "in-a-unit", "100000000009", ("Workloads",), (UserSpec("ana", keys=(KeySpec(OLD),)),)
+        ),
         [NO_ROOT, f"ana|No configurada|N/A|{{ana 1}}|Active|{OLD_CELL}|Nunca utilizada|N/A|None"],
     ),
     Expected(
@@ -180,14 +192,23 @@ MEMBERS = [
         ],
     ),
     Expected(
-        AccountSpec("many", "100000000011", users=tuple(UserSpec(f"user-{n:03d}") for n in range(25))),
-        [NO_ROOT, *(f"user-{n:03d}|No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None" for n in range(25))],
+        AccountSpec(
+            "many", "100000000011", users=tuple(UserSpec(f"user-{n:03d}") for n in range(25))
+        ),
+        [
+            NO_ROOT,
+            *(f"user-{n:03d}|No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None" for n in range(25)),
+        ],
     ),
 ]
 BOSS = AccountSpec(
     "management",
     MANAGEMENT_ID,
-    users=(UserSpec("org-admin", password=True, mfa=(VIRTUAL,), keys=(KeySpec(OLD, USED, "organizations"),)),),
+    users=(
+        UserSpec(
+            "org-admin", password=True, mfa=(VIRTUAL,), keys=(KeySpec(OLD, USED, "organizations"),)
+        ),
+    ),
     root=RootSpec(password=True, mfa=HARDWARE),
 )
 BOSS_ROWS = [
@@ -218,9 +239,16 @@ def healthy(server: MotoServer, organization: MadeOrganization) -> None:
 
 def table(made: MadeAccount, rows: list[str]) -> list[list[str]]:
     """What the account's CSV must hold."""
-    keys = {f"{name} {n}": key.id for name, user in made.users.items() for n, key in enumerate(user.keys, 1)}
+    keys = {
+        f"{name} {n}": key.id
+        for name, user in made.users.items()
+        for n, key in enumerate(user.keys, 1)
+    }
     name = "'" + made.name if made.name.startswith("=") else made.name
-    return [list(iam_audit.CSV_COLUMNS), *([made.id, name, *row.format_map(keys).split("|")] for row in rows)]
+    return [
+        list(iam_audit.CSV_COLUMNS),
+        *([made.id, name, *row.format_map(keys).split("|")] for row in rows),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -245,19 +273,25 @@ def test_twelve_accounts_give_eleven_csvs(
         assert result.table(made.id) == table(made, expected.rows), made.name
 
 
-def test_with_the_management_account(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_the_management_account_is_read_without_a_role(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     result = run_program(server.env(), "--include-management", role=DEFAULT_ROLE)
     assert (result.exit_code, result.csvs) == (0, IDS | {MANAGEMENT_ID}), result.stderr
     assert result.table(MANAGEMENT_ID) == table(organization.management, BOSS_ROWS)
     assert (MANAGEMENT_ID, "AssumeRole") not in server.counts()
 
 
-def test_units(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_ou_takes_the_accounts_below_it(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     result = run_program(server.env(), "--ou", organization.ous["Workloads",], role=DEFAULT_ROLE)
     assert (result.exit_code, result.csvs) == (0, {"100000000009", "100000000010"})
 
 
-def test_a_role_that_does_not_exist(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_a_role_that_does_not_exist_fails_every_account(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     result = run_program(server.env(), role="NoSuchRole")
     assert (result.exit_code, result.csvs) == (3, set())
     assert result.failures == dict.fromkeys(IDS, ("AssumeRole", "AccessDenied"))
@@ -278,14 +312,18 @@ def requests(made: MadeAccount) -> dict[str, int]:
     }
 
 
-def test_requests(audited: tuple[Result, Mapping[tuple[str, str], int]], organization: MadeOrganization) -> None:
+def test_an_account_costs_the_requests_it_must_and_no_other(
+    audited: tuple[Result, Mapping[tuple[str, str], int]], organization: MadeOrganization
+) -> None:
     _, counted = audited
     for made in organization.accounts.values():
         of_account = {action: number for (one, action), number in counted.items() if one == made.id}
-        assert of_account == {action: number for action, number in requests(made).items() if number}, made.name
+        assert of_account == {
+            action: number for action, number in requests(made).items() if number
+        }, made.name
 
 
-def test_a_user_created_since_the_report(
+def test_users_are_those_of_now_and_not_of_the_report(
     server: MotoServer, organization: MadeOrganization, run_program: Program
 ) -> None:
     """And one deleted: the list is live, the report is not."""
@@ -304,7 +342,7 @@ def test_a_user_created_since_the_report(
     assert [row["username"] for row in deleted.rows(account_id)] == ["<root_account>", "ana"]
 
 
-def test_reports_that_are_not_there_yet(
+def test_a_report_that_is_not_there_yet_is_waited_for(
     server: MotoServer, organization: MadeOrganization, run_program: Program
 ) -> None:
     server.expire_reports()
@@ -313,7 +351,9 @@ def test_reports_that_are_not_there_yet(
     assert server.counts()["100000000009", "GenerateCredentialReport"] == 2
 
 
-def test_throttling_and_errors(server: MotoServer, organization: MadeOrganization, run_program: Program) -> None:
+def test_throttling_is_waited_out_and_a_denied_call_fails_its_account(
+    server: MotoServer, organization: MadeOrganization, run_program: Program
+) -> None:
     server.fail("ListAccessKeys", "Throttling", account="100000000009", times=3)
     server.fail("ListUsers", "ServiceFailure", 500, account="100000000002", times=1)
     server.fail("GetAccessKeyLastUsed", "AccessDenied", 403, account="100000000003")

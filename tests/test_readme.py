@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from endpoint import TIMEOUT
 
 import iam_audit
 
 TESTS = Path(__file__).resolve().parent
 README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+
+PRIORITY_ROW = re.compile(r"^\| (\d) \| (.*) \|$", re.MULTILINE)
 
 
 def masked(output: str) -> str:
@@ -25,13 +28,16 @@ def masked(output: str) -> str:
 @pytest.mark.program
 def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    printed = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, check=True
+    ).stdout
     summary = printed[printed.index("Organization ") : printed.index("\n\nFiles: ")]
     assert masked(f"```\n{summary}\n```") in masked(README)
 
 
 @pytest.mark.parametrize(
-    "name", ["caller-policy", "role-policy", "role-trust", "scp-require-mfa", "scp-deny-access-keys"]
+    "name",
+    ["caller-policy", "role-policy", "role-trust", "scp-require-mfa", "scp-deny-access-keys"],
 )
 def test_the_readme_shows_what_print_gives(name: str) -> None:
     shown = re.search(rf"--print {name}[^\n]*\n+```json\n(.*?)```", README, re.DOTALL)
@@ -54,30 +60,73 @@ def test_every_action_stands_with_its_reason() -> None:
 
 def test_every_exit_code_and_every_word_is_explained() -> None:
     for code in (
-        value for name, value in vars(iam_audit).items() if name.startswith("EXIT_") and name != "EXIT_SIGNAL"
+        value
+        for name, value in vars(iam_audit).items()
+        if name.startswith("EXIT_") and name != "EXIT_SIGNAL"
     ):
         assert re.search(rf"^\| {code} \|", README, re.MULTILINE), code
     words = [
         *(f"| `{column}` |" for column in iam_audit.CSV_COLUMNS[2:]),
-        *(f"`{word}`" for word in (*iam_audit.FINDINGS_COLUMNS, *iam_audit.PRIORITIES, *iam_audit.GAP_COUNTS)),
+        *(f"`{word}`" for word in (*iam_audit.FINDINGS_COLUMNS, *iam_audit.GAP_COUNTS)),
         *(
             f"`{change}`"
-            for change in (*iam_audit.EXPLAINED_BY, iam_audit.CAME_AND_WENT, "account-joined", "account-left")
+            for change in (
+                *iam_audit.EXPLAINED_BY,
+                iam_audit.CAME_AND_WENT,
+                "account-joined",
+                "account-left",
+            )
         ),
-        *(f"`{word}`" for word in ("confirmed", "contradicted", "not found", "unavailable", *iam_audit.VERDICTS)),
         *(
             f"`{word}`"
-            for word in ("Configurada", "No configurada", "Nunca", "Nunca utilizada", "N/A", "None", "Unknown")
+            for word in (
+                "confirmed",
+                "contradicted",
+                "not found",
+                "unavailable",
+                *iam_audit.VERDICTS,
+            )
         ),
+        *(
+            f"`{word}`"
+            for word in (
+                "Configurada",
+                "No configurada",
+                "Nunca",
+                "Nunca utilizada",
+                "N/A",
+                "None",
+                "Unknown",
+            )
+        ),
+        *(f"`{name}`" for name in {rule.name for rule in iam_audit.RULES}),
         *(f"| {level} |" for level in iam_audit.LEVELS),
     ]
     assert [word for word in words if word not in README] == []
 
 
+def test_the_table_of_findings_is_the_programs() -> None:
+    """Each priority with the findings that can have it, as the rules say, in the order of the priorities."""
+    section = README[README.index("### findings.csv") : README.index("### Maturity")]
+    told = {
+        int(number): set(re.findall(r"`([a-z0-9-]+)`", text))
+        for number, text in PRIORITY_ROW.findall(section)
+    }
+    findings = {rule.name for rule in iam_audit.RULES}
+    expected: dict[int, set[str]] = {}
+    for rule in iam_audit.RULES:
+        assert iam_audit.MOST_URGENT <= rule.priority <= iam_audit.LEAST_URGENT, rule
+        expected.setdefault(rule.priority, set()).add(rule.name)
+    assert {number: names & findings for number, names in told.items()} == expected
+    assert (
+        list(told) == sorted(told) == list(range(iam_audit.MOST_URGENT, iam_audit.LEAST_URGENT + 1))
+    )
+
+
 @pytest.mark.program
 def test_every_key_of_the_summary_is_explained(tmp_path: Path) -> None:
     command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
     (path,) = tmp_path.glob("reports/*/summary.json")
     summary = json.loads(path.read_text(encoding="utf-8"))
     account = next(entry for entry in summary["accounts"] if entry["result"] == "audited")

@@ -138,8 +138,7 @@ def test_only_the_aws_section_names_the_sdk_or_a_socket() -> None:
     origin = imported_names()
     found = set()
     for node in ast.walk(TREE):
-        name = node.id if isinstance(node, ast.Name) else ""
-        if name in NETWORK or origin.get(name) in NETWORK:
+        if isinstance(node, ast.Name) and {node.id, origin.get(node.id)} & NETWORK:
             found.add(section_of(node.lineno))
     assert found == {"AWS"}
 

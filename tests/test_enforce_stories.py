@@ -8,8 +8,9 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import pytest
+from builders import ABSENT, ENFORCED, NOT_CHECKED, ONE, PARTIAL, THREE, TWO, in_units, summary_of
 from conftest import Program, Result, Serve
-from endpoint import account, key, policy, rule, user
+from endpoint import Json, key, policy, rule, user
 from organization import (
     DEFAULT_ROLE,
     VIRTUAL,
@@ -27,7 +28,6 @@ import iam_audit
 
 pytestmark = pytest.mark.program
 
-ENFORCED, PARTIAL, ABSENT, NOT_CHECKED = "enforced", "partial", "absent", "not checked"
 REQUIRE_MFA = iam_audit.print_document("scp-require-mfa")
 DENY_KEYS = iam_audit.print_document("scp-deny-access-keys")
 ONLY_AT_NIGHT = {
@@ -82,11 +82,6 @@ def controls(result: Result, account_id: str) -> tuple[str, str]:
     return found["mfa-required"]["verdict"], found["new-keys-prevented"]["verdict"]
 
 
-def summary(result: Result) -> dict[str, Any]:
-    assert result.summary is not None, result.stderr
-    return result.summary
-
-
 def test_each_account_is_under_the_policies_above_it(enforced: Enforced) -> None:
     assert enforced.result.exit_code == 0
     assert {one: controls(enforced.result, one) for one in enforced.result.accounts} == {
@@ -109,13 +104,18 @@ def test_phase_1_is_advanced_where_mfa_is_complete_and_enforced(enforced: Enforc
         "100000000005": "Complete",
         enforced.made.management.id: "Complete",
     }
-    assert summary(enforced.result)["maturity"]["phase1"]["accounts"]["Advanced"] == 2
+    assert summary_of(enforced.result)["maturity"]["phase1"]["accounts"]["Advanced"] == 2
 
 
 def test_the_summary_counts_and_names(enforced: Enforced) -> None:
-    found = summary(enforced.result)["enforcement"]
+    found = summary_of(enforced.result)["enforcement"]
     assert found["accounts"]["mfa-required"] == {ENFORCED: 3, NOT_CHECKED: 0, PARTIAL: 0, ABSENT: 3}
-    assert found["accounts"]["new-keys-prevented"] == {ENFORCED: 1, NOT_CHECKED: 0, PARTIAL: 4, ABSENT: 1}
+    assert found["accounts"]["new-keys-prevented"] == {
+        ENFORCED: 1,
+        NOT_CHECKED: 0,
+        PARTIAL: 4,
+        ABSENT: 1,
+    }
     assert (found["why_not_checked"], found["root_credentials_managed_centrally"]) == (None, True)
     control = enforced.result.accounts["100000000004"]["controls"]["new-keys-prevented"]
     assert [each["name"] for each in control["policies"]] == ["KeysAtNight"]
@@ -129,18 +129,24 @@ def test_the_summary_counts_and_names(enforced: Enforced) -> None:
 
 def test_the_extra_calls_are_two_a_policy_and_one_for_their_list(enforced: Enforced) -> None:
     policies = 4  # FullAWSAccess and three of ours
-    extra = {name: number for name, number in enforced.counts.items() if "Polic" in name or "Parent" in name}
-    assert extra == {"ListPolicies": 1, "DescribePolicy": policies, "ListTargetsForPolicy": policies}
+    extra = {
+        name: number
+        for name, number in enforced.counts.items()
+        if "Polic" in name or "Parent" in name
+    }
+    assert extra == {
+        "ListPolicies": 1,
+        "DescribePolicy": policies,
+        "ListTargetsForPolicy": policies,
+    }
     assert enforced.counts["ListOrganizationsFeatures"] == 1
 
 
 FULL = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}}
-ONE, TWO, THREE = "111111111111", "222222222222", "333333333333"
 
 
-def placed(account_id: str, *units: str, **options: Any) -> dict[str, Any]:
-    path = "/".join(("o-test123456", "r-test", *units, account_id, ""))
-    return account(account_id, f"a{account_id[0]}", paths=[path], **options)
+def placed(account_id: str, *units: str, **options: Any) -> Json:
+    return in_units(account_id, f"a{account_id[0]}", *units, **options)
 
 
 def test_without_paths_each_parent_is_asked_once(serve: Serve, run_program: Program) -> None:
@@ -156,7 +162,9 @@ def test_without_paths_each_parent_is_asked_once(serve: Serve, run_program: Prog
     assert endpoint.stats()["requests"]["ListParents"] == 3 + 2  # each account, each unit
 
 
-def test_a_parent_that_is_denied_leaves_every_account_unchecked(serve: Serve, run_program: Program) -> None:
+def test_a_parent_that_is_denied_leaves_every_account_unchecked(
+    serve: Serve, run_program: Program
+) -> None:
     """Whichever came first: a verdict must not depend on the order in which accounts are done."""
     policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
     denied = rule("ListParents", error="AccessDeniedException", skip=1)
@@ -167,25 +175,35 @@ def test_a_parent_that_is_denied_leaves_every_account_unchecked(serve: Serve, ru
     assert endpoint.stats()["requests"]["ListParents"] == 2
 
 
-def test_an_account_that_has_left_meanwhile_is_unchecked_alone(serve: Serve, run_program: Program) -> None:
+def test_an_account_that_has_left_meanwhile_is_unchecked_alone(
+    serve: Serve, run_program: Program
+) -> None:
     policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
     left = rule("ListParents", error="ChildNotFoundException", fields={"ChildId": TWO})
     accounts = [placed(ONE), placed(TWO, role="denied"), placed(THREE)]
     result = run_program(serve(*accounts, policies=policies, omit=["Paths"], rules=[left]).env())
-    assert [controls(result, one)[0] for one in (ONE, TWO, THREE)] == [ENFORCED, NOT_CHECKED, ENFORCED]
+    assert [controls(result, one)[0] for one in (ONE, TWO, THREE)] == [
+        ENFORCED,
+        NOT_CHECKED,
+        ENFORCED,
+    ]
 
 
-def test_accounts_that_could_not_be_audited_are_under_policies_too(serve: Serve, run_program: Program) -> None:
+def test_accounts_that_could_not_be_audited_are_under_policies_too(
+    serve: Serve, run_program: Program
+) -> None:
     policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
     result = run_program(serve(placed(ONE), placed(TWO, role="denied"), policies=policies).env())
     assert result.failures.keys() == {TWO}
     assert {controls(result, one) for one in (ONE, TWO)} == {(ENFORCED, PARTIAL)}
-    assert summary(result)["enforcement"]["accounts"]["mfa-required"][ENFORCED] == 2
+    assert summary_of(result)["enforcement"]["accounts"]["mfa-required"][ENFORCED] == 2
     assert result.accounts[TWO]["maturity"]["phase1"] == "Not Started"
 
 
 @pytest.mark.parametrize("action", ["DescribePolicy", "ListTargetsForPolicy"])
-def test_a_policy_that_is_deleted_meanwhile_is_left_out(serve: Serve, run_program: Program, action: str) -> None:
+def test_a_policy_that_is_deleted_meanwhile_is_left_out(
+    serve: Serve, run_program: Program, action: str
+) -> None:
     policies = [
         policy("p-gone000001", "Gone", REQUIRE_MFA, ["r-test"]),
         policy("p-denykeys01", "DenyKeys", DENY_KEYS, ["r-test"]),
@@ -200,7 +218,12 @@ def test_few_of_many_policies_are_shown(serve: Serve, run_program: Program) -> N
     narrow = {"Effect": "Deny", "Action": "iam:CreateAccessKey", "Resource": "*", "Condition": hour}
     accounts = [placed(f"1000000000{n:02}") for n in range(13)]
     policies = [
-        policy(f"p-narrow{n:05}", f"Narrow{n}", {"Version": "2012-10-17", "Statement": narrow}, [f"1000000000{n:02}"])
+        policy(
+            f"p-narrow{n:05}",
+            f"Narrow{n}",
+            {"Version": "2012-10-17", "Statement": narrow},
+            [f"1000000000{n:02}"],
+        )
         for n in range(13)
     ]
     shown = run_program(serve(*accounts, policies=policies).env()).stdout
@@ -209,14 +232,20 @@ def test_few_of_many_policies_are_shown(serve: Serve, run_program: Program) -> N
 
 
 @pytest.mark.parametrize("action", ["ListPolicies", "DescribePolicy", "ListTargetsForPolicy"])
-def test_what_is_denied_is_not_checked_and_claims_nothing(serve: Serve, run_program: Program, action: str) -> None:
+def test_what_is_denied_is_not_checked_and_claims_nothing(
+    serve: Serve, run_program: Program, action: str
+) -> None:
     policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
     denied = rule(action, error="AccessDeniedException", message="You don't have permissions")
-    endpoint = serve(placed(ONE, users=[user("ana", password=True, mfa=["GAHT1"])]), policies=policies, rules=[denied])
+    endpoint = serve(
+        placed(ONE, users=[user("ana", password=True, mfa=["GAHT1"])]),
+        policies=policies,
+        rules=[denied],
+    )
     result = run_program(endpoint.env())
     assert (result.exit_code, controls(result, ONE)) == (0, (NOT_CHECKED, NOT_CHECKED))
     assert result.accounts[ONE]["maturity"]["phase1"] == "Complete"
-    assert "AccessDeniedException" in summary(result)["enforcement"]["why_not_checked"]
+    assert "AccessDeniedException" in summary_of(result)["enforcement"]["why_not_checked"]
     assert "not checked: service control policies: AccessDeniedException" in result.stdout
 
 
@@ -224,28 +253,37 @@ def test_policies_that_are_off_are_not_checked(serve: Serve, run_program: Progra
     endpoint = serve(placed(ONE), policies=[policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, [])])
     result = run_program(endpoint.env())
     assert (result.exit_code, controls(result, ONE)) == (0, (NOT_CHECKED, NOT_CHECKED))
-    assert "are off" in summary(result)["enforcement"]["why_not_checked"]
+    assert "are off" in summary_of(result)["enforcement"]["why_not_checked"]
 
 
 def test_a_policy_that_is_not_understood_is_named(serve: Serve, run_program: Program) -> None:
     policies = [policy("p-strange0001", "Strange one", "{not JSON", ["r-test"])]
     result = run_program(serve(placed(ONE), policies=policies).env())
     control = result.accounts[ONE]["controls"]["mfa-required"]
-    assert (control["verdict"], control["policies"]) == (NOT_CHECKED, [{"id": "p-strange0001", "name": "Strange one"}])
+    assert (control["verdict"], control["policies"]) == (
+        NOT_CHECKED,
+        [{"id": "p-strange0001", "name": "Strange one"}],
+    )
     assert "Strange one" in result.stdout
 
 
-def test_root_credentials_are_not_checked_where_that_is_denied(serve: Serve, run_program: Program) -> None:
-    denied = rule("ListOrganizationsFeatures", error="AccessDenied", message="not authorized", status=403)
+def test_root_credentials_are_not_checked_where_that_is_denied(
+    serve: Serve, run_program: Program
+) -> None:
+    denied = rule(
+        "ListOrganizationsFeatures", error="AccessDenied", message="not authorized", status=403
+    )
     policies = [policy("p-fullawsaccess", "FullAWSAccess", FULL, ["r-test"])]
     result = run_program(serve(placed(ONE), policies=policies, rules=[denied]).env())
-    found = summary(result)["enforcement"]
+    found = summary_of(result)["enforcement"]
     assert (result.exit_code, found["root_credentials_managed_centrally"]) == (0, None)
     assert "AccessDenied" in found["root_credentials_why_not_checked"]
 
 
-def test_the_accounts_with_neither_control_and_most_keys_come_first(serve: Serve, run_program: Program) -> None:
-    def with_keys(account_id: str, number: int, *units: str) -> dict[str, Any]:
+def test_the_accounts_with_neither_control_and_most_keys_come_first(
+    serve: Serve, run_program: Program
+) -> None:
+    def with_keys(account_id: str, number: int, *units: str) -> Json:
         users = [user(f"u{n}", keys=[key(f"AKIA{account_id[0]}{n:015d}")]) for n in range(number)]
         return placed(account_id, *units, users=users)
 

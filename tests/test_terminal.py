@@ -8,31 +8,37 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime, timedelta, timezone
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import Any
 
 import endpoint as aws
 import pytest
-from conftest import Program, Result, Serve
-from endpoint import Json
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_assess import (
+from builders import (
     DAY,
-    KEY_FINDINGS,
+    FINISHED,
+    FOUR,
     MANAGEMENT,
     NOW,
+    ONE,
     PAYMENTS,
     SANDBOX,
+    THREE,
+    TWO,
+    ago,
     audited,
     failed,
     key,
     organizations,
     plan,
     run_of,
+    summary_of,
     user,
 )
+from conftest import Program, Result, Serve
+from endpoint import Json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_assess import KEY_FINDINGS
 
 from iam_audit import (
     FINDINGS_COLUMNS,
@@ -50,14 +56,13 @@ from iam_audit import (
     SkippedAccount,
     assess,
     exit_code,
-    main,
     original,
     parse_arguments,
+    reasons_of,
     summary_document,
     terminal_summary,
 )
 
-FINISHED = NOW + timedelta(minutes=2)
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -87,7 +92,10 @@ def findings_shown(lines: Iterable[str]) -> list[tuple[int, str, str, str]]:
 
 def many(number: int, *, first: int = 0) -> list[AuditedAccount]:
     """Accounts with a console user without MFA in each."""
-    accounts = (Account(f"{100_000_000_000 + first + index}", f"team-{index}", "ACTIVE") for index in range(number))
+    accounts = (
+        Account(f"{100_000_000_000 + first + index}", f"team-{index}", "ACTIVE")
+        for index in range(number)
+    )
     return [audited(user("alice", password=True), account=one) for one in accounts]
 
 
@@ -118,7 +126,8 @@ def gap_table(lines: list[str]) -> dict[str, tuple[str, str]]:
     for line in lines[start + 1 :]:
         if not (
             figures := re.fullmatch(
-                r" *(\S.*?)  +([\d.,]+(?: %)?|no console users)  +([\d.,]+(?: %)?|no console users)", line
+                r" *(\S.*?)  +([\d.,]+(?: %)?|no console users)  +([\d.,]+(?: %)?|no console users)",
+                line,
             )
         ):
             break
@@ -132,18 +141,25 @@ def test_the_table_of_gaps_has_every_figure_in_its_place() -> None:
     """All figures differ, so that none can stand in for another."""
     found = run_of([audited(), audited(account=PAYMENTS)], "--max-key-age", "120")
     for index, figures in enumerate(found.audited):
-        numbers: dict[str, Any] = {name: (index + 1) * 1000 - place for place, name in enumerate(GAP_COUNTS)}
+        numbers: dict[str, Any] = {
+            name: (index + 1) * 1000 - place for place, name in enumerate(GAP_COUNTS)
+        }
         found.audited[index] = dataclasses.replace(figures, gaps=Gaps(**numbers))
     table = gap_table(shown(found))
     assert table.pop("MFA coverage") == ("0.0 %", "0.0 %")
     organization = {name: 3000 - 2 * place for place, name in enumerate(GAP_COUNTS)}
     production = {name: 2000 - place for place, name in enumerate(GAP_COUNTS)}
-    assert table == {label: (f"{organization[name]:,}", f"{production[name]:,}") for label, name in GAP_LABELS.items()}
+    assert table == {
+        label: (f"{organization[name]:,}", f"{production[name]:,}")
+        for label, name in GAP_LABELS.items()
+    }
 
 
-def test_coverage_of_the_organization_and_of_production() -> None:
+def test_coverage_is_given_for_the_organization_and_for_production() -> None:
     users = [user(name, password=True, mfa=["Virtual"]) for name in ("ann", "bob")]
-    found = run_of([audited(*users, user("eve", password=True)), audited(users[0], account=PAYMENTS)])
+    found = run_of(
+        [audited(*users, user("eve", password=True)), audited(users[0], account=PAYMENTS)]
+    )
     assert gap_table(shown(found))["MFA coverage"] == ("75.0 %", "100.0 %")
 
 
@@ -155,7 +171,7 @@ def test_no_console_users_reads_as_such_and_counts_as_100_percent() -> None:
     assert document(found)["gaps"]["organization"]["mfa_coverage_percent"] == 100
 
 
-def test_both_phases_with_level_number_and_accounts_at_each_level() -> None:
+def test_both_phases_show_level_number_and_accounts_at_each_level() -> None:
     outcomes: list[Outcome] = [
         audited(user("a", key(91 * DAY), password=True), user("b", password=True, mfa=["SMS"])),
         audited(user("c", key(DAY)), account=PAYMENTS),
@@ -167,8 +183,13 @@ def test_both_phases_with_level_number_and_accounts_at_each_level() -> None:
     first, second = only(lines, "Phase 1, multi-factor"), only(lines, "Phase 2, use temporary")
     assert re.search(r"  In Progress +1 of 2 console users without MFA$", first)
     assert re.search(r"  In Progress +1 of 2 active keys older than 90 days$", second)
-    assert lines[lines.index(first) + 1].strip() == "accounts: 1 Not Started, 1 In Progress, 2 Complete"
-    assert lines[lines.index(second) + 1].strip() == ("accounts: 1 Not Started, 1 In Progress, 1 Complete, 1 Advanced")
+    assert (
+        lines[lines.index(first) + 1].strip()
+        == "accounts: 1 Not Started, 1 In Progress, 2 Complete"
+    )
+    assert lines[lines.index(second) + 1].strip() == (
+        "accounts: 1 Not Started, 1 In Progress, 1 Complete, 1 Advanced"
+    )
     assert first.index("In Progress") == second.index("In Progress")
 
 
@@ -181,14 +202,16 @@ def test_both_phases_with_level_number_and_accounts_at_each_level() -> None:
         ([audited(), failed()], "In Progress"),
     ],
 )
-def test_the_organizations_level_of_phase_1(outcomes: list[Outcome], level: str) -> None:
+def test_what_decides_the_organizations_level_of_phase_1(
+    outcomes: list[Outcome], level: str
+) -> None:
     found = run_of(outcomes)
     assert f"  {level}  " in only(shown(found), "Phase 1")
     assert document(found)["maturity"]["phase1"]["level"] == level
 
 
 def test_what_was_not_audited_is_the_number_behind_the_level() -> None:
-    """Where only that holds the organization back; and there is nothing to be said of keys that there are not."""
+    """Where only that holds the organization back; and nothing is said of keys where there are none."""
     good = audited(user("a", password=True, mfa=["SMS"]), user("b", key(DAY)))
     lines = shown(run_of([good, failed()]))
     assert re.search(r"  In Progress +1 account not audited$", only(lines, "Phase 1"))
@@ -201,7 +224,9 @@ def test_what_was_not_audited_is_the_number_behind_the_level() -> None:
 def test_accounts_that_were_not_audited_hold_back_after_those_with_gaps() -> None:
     lines = shown(run_of([*many(3), *[failed(f"{n}" * 12) for n in range(1, 5)]]))
     start = lines.index("Held back most by")
-    assert [line.endswith("not audited") for line in lines[start + 1 : start + 6]] == [False] * 3 + [True] * 2
+    assert [line.endswith("not audited") for line in lines[start + 1 : start + 6]] == [
+        False
+    ] * 3 + [True] * 2
     assert lines[start + 6] == ""
 
 
@@ -215,7 +240,9 @@ def test_accounts_that_were_not_audited_hold_back_after_those_with_gaps() -> Non
         ([], "Nothing was audited."),
     ],
 )
-def test_nothing_to_fix_is_said_only_of_what_was_audited(outcomes: list[Outcome], said: str) -> None:
+def test_nothing_to_fix_is_said_only_of_what_was_audited(
+    outcomes: list[Outcome], said: str
+) -> None:
     assert [line for line in shown(run_of(outcomes)) if line.startswith("Nothing")] == [said]
 
 
@@ -226,34 +253,42 @@ def test_the_five_accounts_with_the_largest_gaps_hold_the_organization_back() ->
     def of_size(digit: str, size: int) -> AuditedAccount:
         people = [user(f"u{n}", password=n % 2 == 0) for n in range(size)]
         people = [one if one.password else user(one.name, key(91 * DAY)) for one in people]
-        return audited(*people, user("fine", key(DAY)), account=Account(digit * 12, f"team-{digit}", "ACTIVE"))
+        return audited(
+            *people, user("fine", key(DAY)), account=Account(digit * 12, f"team-{digit}", "ACTIVE")
+        )
 
     lines = shown(run_of([of_size(*item) for item in sizes.items()]))
     start = lines.index("Held back most by") + 1
     assert [line[2:14] for line in lines[start : start + 5]] == [digit * 12 for digit in "27561"]
-    assert re.fullmatch(r"  2{12} team-2 +4 without MFA, 3 active keys older than 90 days", lines[start])
+    assert re.fullmatch(
+        r"  2{12} team-2 +4 without MFA, 3 active keys older than 90 days", lines[start]
+    )
     assert lines[start + 5] == ""
     few = shown(run_of([of_size("3", 0), of_size("1", 1)]))
     assert [line[2:14] for line in few[few.index("Held back most by") + 1 :]][:2] == ["1" * 12, ""]
     assert "Held back most by" not in shown(run_of([of_size("3", 0)]))
 
 
-def test_how_many_accounts_count_as_production() -> None:
+def test_it_is_said_how_many_accounts_count_as_production() -> None:
     live = Account("333333333333", "live", "ACTIVE")
     found = run_of([audited(), audited(account=PAYMENTS), audited(account=live)])
     assert "3 accounts (2 production)" in only(shown(found), "Audited")
     assert document(found)["totals"]["production"] == 2
 
 
-def test_the_oldest_active_key_and_its_owner() -> None:
+def test_the_oldest_active_key_is_shown_with_its_owner() -> None:
     found = run_of([audited(user("bob", key(1234 * DAY, key_id="AKIA00000000OLDEST01")))])
     line = only(shown(found), "oldest active key")
     for part in ("1,234 days", "AKIA00000000OLDEST01", "bob", SANDBOX.id, SANDBOX.name):
         assert part in line
-    assert not [line for line in shown(run_of([audited(user("bob"))])) if line.startswith("oldest active key")]
+    assert not [
+        line
+        for line in shown(run_of([audited(user("bob"))]))
+        if line.startswith("oldest active key")
+    ]
 
 
-def test_ten_findings_with_their_reasons_and_how_many_there_are() -> None:
+def test_ten_findings_are_shown_with_their_reasons_and_the_rest_is_counted() -> None:
     outcomes = [*many(12), audited(user("bob", key(400 * DAY, DAY)), account=PAYMENTS)]
     found = run_of(outcomes)
     lines = shown(found)
@@ -277,7 +312,10 @@ def test_exactly_ten_findings_are_all_shown() -> None:
 
 def test_quiet_shows_each_finding_of_priority_1_and_no_other() -> None:
     """However many there are: nobody opens a file for what was never mailed."""
-    production = [audited(*one.users, account=dataclasses.replace(one.account, name="prod")) for one in many(12)]
+    production = [
+        audited(*one.users, account=dataclasses.replace(one.account, name="prod"))
+        for one in many(12)
+    ]
     found = run_of([*production, *many(3, first=100)])
     lines = shown(found, quiet=True)
     assert findings_shown(lines) == [
@@ -308,7 +346,9 @@ def test_long_names_are_cut_and_key_ids_are_not() -> None:
         assert "A" * 50 not in line
         assert "U" * 64 not in line
         assert "AKIA000000000000000" not in line or "AKIA0000000000000001" in line
-    assert sum("AKIA0000000000000001" in line for line in lines) == 2  # the oldest key, and the finding
+    assert (
+        sum("AKIA0000000000000001" in line for line in lines) == 2
+    )  # the oldest key, and the finding
     assert sum(ELLIPSIS in line for line in lines) >= 4
     assert account.id in only(lines, "oldest active key")
 
@@ -321,17 +361,22 @@ def test_reasons_are_never_cut(name: str, one: AccessKey) -> None:
     found = run_of([audited(user(name, dataclasses.replace(one, id=key_id)))])
     text = " ".join(" ".join(shown(found)).split())
     for each in found.findings:
-        assert f"{key_id}: {'; '.join(each.reasons)} " in text
+        assert f"{key_id}: {'; '.join(reasons_of(each, found.plan))} " in text
 
 
 ANY_TEXT = st.text(max_size=90) | st.text(
-    st.sampled_from("abc \t\r\n\x00\x1b[31m]\x07\x7f\x9b\u202e\u2028\u200b,;'\"=<>\ud800\N{SNOWMAN}"), max_size=120
+    st.sampled_from(
+        "abc \t\r\n\x00\x1b[31m]\x07\x7f\x9b\u202e\u2028\u200b,;'\"=<>\ud800\N{SNOWMAN}"
+    ),
+    max_size=120,
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(organizations(ANY_TEXT, ANY_TEXT), st.booleans())
-def test_no_name_makes_a_line_too_wide_or_steers_the_terminal(outcomes: list[Outcome], quiet: bool) -> None:
+def test_no_name_makes_a_line_too_wide_or_steers_the_terminal(
+    outcomes: list[Outcome], quiet: bool
+) -> None:
     for line in shown(run_of(outcomes), quiet=quiet):
         assert line.isprintable()
         assert line.startswith("Files: ") or len(line) <= 100
@@ -342,7 +387,9 @@ def test_large_figures_fit_as_well(quiet: bool) -> None:
     """An account can have 5,000 users with two keys each, an organization many thousand accounts."""
     account = Account("111111111111", "p" * 45 + "-prod", "ACTIVE")
     found = run_of([audited(user("x" * 64, key(9999 * DAY), password=True), account=account)])
-    numbers: dict[str, Any] = dict.fromkeys(GAP_COUNTS, 10_002) | {"console_users_without_mfa": 5_001}
+    numbers: dict[str, Any] = dict.fromkeys(GAP_COUNTS, 10_002) | {
+        "console_users_without_mfa": 5_001
+    }
     large = Gaps(oldest_active_key=found.audited[0].gaps.oldest_active_key, **numbers)
     found.audited = [dataclasses.replace(found.audited[0], gaps=large) for _ in range(10_000)]
     lines = shown(found, quiet=quiet)
@@ -356,23 +403,37 @@ def test_large_figures_fit_as_well(quiet: bool) -> None:
 def test_the_columns_of_findings_align() -> None:
     names = ["a", "payments-production-europe-west-1", "b" * 20, ""]
     accounts = [Account(str(index) * 12, name, "ACTIVE") for index, name in enumerate(names)]
-    found = run_of([audited(user("alice", key(91 * DAY), password=True), account=one) for one in accounts])
+    found = run_of(
+        [audited(user("alice", key(91 * DAY), password=True), account=one) for one in accounts]
+    )
     lines = [line for line in shown(found) if re.match(r"  \d  ", line)]
     assert len(lines) == 8
-    assert {line.index(one.id) for one in accounts for line in lines if one.id in line} == {lines[0].index("1" * 12)}
+    assert {line.index(one.id) for one in accounts for line in lines if one.id in line} == {
+        lines[0].index("1" * 12)
+    }
     assert {line.index("alice") for line in lines} == {lines[0].index("alice")}
 
 
 # --- summary.json -----------------------------------------------------------------------------------------------------
 
 
-def test_every_figure_of_an_account_and_in_total() -> None:
+def test_every_figure_is_given_per_account_and_in_total() -> None:
     alice = user("alice", key(400 * DAY, DAY, key_id="A1"), key(DAY, key_id="A2"), password=True)
     made = document(
         run_of(
             [
-                audited(user(ROOT, key(DAY, status="Inactive", key_id="R1")), alice, account=PAYMENTS),
-                audited(user("bob", key(100 * DAY, 95 * DAY), key(DAY, status="Expired"), password=True, mfa=["SMS"])),
+                audited(
+                    user(ROOT, key(DAY, status="Inactive", key_id="R1")), alice, account=PAYMENTS
+                ),
+                audited(
+                    user(
+                        "bob",
+                        key(100 * DAY, 95 * DAY),
+                        key(DAY, status="Expired"),
+                        password=True,
+                        mfa=["SMS"],
+                    )
+                ),
                 failed(),
             ]
         )
@@ -414,7 +475,11 @@ def test_every_figure_of_an_account_and_in_total() -> None:
     }
     assert made["gaps"] == {"organization": organization, "production": production}
     sandbox, payments, locked = made["accounts"]
-    assert (sandbox["id"], payments["id"], locked["id"]) == (SANDBOX.id, PAYMENTS.id, "444444444444")
+    assert (sandbox["id"], payments["id"], locked["id"]) == (
+        SANDBOX.id,
+        PAYMENTS.id,
+        "444444444444",
+    )
     assert payments["gaps"] == production
     assert (payments["production"], sandbox["production"]) == (True, False)
     assert sandbox["maturity"] == {"phase1": "Complete", "phase2": "In Progress"}
@@ -429,7 +494,7 @@ def test_every_figure_of_an_account_and_in_total() -> None:
     assert made["findings"] == {"1": 1, "2": 1, "3": 0, "4": 0, "5": 1, "6": 0, "7": 2}
 
 
-def test_the_settings_that_decided() -> None:
+def test_the_settings_that_decided_are_in_the_summary() -> None:
     made = document(run_of([], "--production", "^pay|live$", "--max-key-age", "45"))
     assert (made["production_pattern"], made["max_key_age_days"]) == ("^pay|live$", 45)
 
@@ -457,7 +522,9 @@ def test_dates_are_iso_8601_and_percentages_numbers() -> None:
     assert type(made["format"]) is int
     assert made["format"] >= 1
     dates = [
-        value for path, value in values_of(made) if re.search(r"\.(started|finished|created|report_generated)$", path)
+        value
+        for path, value in values_of(made)
+        if re.search(r"\.(started|finished|created|report_generated)$", path)
     ]
     assert len(dates) >= 5
     for text in dates:
@@ -468,24 +535,33 @@ def test_dates_are_iso_8601_and_percentages_numbers() -> None:
     assert all(type(value) in (int, float) for value in percentages)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(organizations())
 def test_totals_of_the_document_are_the_sums_over_its_accounts(outcomes: list[Outcome]) -> None:
     found = run_of(outcomes)
     made = document(found)
     entries = [one for one in made["accounts"] if one["result"] == "audited"]
-    for column, members in (("organization", entries), ("production", [one for one in entries if one["production"]])):
+    for column, members in (
+        ("organization", entries),
+        ("production", [one for one in entries if one["production"]]),
+    ):
         total = made["gaps"][column]
         for name in GAP_COUNTS:
             assert total[name] == sum(one["gaps"][name] for one in members), (column, name)
-        oldest = [one["gaps"]["oldest_active_key"] for one in members if one["gaps"]["oldest_active_key"]]
+        oldest = [
+            one["gaps"]["oldest_active_key"] for one in members if one["gaps"]["oldest_active_key"]
+        ]
         assert total["oldest_active_key"] == min(
-            oldest, key=lambda one: (one["created"], one["account_id"], one["username"]), default=None
+            oldest,
+            key=lambda one: (one["created"], one["account_id"], one["username"]),
+            default=None,
         )
         complete = total["console_users_without_mfa"] == 0
         assert (total["mfa_coverage_percent"] == 100) == complete
     for phase in ("phase1", "phase2"):
-        levels = Counter(one["maturity"][phase] for one in made["accounts"] if one["result"] != "skipped")
+        levels = Counter(
+            one["maturity"][phase] for one in made["accounts"] if one["result"] != "skipped"
+        )
         assert made["maturity"][phase]["accounts"] == {level: levels[level] for level in LEVELS}
     assert made["totals"]["users"] == sum(one["users"] for one in entries)
     results = Counter(one["result"] for one in made["accounts"])
@@ -496,7 +572,7 @@ def test_totals_of_the_document_are_the_sums_over_its_accounts(outcomes: list[Ou
     assert made["findings"] == {str(number): priorities[number] for number in range(1, 8)}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(organizations(ANY_TEXT, ANY_TEXT))
 def test_any_name_comes_through_json(outcomes: list[Outcome]) -> None:
     made = document(run_of(outcomes))
@@ -527,12 +603,17 @@ def test_fail_on_findings_of_a_priority_or_more_urgent(priority: int, asked: int
 
 @pytest.mark.parametrize("priority", OF_PRIORITY)
 def test_fail_on_findings_means_any(priority: int) -> None:
-    found, chosen = run_of([OF_PRIORITY[priority]]), parse_arguments(["--role", "R", "--fail-on", "findings"]).fail_on
+    found, chosen = (
+        run_of([OF_PRIORITY[priority]]),
+        parse_arguments(["--role", "R", "--fail-on", "findings"]).fail_on,
+    )
     assert exit_code(found, chosen) == 4
     assert exit_code(run_of([audited()]), chosen) == 0
 
 
-@pytest.mark.parametrize("value", ["findings:1,findings:6", "findings:6,findings:1", "findings,findings:1"])
+@pytest.mark.parametrize(
+    "value", ["findings:1,findings:6", "findings:6,findings:1", "findings,findings:1"]
+)
 def test_each_of_several_reasons_to_fail_counts(value: str) -> None:
     chosen = parse_arguments(["--role", "R", "--fail-on", value]).fail_on
     assert exit_code(run_of([OF_PRIORITY[1]]), chosen) == 4
@@ -549,47 +630,9 @@ def test_failed_accounts_go_before_findings() -> None:
     assert exit_code(found, parse_arguments(["--role", "R", "--fail-on", "findings"]).fail_on) == 3
 
 
-BAD_VALUES = [
-    *(("--fail-on", value) for value in ("", "finding", "findings:0", "findings:8", "findings:", "findings:12")),
-    *(("--fail-on", value) for value in ("findings:-1", "findings:a", "Findings", "findings 1", "changes", "4")),
-    *(("--production", value) for value in ("(", "prod)", "[a", "*prod", "(?P<a>x)(?P<a>y)", "a{99999999999}", "\\")),
-    ("--production", "(" * 5000),
-    *(("--max-key-age", value) for value in ("", "0", "000", "-1", "1.5", "ninety", "90d", "10000", " 90", "0x10")),
-    ("--max-key-age", "\N{ARABIC-INDIC DIGIT NINE}\N{ARABIC-INDIC DIGIT ZERO}"),
-]
-
-
-@pytest.fixture
-def reachable(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> aws.Endpoint:
-    """An AWS that this process would talk to."""
-    endpoint = serve(aws.account("111111111111", "one"))
-    for name, text in endpoint.env().items():
-        monkeypatch.setenv(name, text)
-    return endpoint
-
-
-@pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda text: ascii(text)[:30])
-def test_a_wrong_value_is_refused_before_any_request(
-    option: str, value: str, reachable: aws.Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--role", "Audit", "--output-dir", str(tmp_path / "reports"), option, value])
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert f"argument {option}" in last
-    assert repr(value) in last
-    assert reachable.stats()["requests"] == {}
-    assert not (tmp_path / "reports").exists()
-
-
 # --- the whole program ------------------------------------------------------------------------------------------------
 
-TODAY = datetime.now(timezone.utc)
-PROD, PLAIN, CLEAN, LOCKED = "111111111111", "222222222222", "333333333333", "444444444444"
-
-
-def ago(days: float) -> datetime:
-    return TODAY - timedelta(days=days)
+PROD, PLAIN, CLEAN, LOCKED = ONE, TWO, THREE, FOUR
 
 
 def access_key(name: str, days: float, used: float | None = None, status: str = "Active") -> Json:
@@ -604,8 +647,16 @@ WORLD = [
         root=aws.root(password=True, keys=[aws.root_key(last_rotated=ago(10), last_used=ago(200))]),
         users=[
             aws.user("-x", password=True, password_last_used=ago(1)),
-            aws.user("deploy", keys=[access_key("DEPLOY", 90.1, 30.1), access_key("DEPLOY2", 365.1, 30.1)]),
-            aws.user("safe", password=True, mfa=[f"arn:aws:iam::{PROD}:mfa/safe"], keys=[access_key("SAFE", 89.9)]),
+            aws.user(
+                "deploy",
+                keys=[access_key("DEPLOY", 90.1, 30.1), access_key("DEPLOY2", 365.1, 30.1)],
+            ),
+            aws.user(
+                "safe",
+                password=True,
+                mfa=[f"arn:aws:iam::{PROD}:mfa/safe"],
+                keys=[access_key("SAFE", 89.9)],
+            ),
         ],
     ),
     aws.account(
@@ -615,7 +666,13 @@ WORLD = [
         users=[
             aws.user("login", password=True),
             aws.user("keys", keys=[access_key("INUSE", 89.9, 29.9), access_key("UNUSED", 90.1)]),
-            aws.user("rest", keys=[access_key("EXPIRED", 400, 1, "Expired"), access_key("INACTIVE", 5, 1, "Inactive")]),
+            aws.user(
+                "rest",
+                keys=[
+                    access_key("EXPIRED", 400, 1, "Expired"),
+                    access_key("INACTIVE", 5, 1, "Inactive"),
+                ],
+            ),
         ],
     ),
     aws.account(CLEAN, "clean", users=[aws.user("young", keys=[access_key("YOUNG", 89.9)])]),
@@ -657,7 +714,7 @@ def whole(serve: Serve, program: Program) -> Result:
 
 
 @pytest.mark.program
-def test_findings_csv_of_a_whole_run(whole: Result) -> None:
+def test_findings_csv_has_every_finding_of_a_run(whole: Result) -> None:
     rows = findings_csv(whole)
     assert essence(rows) == EXPECTED
     assert {(row["account_id"], row["account_name"], row["production"]) for row in rows} == {
@@ -672,9 +729,8 @@ def test_findings_csv_of_a_whole_run(whole: Result) -> None:
 
 
 @pytest.mark.program
-def test_summary_json_of_a_whole_run(whole: Result) -> None:
-    made = whole.summary
-    assert made is not None
+def test_summary_json_has_gaps_levels_and_findings_of_a_run(whole: Result) -> None:
+    made = summary_of(whole)
     assert made["gaps"]["organization"] == {
         "console_users": 5,
         "console_users_without_mfa": 3,
@@ -691,7 +747,7 @@ def test_summary_json_of_a_whole_run(whole: Result) -> None:
         "root_access_keys": 1,
         "users_with_two_active_keys": 2,
         "oldest_active_key": {
-            "created": ago(365.1).replace(microsecond=0).isoformat(),
+            "created": ago(365.1).isoformat(),
             "account_id": PROD,
             "account_name": "=payments-prod",
             "username": "deploy",
@@ -722,12 +778,14 @@ def test_summary_json_of_a_whole_run(whole: Result) -> None:
 
 
 @pytest.mark.program
-def test_the_terminal_of_a_whole_run(whole: Result) -> None:
+def test_the_terminal_shows_gaps_and_findings_of_a_run(whole: Result) -> None:
     assert whole.exit_code == 3
     lines = whole.stdout.splitlines()
     assert gap_table(lines)["without MFA"] == ("3", "2")
     assert [one[1:3] for one in findings_shown(lines)] == [row[1:3] for row in EXPECTED]
-    assert only(lines, "Audited").startswith("Audited: 3 accounts (1 production), 7 users, 9 access keys")
+    assert only(lines, "Audited").startswith(
+        "Audited: 3 accounts (1 production), 7 users, 9 access keys"
+    )
     assert all(len(line) <= 100 or line.startswith("Files: ") for line in lines)
 
 
@@ -737,7 +795,9 @@ def test_quiet_prints_the_findings_of_priority_1(serve: Serve, program: Program)
     assert result.exit_code == 4
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert [(str(one[0]), *one[1:]) for one in findings_shown(lines)] == [row[:4] for row in EXPECTED if row[0] == "1"]
+    assert [(str(one[0]), *one[1:]) for one in findings_shown(lines)] == [
+        row[:4] for row in EXPECTED if row[0] == "1"
+    ]
     for row in EXPECTED[3:]:
         assert row[4] == "N/A" or row[4] not in result.stdout
     assert "Gaps" not in result.stdout
@@ -753,7 +813,7 @@ def test_quiet_prints_the_findings_of_priority_1(serve: Serve, program: Program)
         (CLEAN, "findings", 0),
     ],
 )
-def test_fail_on_and_quiet_without_a_finding_of_priority_1(
+def test_fail_on_counts_what_quiet_does_not_print(
     account_id: str, what: str, code: int, serve: Serve, program: Program
 ) -> None:
     result = program(serve(*WORLD).env(), "--accounts", account_id, "--quiet", "--fail-on", what)
@@ -762,10 +822,14 @@ def test_fail_on_and_quiet_without_a_finding_of_priority_1(
 
 
 @pytest.mark.program
-def test_an_audit_that_cannot_finish_goes_before_its_findings(serve: Serve, program: Program) -> None:
+def test_an_audit_that_cannot_finish_goes_before_its_findings(
+    serve: Serve, program: Program
+) -> None:
     """The first page's account has findings; the second page is refused."""
     denied = aws.rule("ListAccounts", skip=2, error="AccessDeniedException")
-    result = program(serve(WORLD[0], WORLD[1], page=1, rules=[denied]).env(), "--fail-on", "findings")
+    result = program(
+        serve(WORLD[0], WORLD[1], page=1, rules=[denied]).env(), "--fail-on", "findings"
+    )
     assert result.exit_code == 1
     assert result.csvs <= {PROD}
     assert "ListAccounts" in result.stderr
@@ -774,7 +838,14 @@ def test_an_audit_that_cannot_finish_goes_before_its_findings(serve: Serve, prog
 @pytest.mark.program
 def test_production_and_key_age_decide_as_asked(serve: Serve, program: Program) -> None:
     """Production by ID, a key just over and another just under the limit."""
-    options = ["--accounts", f"{PLAIN},{CLEAN}", "--production", f"^{PLAIN}$", "--max-key-age", "89"]
+    options = [
+        "--accounts",
+        f"{PLAIN},{CLEAN}",
+        "--production",
+        f"^{PLAIN}$",
+        "--max-key-age",
+        "89",
+    ]
     result = program(serve(*WORLD).env(), *options)
     assert result.exit_code == 0
     rows = findings_csv(result)
@@ -784,21 +855,15 @@ def test_production_and_key_age_decide_as_asked(serve: Serve, program: Program) 
     assert {row["production"] for row in rows if row["account_id"] == PLAIN} == {"true"}
 
 
-@pytest.mark.program
-def test_a_wrong_value_ends_the_process_with_2(serve: Serve, program: Program) -> None:
-    endpoint = serve(*WORLD)
-    result = program(endpoint.env(), "--fail-on", "findings:8")
-    assert result.exit_code == 2
-    assert "'findings:8'" in result.stderr
-    assert result.stdout == ""
-    assert endpoint.stats()["requests"] == {}
-
-
 def test_outcomes_that_were_not_looked_into_have_no_gaps() -> None:
     """Accounts that are skipped, left out or failed add nothing to any figure, and hide nothing either."""
     left_out = OutOfScopeAccount(Account(MANAGEMENT, "management", "ACTIVE"))
     denied = FailedAccount(PAYMENTS, "AssumeRole", "AccessDenied", "no")
     made = document(run_of([audited(), SkippedAccount(PAYMENTS), left_out, denied]))
     assert made["gaps"]["organization"] == document(run_of([audited()]))["gaps"]["organization"]
-    assert made["gaps"]["organization"]["console_users"] == assess(audited(), plan(), NOW).gaps.console_users == 0
+    assert (
+        made["gaps"]["organization"]["console_users"]
+        == assess(audited(), plan(), NOW).gaps.console_users
+        == 0
+    )
     assert made["maturity"]["phase1"]["accounts"]["Not Started"] == 1
