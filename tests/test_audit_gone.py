@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from builders import with_constants
 from conftest import Program, Result, Serve
 from endpoint import Json, account, key, rule, user
 from test_failures import answer_of
@@ -21,24 +22,11 @@ CREATED = "2024-01-31T12:00:00Z"
 KEY, OTHER_KEY = "AKIA0000000000000ONE", "AKIA0000000000000TWO"
 GONE: Json = {"error": "NoSuchEntity", "status": 404}
 
-QUICK = """
-import os, sys
-sys.path.insert(0, os.path.dirname(os.environ["PROGRAM"]))
-import iam_audit
-iam_audit.READ_AGAIN_AFTER = (0.01, 0.02, 0.03)
-raise SystemExit(iam_audit.main())
-"""
-
 
 @pytest.fixture
 def quick(program: Program, tmp_path: Path) -> Program:
     """The program, with shorter pauses before it reads again."""
-    (tmp_path / "quick.py").write_text(QUICK, encoding="utf-8")
-    return Program(str(tmp_path / "quick.py"), program.python, lambda: tmp_path)
-
-
-def run(quick: Program, program: Program, env: dict[str, str], *options: str) -> Result:
-    return quick({**env, "PROGRAM": program.path}, *options)
+    return with_constants(program, tmp_path, READ_AGAIN_AFTER=(0.01, 0.02, 0.03))
 
 
 def list_of_users(*users: tuple[str, str], created: str = CREATED) -> Json:
@@ -73,13 +61,11 @@ def cells(result: Result, *columns: str) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_key_that_is_still_listed_is_read_again(
-    serve: Serve, quick: Program, program: Program, times: int
-) -> None:
+def test_a_key_that_is_still_listed_is_read_again(serve: Serve, quick: Program, times: int) -> None:
     used = key(KEY, last_used="2026-01-31T12:00:00Z", service="ec2")
     hidden = rule("GetAccessKeyLastUsed", ONE, times=times, **GONE)
     endpoint = serve(account(ONE, "one", users=[user("ana", keys=[used])]), rules=[hidden])
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert result.exit_code == 0
     assert cells(result, "access_key_id", "status", "service_name") == [(KEY, "Active", "ec2")]
     assert endpoint.stats()["by_account"][ONE]["GetAccessKeyLastUsed"] == times + 1
@@ -97,26 +83,24 @@ def test_the_pauses_are_some_seconds_long(serve: Serve, program: Program) -> Non
 
 @pytest.mark.parametrize(("code", "requests"), [("NoSuchEntity", 4), ("AccessDenied", 1)])
 def test_an_account_fails_rather_than_lose_a_key(
-    serve: Serve, quick: Program, program: Program, code: str, requests: int
+    serve: Serve, quick: Program, code: str, requests: int
 ) -> None:
     """AccessDenied for a key that is still listed is what it says."""
     hidden = rule("GetAccessKeyLastUsed", ONE, error=code, status=403)
     endpoint = serve(account(ONE, "one", users=[user("ana", keys=[key(KEY)])]), rules=[hidden])
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert (result.exit_code, result.csvs) == (3, set())
     assert result.failures == {ONE: ("GetAccessKeyLastUsed", code)}
     assert endpoint.stats()["by_account"][ONE]["GetAccessKeyLastUsed"] == requests
 
 
 @pytest.mark.parametrize("code", ["NoSuchEntity", "AccessDenied"])
-def test_a_key_that_a_later_list_lacks_is_left_out(
-    serve: Serve, quick: Program, program: Program, code: str
-) -> None:
+def test_a_key_that_a_later_list_lacks_is_left_out(serve: Serve, quick: Program, code: str) -> None:
     hidden = rule("GetAccessKeyLastUsed", ONE, error=code, status=403, fields={"AccessKeyId": KEY})
     keys = [key(KEY), key(OTHER_KEY)]
     rules = [hidden, list_of_keys(OTHER_KEY, skip=1)]
     endpoint = serve(account(ONE, "one", users=[user("ana", keys=keys)]), rules=rules)
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert result.exit_code == 0
     assert cells(result, "username", "access_key_id") == [("ana", OTHER_KEY)]
 
@@ -127,14 +111,14 @@ def test_a_key_that_a_later_list_lacks_is_left_out(
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("action", ["ListAccessKeys", "ListMFADevices"])
 def test_a_user_who_is_still_listed_is_read_again(
-    serve: Serve, quick: Program, program: Program, action: str, times: int
+    serve: Serve, quick: Program, action: str, times: int
 ) -> None:
     """A console user without MFA: without them, the account would look Complete."""
     ana = user("ana", password=True, keys=[key(KEY)])
     endpoint = serve(
         account(ONE, "one", users=[ana]), rules=[rule(action, ONE, times=times, **GONE)]
     )
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert result.exit_code == 0
     expected = [("ana", "Configurada", KEY, "None")]
     assert cells(result, "username", "password_status", "access_key_id", "mfa_status") == expected
@@ -144,30 +128,26 @@ def test_a_user_who_is_still_listed_is_read_again(
 
 @pytest.mark.parametrize("action", ["ListAccessKeys", "ListMFADevices"])
 def test_an_account_fails_rather_than_lose_a_user(
-    serve: Serve, quick: Program, program: Program, action: str
+    serve: Serve, quick: Program, action: str
 ) -> None:
     ana = user("ana", password=True, keys=[key(KEY)])
     endpoint = serve(account(ONE, "one", users=[ana]), rules=[rule(action, ONE, **GONE)])
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert (result.exit_code, result.csvs) == (3, set())
     assert result.failures == {ONE: (action, "NoSuchEntity")}
     assert endpoint.stats()["by_account"][ONE][action] == 4
 
 
-def test_a_renamed_user_is_read_under_their_present_name(
-    serve: Serve, quick: Program, program: Program
-) -> None:
+def test_a_renamed_user_is_read_under_their_present_name(serve: Serve, quick: Program) -> None:
     bea = user("bea", password=True, keys=[key(KEY)], user_id="AIDA1")
     endpoint = serve(account(ONE, "one", users=[bea]), rules=[list_of_users(("ana", "AIDA1"))])
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert result.exit_code == 0
     expected = [("bea", "Configurada", KEY, "None")]
     assert cells(result, "username", "password_status", "access_key_id", "mfa_status") == expected
 
 
-def test_a_user_renamed_while_somebody_else_takes_the_name(
-    serve: Serve, quick: Program, program: Program
-) -> None:
+def test_a_user_renamed_while_somebody_else_takes_the_name(serve: Serve, quick: Program) -> None:
     """No call says so, but the report of this minute has a user whom the list lacks."""
     now = datetime.now(timezone.utc)
     users = [
@@ -181,29 +161,27 @@ def test_a_user_renamed_while_somebody_else_takes_the_name(
         user("bea", password=True, keys=[key(KEY)], user_id="AIDA1"),
     ]
     endpoint = serve(account(ONE, "one", users=users), rules=[list_of_users(("ana", "AIDA1"))])
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert result.exit_code == 0
     expected = [("ana", "Configurada", OTHER_KEY), ("bea", "Configurada", KEY)]
     assert cells(result, "username", "password_status", "access_key_id") == expected
     assert endpoint.stats()["by_account"][ONE]["ListUsers"] == 2
 
 
-def test_a_user_deleted_and_created_again_is_read(
-    serve: Serve, quick: Program, program: Program
-) -> None:
+def test_a_user_deleted_and_created_again_is_read(serve: Serve, quick: Program) -> None:
     """NoSuchEntity, and then somebody else has the name."""
     ana = user(
         "ana", created=datetime.now(timezone.utc), password=True, in_report=False, user_id="AIDA2"
     )
     rules = [list_of_users(("ana", "AIDA1")), rule("ListAccessKeys", ONE, times=1, **GONE)]
     endpoint = serve(account(ONE, "one", users=[ana]), rules=rules)
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert cells(result, "username", "password_status") == [("ana", "Configurada")]
 
 
 @pytest.mark.parametrize("action", ["ListAccessKeys", "GetAccessKeyLastUsed", "ListMFADevices"])
 def test_a_user_whom_a_later_list_lacks_is_left_out(
-    serve: Serve, quick: Program, program: Program, action: str
+    serve: Serve, quick: Program, action: str
 ) -> None:
     """Whenever they went."""
     ana = user("ana", password=True, keys=[key(KEY)], user_id="AIDA1")
@@ -213,6 +191,6 @@ def test_a_user_whom_a_later_list_lacks_is_left_out(
     rules.append({**list_of_users(("bea", "AIDA2")), "skip": 1, "times": None})
     users = [ana, user("bea", user_id="AIDA2")]
     endpoint = serve(account(ONE, "one", users=users), rules=rules)
-    result = run(quick, program, endpoint.env())
+    result = quick(endpoint.env())
     assert result.exit_code == 0
     assert cells(result, "username") == [("bea",)]
