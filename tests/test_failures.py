@@ -1083,7 +1083,7 @@ if (folder / "ask").exists():
     time.sleep(3600)
 credentials = {"Version": 1, "AccessKeyId": sys.argv[2], "SecretAccessKey": sys.argv[3]}
 soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 300))
-print(json.dumps({**credentials, "SessionToken": "x", "Expiration": soon}))
+print(json.dumps({**credentials, "Expiration": soon}))
 """
 
 
