@@ -46,6 +46,12 @@ Nothing else opens a connection.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `interruptible` takes over: Ctrl-C during the imports below would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import contextlib
@@ -60,7 +66,6 @@ import queue
 import random
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import textwrap
@@ -83,6 +88,7 @@ from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar, Union
+from urllib.request import getproxies
 
 import boto3
 import botocore
@@ -90,7 +96,7 @@ import botocore.exceptions
 import botocore.session
 import botocore.utils
 from botocore.config import Config
-from botocore.credentials import Credentials
+from botocore.credentials import Credentials, RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
@@ -247,7 +253,7 @@ def exit_code(run: Run, fail_on: FailOn) -> int:
 
 def what_stopped_it(error: Exception) -> str:
     """A sentence or two for the person who has to do something about it."""
-    if isinstance(error, AuditError):
+    if isinstance(error, (AuditError, StepFailed)):
         return str(error)
     if in_words := sdk_error_in_words(error):
         return in_words
@@ -257,8 +263,11 @@ def what_stopped_it(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {message} (--verbose shows where)"
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM."""
+    """One of SIGNALS was received."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -267,7 +276,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into Interrupted, after the event loop's tasks are cancelled."""
+    """Turn a signal into Interrupted, after the event loop's tasks are cancelled.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
     received: list[int] = []
 
     def interrupt(signum: int, _frame: Any) -> None:
@@ -280,9 +292,10 @@ def interruptible() -> Iterator[None]:
             raise Interrupted(signum) from None
         loop.call_soon_threadsafe(cancel_all_tasks, loop)
 
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in handlers:
-        signal.signal(each, interrupt)
+    handlers = {each: signal.getsignal(each) for each in SIGNALS}
+    for each, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(each, interrupt)
     try:
         yield
     except asyncio.CancelledError:
@@ -622,10 +635,12 @@ IAM_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-
 # --- the profile, its partition, the clients ---
 
 CONNECT_TIMEOUT = 10  # seconds
+GUESS_TIMEOUT = 3  # seconds to connect to a partition that may not be the profile's
 READ_TIMEOUT = 30  # seconds
+REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
 ASSUME_ROLE_AT_ONCE = 4  # one call per account needs few connections, and each costs CPU
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
-# So that no request of a shared client can be signed with the profile's credentials by mistake
+# So that no request can be signed with the profile's credentials by mistake
 PLACEHOLDERS: Any = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
 
 
@@ -686,24 +701,41 @@ def has_terminal() -> bool:
 def connect(session: boto3.Session, workers: int) -> Aws:
     """Identify the caller and create the clients for their partition.
 
-    If the profile names no Region, each partition is asked until one knows the caller.
+    If the profile names no Region, each partition is asked until one knows the access key; if none
+    does, the first refusal is raised.
     """
     regions = [session.region_name] if session.region_name else list(IAM_REGIONS.values())
-    config = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=3)
-    while True:
-        region = regions.pop(0)
-        sts = session.client("sts", region_name=region, config=config)
+    credentials = frozen_credentials(session)
+    refusal: Exception | None = None
+    for region in regions:
+        config = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=3)
+        if refusal is not None:  # a guess, perhaps behind a firewall
+            config = config.merge(
+                Config(connect_timeout=GUESS_TIMEOUT, retries={"max_attempts": 0})
+            )
+        sts = session.client("sts", region, config=config, **PLACEHOLDERS)
+        sts.meta.events.register("before-sign.sts", sign_as_set)
         try:
-            return Aws(session, sts, get_caller_identity(sts, region), workers)
-        except ClientError as error:
-            if not regions or error_code(error) not in UNKNOWN_KEY:
-                raise
+            caller = call_as(credentials, get_caller_identity, {"sts": sts, "region": region})
+            return Aws(session, sts, caller, workers)
+        except SDK_ERRORS as error:
+            refusal = refusal or error
+            if not isinstance(error, ClientError) or error_code(error) not in UNKNOWN_KEY:
+                break
+    raise refusal or AuditError("No Region to ask.")
 
 
 def get_caller_identity(sts: Any, region: str) -> Caller:
     identity = sts.get_caller_identity()
     account, arn = identity["Account"], identity["Arn"]
     return Caller(account, arn, partition=arn.split(":")[1], region=region)
+
+
+def frozen_credentials(session: boto3.Session) -> Credentials:
+    """The profile's own credentials. If necessary the SDK refreshes them, which may take long."""
+    found = session.get_credentials()
+    frozen: Any = found.get_frozen_credentials() if found else None
+    return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
 
 def client_config(*, connections: int, attempts: int) -> Config:
@@ -728,18 +760,22 @@ class Aws:
         self.threads = Threads(workers)
         self.sts = sts
         config = client_config(connections=2, attempts=10)
-        self.organizations = session.client("organizations", caller.region, config=config)
+        self.organizations = session.client(
+            "organizations", caller.region, config=config, **PLACEHOLDERS
+        )
+        self.organizations.meta.events.register("before-sign.organizations", sign_as_set)
         shared = client_config(connections=workers, attempts=1)
         self.iam = session.client("iam", caller.region, config=shared, **PLACEHOLDERS)
-        self.iam.meta.events.register("before-sign.iam", sign_as_account)
-        self._session, self._workers, self._shared = session, workers, shared
+        self.iam.meta.events.register("before-sign.iam", sign_as_set)
+        self.session, self._workers, self._shared = session, workers, shared
+        self._not_refreshed = ""
 
     @functools.cached_property
     def cloudtrail(self) -> Any:
         """The CloudTrail client, created on first use, in the partition's Region for IAM."""
         region = IAM_REGIONS.get(self.caller.partition)
-        client = self._session.client("cloudtrail", region, config=self._shared, **PLACEHOLDERS)
-        client.meta.events.register("before-sign.cloudtrail", sign_as_account)
+        client = self.session.client("cloudtrail", region, config=self._shared, **PLACEHOLDERS)
+        client.meta.events.register("before-sign.cloudtrail", sign_as_set)
         return client
 
     @functools.cached_property
@@ -747,19 +783,45 @@ class Aws:
         """Created on first use, because Python 3.9 binds it to the current event loop."""
         return asyncio.Semaphore(min(self._workers, ASSUME_ROLE_AT_ONCE))
 
-    def profile_credentials(self) -> Credentials:
-        """The profile's own credentials; the SDK refreshes them if necessary."""
-        found = self._session.get_credentials()
-        frozen: Any = found.get_frozen_credentials() if found else None
-        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+    async def profile_credentials(self) -> Credentials:
+        """The profile's own credentials. Raises StepFailed if they cannot be refreshed.
+
+        A refresh runs in a thread of its own, because it may hang: a credential_process may wait
+        for a person. What has hung once is not tried again.
+        """
+        found = self.session.get_credentials()
+        get = functools.partial(frozen_credentials, self.session)
+        if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
+            return get()
+        answer: Future[Credentials] = Future()
+        if not self._not_refreshed:
+            threading.Thread(target=settle, args=(answer, get), daemon=True).start()
+            try:
+                return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
+            except SDK_ERRORS as error:
+                raise step_failed(PROFILE_CREDENTIALS, error) from None
+            except asyncio.TimeoutError:
+                end_child_processes()
+                self._not_refreshed = f"no answer to the refresh within {REFRESH_TIMEOUT:g} s"
+        raise StepFailed(PROFILE_CREDENTIALS, "RefreshTimeout", self._not_refreshed)
 
     async def ask(self, operation: Callable[..., T], *arguments: Any) -> T:
         """Run one of the operations on the organization in a thread, or raise StepFailed."""
+        call = functools.partial(operation, self, *arguments)
+        credentials = await self.profile_credentials()
         try:
-            return await self.threads.run(FIRST, functools.partial(operation, self, *arguments))
+            return await self.threads.run(FIRST, functools.partial(call_as, credentials, call, {}))
         except SDK_ERRORS as error:
             step = operation.__name__.title().replace("_", "")  # list_parents: ListParents
             raise step_failed(step, error) from None
+
+
+def end_child_processes() -> None:
+    """End a credential_process that hangs, on Linux: this program itself starts no process."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for process_id in children.read_text().split():
+                os.kill(int(process_id), signal.SIGTERM)
 
 
 # --- one call: credentials, pace, repetition ---
@@ -797,11 +859,14 @@ class AccountSession:
 
     async def sign_in(self) -> None:
         """Get credentials: the role's or, in the profile's own account, the profile's."""
-        step, gate = "AssumeRole", self.aws.assume_role_gate
-        get = functools.partial(assume_role, self.aws, self.role, self.account.id)
-        if self.role.own_account == self.account.id:
-            step, get = PROFILE_CREDENTIALS, functools.partial(self.aws.profile_credentials)
-        self._credentials = await self._repeat(step, get, self._pace, gate)
+        STEP.set(PROFILE_CREDENTIALS)
+        credentials = await self.aws.profile_credentials()
+        if self.role.own_account != self.account.id:
+            arguments = {"aws": self.aws, "role": self.role, "account_id": self.account.id}
+            assume = functools.partial(call_as, credentials, assume_role, arguments)
+            gate = self.aws.assume_role_gate
+            credentials = await self._repeat("AssumeRole", assume, self._pace, gate)
+        self._credentials = credentials
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
         """Call an operation of a shared client in this account, or raise StepFailed.
@@ -858,7 +923,7 @@ class AccountSession:
 def call_as(
     credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]
 ) -> T:
-    """Call an operation of a shared client, signed with these credentials, in this thread."""
+    """Call an operation with these credentials, in this thread."""
     before = SIGNING.set(credentials)
     try:
         return operation(**parameters)
@@ -866,7 +931,7 @@ def call_as(
         SIGNING.reset(before)
 
 
-def sign_as_account(request: Any, **_: Any) -> None:
+def sign_as_set(request: Any, **_: Any) -> None:
     """Handler of `before-sign`: without `call_as` it raises LookupError, and nothing is sent."""
     signing = request.context.get("signing", {})
     request.context["signing"] = {**signing, "request_credentials": SIGNING.get()}
@@ -933,11 +998,16 @@ class Threads:
     def _work(self) -> None:
         while True:
             _, _, call, answer = self._calls.get()
-            if answer.set_running_or_notify_cancel():
-                try:
-                    answer.set_result(call())
-                except BaseException as error:  # it belongs to the caller, not to this thread
-                    answer.set_exception(error)
+            settle(answer, call)
+
+
+def settle(answer: Future[T], call: Callable[[], T]) -> None:
+    """Make the call, unless nobody waits for the answer any more."""
+    if answer.set_running_or_notify_cancel():
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # it belongs to the caller, not to this thread
+            answer.set_exception(error)
 
 
 def stay_on_one_cpu() -> None:
@@ -956,7 +1026,8 @@ SESSION_NAME = "iam-audit"
 
 
 def describe_organization(aws: Aws) -> Organization:
-    organization = aws.organizations.describe_organization()["Organization"]
+    describe = aws.organizations.describe_organization
+    organization = call_as(frozen_credentials(aws.session), describe, {})["Organization"]
     feature_set = organization.get("FeatureSet", "ALL")
     return Organization(organization["Id"], organization["MasterAccountId"], feature_set)
 
@@ -965,7 +1036,13 @@ async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
     """All accounts, page by page as they arrive; a page may be empty."""
     pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
     seen = set[str]()
-    while (page := await aws.threads.run(FIRST, lambda: next(pages, None))) is not None:
+    read_page = functools.partial(next, pages, None)
+    while True:
+        credentials = await aws.profile_credentials()
+        read = functools.partial(call_as, credentials, read_page, {})
+        page: Any = await aws.threads.run(FIRST, read)
+        if page is None:
+            return
         for entry in page["Accounts"]:
             # An account that joins meanwhile may shift another to the next page.
             if entry["Id"] not in seen:
@@ -1013,7 +1090,7 @@ def list_parents(aws: Aws, child_id: str) -> str:
 
 def list_organizations_features(aws: Aws) -> bool:
     """Whether root credentials of member accounts are managed centrally."""
-    features = call_as(aws.profile_credentials(), aws.iam.list_organizations_features, {})
+    features = aws.iam.list_organizations_features()
     return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
 
 
@@ -1033,6 +1110,7 @@ def session_policy(actions: Sequence[str]) -> str:
 
 # --- operations in one account ---
 
+UserEntry = Mapping[str, Any]  # of ListUsers
 LastUsed = tuple[Union[datetime, None], str]
 
 
@@ -1047,7 +1125,7 @@ async def get_credential_report(session: AccountSession) -> tuple[bytes, datetim
     return answer["Content"], answer["GeneratedTime"]
 
 
-async def list_users(session: AccountSession) -> list[Any]:
+async def list_users(session: AccountSession) -> list[UserEntry]:
     return await list_all(session, session.aws.iam.list_users, "Users", MaxItems=1000)
 
 
@@ -1221,7 +1299,11 @@ def without_secrets(message: str) -> str:
     SignatureDoesNotMatch goes on to quote the signed request with the token.
     """
     first_line = message.strip().split("\n", 1)[0]
-    return re.sub(r"[0-9a-f]{64}|[A-Za-z0-9+/=%]{100,}", "***", first_line)[:500]
+    for proxy in getproxies().values():  # urllib3 may quote a part of a URL that it cannot parse
+        for part in re.split("[#/?]", proxy.rpartition("@")[0].rpartition("://")[2]):
+            if len(part) > 1:
+                first_line = first_line.replace(part, "***")
+    return re.sub(r"(?<=://)\S*(?=@)|[0-9a-f]{64}|[A-Za-z0-9+/=%]{100,}", "***", first_line)[:500]
 
 
 def frames_of(error: BaseException) -> list[str]:
@@ -1359,13 +1441,10 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
         asked = utc_now()
         listed = await list_users(session)
         users = await read_users(session, listed, report)
-        # A user of the report whom that list lacks was created meanwhile, and is listed once more.
-        rows = (await report).rows
-        if unlisted := created_since_listed(rows, listed, asked):
-            again = [entry for entry in await list_users(session) if entry["UserName"] in unlisted]
-            for name in unlisted:
-                users.pop(name, None)  # somebody else, who had the name before
-            users.update(await read_users(session, again, report))
+        # Somebody in the new report whom the list lacks was created or renamed meanwhile.
+        generated, rows = await report
+        if generated >= asked - CLOCK_SKEW and has_unlisted_user(rows, listed, asked):
+            users = await read_changed_users(session, users, listed, report)
     finally:
         report.cancel()
         await asyncio.gather(report, return_exceptions=True)  # what it raises now comes second
@@ -1375,8 +1454,7 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
     trail = None
     if plan.events_since is not None:
         trail = await read_trail(session, plan.event_names, plan.events_since)
-    generated = to_second(report.result().generated)
-    return AuditedAccount(session.account, generated, tuple(in_order), trail)
+    return AuditedAccount(session.account, to_second(generated), tuple(in_order), trail)
 
 
 # --- the credential report ---
@@ -1504,24 +1582,48 @@ def has_password(row: ReportRow) -> bool:
 # --- users ---
 
 CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger difference to its clock
+# NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
+# with them. What a later list still has is read again after these pauses; then the account fails.
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
+NO_SUCH_ENTITY = "NoSuchEntity"
 
 
-def created_since_listed(
-    rows: Mapping[str, ReportRow], listed: Sequence[Mapping[str, Any]], asked: datetime
-) -> set[str]:
-    """Users of the report who may have been created after ListUsers was asked."""
-    known = {(entry["UserName"], to_second(entry["CreateDate"])) for entry in listed}
-    found = set()
+def has_unlisted_user(
+    rows: Mapping[str, ReportRow], listed: Sequence[UserEntry], asked: datetime
+) -> bool:
+    """Whether the report has a name, or a new bearer of a name, that the list lacks."""
+    created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in listed}
     for name, row in rows.items():
-        created = None if name == ROOT else report_date(row, "user_creation_time")
-        if created and created >= asked - CLOCK_SKEW and (name, created) not in known:
-            found.add(name)
-    return found
+        if name == ROOT:
+            continue
+        moment = report_date(row, "user_creation_time")
+        is_new = moment is not None and moment >= asked - CLOCK_SKEW
+        if name not in created or (is_new and created[name] != moment):
+            return True
+    return False
+
+
+async def read_changed_users(
+    session: AccountSession,
+    users: Mapping[str, User],
+    listed: Sequence[UserEntry],
+    report: asyncio.Task[CredentialReport],
+) -> dict[str, User]:
+    """List the users once more and read whoever is new in that list. Whoever it lacks is gone."""
+    known = {(entry["UserName"], entry["UserId"]) for entry in listed}
+    present, new = set(), []
+    for entry in await list_users(session):
+        present.add(entry["UserName"])
+        if (entry["UserName"], entry["UserId"]) not in known:
+            new.append(entry)
+    kept = {name: user for name, user in users.items() if name in present}
+    return {**kept, **await read_users(session, new, report)}
 
 
 async def read_users(
     session: AccountSession,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[UserEntry],
     report: asyncio.Task[CredentialReport],
 ) -> dict[str, User]:
     """The users of these entries of ListUsers by name, a few read at a time."""
@@ -1546,46 +1648,86 @@ async def read_users(
 
 
 async def read_user(
-    session: AccountSession, entry: Mapping[str, Any], report: asyncio.Task[CredentialReport]
+    session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
 ) -> User | None:
-    """One user; None if they have been deleted meanwhile."""
-    name = entry["UserName"]
+    """One user, under their present name; None if a later ListUsers lacks them."""
+    for pause in (*READ_AGAIN_AFTER, None):
+        try:
+            return await read_user_once(session, entry, report)
+        except StepFailed as failure:
+            if failure.code != NO_SUCH_ENTITY or failure.step == "GetAccessKeyLastUsed":
+                raise
+            present = await find_user(session, entry)
+            if present is None:
+                return None
+            if pause is None:
+                raise
+        if present["UserName"] == entry["UserName"]:
+            await asyncio.sleep(pause)
+        entry = present
+    return None
+
+
+async def find_user(session: AccountSession, entry: UserEntry) -> UserEntry | None:
+    """The same user in a new list, perhaps renamed; else whoever has the name now."""
+    namesake: UserEntry | None = None
+    for other in await list_users(session):
+        if other["UserId"] == entry["UserId"]:
+            return other
+        if other["UserName"] == entry["UserName"]:
+            namesake = other
+    return namesake
+
+
+async def read_user_once(
+    session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
+) -> User:
+    """One user, from live answers and their row of the report; StepFailed with NoSuchEntity."""
+    name, created = entry["UserName"], to_second(entry["CreateDate"])
     check_account(entry["Arn"], session.account.id, "ListUsers")
-    try:
-        keys = await read_access_keys(session, name)
-        row = (await report).rows.get(name)
-        created = to_second(entry["CreateDate"])
-        if row is not None and report_date(row, "user_creation_time") != created:
-            row = None  # deleted and created again since the report
-        if row is None:
-            password, may_have_mfa = await get_login_profile(session, name), True
-            password_last_used = entry.get("PasswordLastUsed")
-        else:
-            password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
-            password_last_used = report_date(row, "password_last_used")
-        serials = await list_mfa_devices(session, name) if password or may_have_mfa else []
-    except StepFailed as failure:
-        if failure.code == "NoSuchEntity":
-            return None
-        raise
+    keys = await read_access_keys(session, name)
+    row = (await report).rows.get(name)
+    if row is not None and report_date(row, "user_creation_time") == created:
+        password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
+        password_last_used = report_date(row, "password_last_used")
+    else:  # created or renamed since the report
+        password, may_have_mfa = await get_login_profile(session, name), True
+        password_last_used = entry.get("PasswordLastUsed")
+    serials = []
+    if password or may_have_mfa:
+        serials = await list_mfa_devices(session, name)
     mfa = tuple(sorted({mfa_kind(serial) for serial in serials}))
     return User(name, password, password_last_used if password else None, mfa, keys)
 
 
 async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
-    """The user's keys, without those deleted meanwhile; NoSuchEntity if the user is deleted."""
+    """The user's keys, without those that a later ListAccessKeys lacks."""
     keys = []
     for entry in await list_access_keys(session, user_name):
         key_id, created = entry["AccessKeyId"], to_second(entry["CreateDate"])
-        try:
-            last_used, service_name = await get_access_key_last_used(session, key_id)
-        except StepFailed as failure:
-            if failure.code != "NoSuchEntity":
-                raise
-            await list_access_keys(session, user_name)  # raises NoSuchEntity if the user is deleted
-            continue
-        keys.append(AccessKey(key_id, entry["Status"], created, last_used, service_name))
+        found = await read_last_used(session, user_name, key_id)
+        if found is not None:
+            last_used, service_name = found
+            keys.append(AccessKey(key_id, entry["Status"], created, last_used, service_name))
     return by_creation(keys)
+
+
+async def read_last_used(session: AccountSession, user_name: str, key_id: str) -> LastUsed | None:
+    """When and for what the key was last used; None if a later ListAccessKeys lacks the key."""
+    for pause in (*READ_AGAIN_AFTER, None):
+        try:
+            return await get_access_key_last_used(session, key_id)
+        except StepFailed as failure:
+            # AWS may also answer AccessDenied for a key that is gone.
+            if failure.code != NO_SUCH_ENTITY and failure.code not in DENIED:
+                raise
+            listed = await list_access_keys(session, user_name)
+            if key_id not in {entry["AccessKeyId"] for entry in listed}:
+                return None
+            if pause is None or failure.code in DENIED:
+                raise
+        await asyncio.sleep(pause)
+    return None
 
 
 def by_creation(keys: Iterable[AccessKey]) -> tuple[AccessKey, ...]:

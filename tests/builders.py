@@ -225,6 +225,21 @@ def profile_env(endpoint: Endpoint, folder: Path, config: str) -> dict[str, str]
     return {**env, **files, "HOME": str(folder)}
 
 
+def with_constants(
+    program: Program, folder: Path, **constants: float | tuple[float, ...]
+) -> Program:
+    """The program with other values of its constants: what would take minutes takes a moment."""
+    lines = [
+        "import os, sys",
+        f"sys.path.insert(0, {str(Path(program.path).parent)!r})",
+        f"import {Path(program.path).stem} as program",
+        *(f"program.{name} = {value!r}" for name, value in constants.items()),
+        "raise SystemExit(program.main())",
+    ]
+    (folder / "changed.py").write_text("\n".join(lines), encoding="utf-8")
+    return Program(str(folder / "changed.py"), program.python, lambda: folder)
+
+
 def until(condition: Callable[[], Any]) -> None:
     """Wait for what must happen."""
     deadline = time.monotonic() + TIMEOUT

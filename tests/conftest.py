@@ -116,7 +116,7 @@ def check_what_always_holds(result: Result, env: Mapping[str, str], verbose: boo
     )
     if not verbose:
         assert not TRACEBACK.search(result.stderr + result.terminal), result.stderr
-    if result.exit_code in (130, 143):
+    if result.exit_code in (129, 130, 143):
         assert result.stderr.count("\n") <= 1, result.stderr
     outputs = [
         result.stdout,
@@ -133,7 +133,7 @@ def check_what_always_holds(result: Result, env: Mapping[str, str], verbose: boo
         audited = {one for one, entry in result.accounts.items() if entry["result"] == "audited"}
         assert result.csvs == audited
         assert (result.exit_code == 3) == bool(result.failures)
-    elif result.exit_code not in (1, 130, 143):
+    elif result.exit_code not in (1, 129, 130, 143):
         assert not result.output_dir.exists(), "ended well and wrote no summary"
 
 

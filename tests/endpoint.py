@@ -50,6 +50,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -173,13 +174,16 @@ def user(
     keys: Iterable[Json] = (),
     in_report: bool = True,
     in_list: bool = True,
+    user_id: str | None = None,
 ) -> Json:
     """An IAM user; `mfa` are serial numbers.
 
-    With `in_report` False it is younger than the report, with `in_list` False deleted since.
+    With `in_report` False they are younger than the report, with `in_list` False deleted since. A renamed user
+    keeps their `user_id`.
     """
     return {
         "name": name,
+        "user_id": user_id or f"AIDA{zlib.crc32((name + iso(created)).encode()):016}",
         "path": path,
         "created": iso(created),
         "password": password,
@@ -1343,7 +1347,7 @@ class Services:
         last_used = one["password_last_used"] if one["password"] else None
         used = f"<PasswordLastUsed>{_date(last_used)}</PasswordLastUsed>" if last_used else ""
         return (
-            f"<member><Path>{one['path']}</Path><UserName>{name}</UserName><UserId>AIDA{account_id}</UserId>"
+            f"<member><Path>{one['path']}</Path><UserName>{name}</UserName><UserId>{one['user_id']}</UserId>"
             f"<Arn>arn:{self.world.partition}:iam::{account_id}:user{one['path']}{name}</Arn>"
             f"<CreateDate>{_date(one['created'])}</CreateDate>{used}</member>"
         )

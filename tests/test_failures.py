@@ -10,17 +10,31 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
+import zlib
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import MANAGEMENT, ONE, THREE, TWO, numbered, profile_env, released, until, written
+from builders import (
+    MANAGEMENT,
+    ONE,
+    THREE,
+    TWO,
+    numbered,
+    profile_env,
+    released,
+    until,
+    with_constants,
+    written,
+)
 from conftest import TRACEBACK, Program, Result, Serve, screen
 from endpoint import (
     TIMEOUT,
+    Endpoint,
     Json,
     access_key_id,
     account,
@@ -273,39 +287,12 @@ def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
     assert {counts[one]["GenerateCredentialReport"] for one in result.csvs} == {2}
 
 
-def test_users_deleted_meanwhile_are_left_out_and_one_who_lost_a_key_is_not(
-    serve: Serve, run_program: Program
-) -> None:
-    """Users who are gone are left out, whenever they went; whoever only lost a key is not."""
-    gone: Json = {"error": "NoSuchEntity", "status": 404}
-    users = [
-        user("before-keys", password=True),
-        user("before-mfa", password=True, keys=[key("AKIA0000000000000ONE")]),
-        user("young", in_report=False),
-        user(
-            "lost-a-key",
-            password=True,
-            keys=[key("AKIA000000000000LOST"), key("AKIA000000000000KEPT")],
-        ),
-    ]
-    rules = [
-        rule("ListAccessKeys", user="before-keys", **gone),
-        rule("ListMFADevices", user="before-mfa", **gone),
-        rule("GetLoginProfile", user="young", **gone),
-        rule("ListMFADevices", user="young", **gone),
-        rule("GetAccessKeyLastUsed", fields={"AccessKeyId": "AKIA000000000000LOST"}, **gone),
-    ]
-    result = run_program(serve(account(ONE, "one", users=users), rules=rules).env())
-    assert result.exit_code == 0, result
-    keys = [(one["username"], one["access_key_id"]) for one in result.rows(ONE)]
-    assert keys == [("<root_account>", "N/A"), ("lost-a-key", "AKIA000000000000KEPT")]
-
-
 def list_of_users(*users: tuple[str, str]) -> str:
     """ListUsers' answer with these names and creation dates."""
+    ids = {name: f"AIDA{zlib.crc32((name + created).encode()):016}" for name, created in users}
     members = "".join(
-        f"<member><Path>/</Path><UserName>{name}</UserName><UserId>1</UserId><Arn>arn:aws:iam::{ONE}:user/{name}</Arn>"
-        f"<CreateDate>{created}</CreateDate></member>"
+        f"<member><Path>/</Path><UserName>{name}</UserName><UserId>{ids[name]}</UserId>"
+        f"<Arn>arn:aws:iam::{ONE}:user/{name}</Arn><CreateDate>{created}</CreateDate></member>"
         for name, created in users
     )
     return answer_of("ListUsers", f"<Users>{members}</Users><IsTruncated>false</IsTruncated>")
@@ -1084,3 +1071,125 @@ def test_names_cannot_steer_the_terminal(serve: Serve, program: Program) -> None
     plain = program(endpoint.env(), "--verbose")
     for steering in ("\x1b", "\x07", "\x9b", "\x85", "\u202e", "\r"):
         assert steering not in plain.stdout + plain.stderr
+
+
+# --- the profile's own credentials ------------------------------------------------------------------------------------
+
+PROCESS = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+if (folder / "ask").exists():
+    (folder / "process_id").write_text(str(os.getpid()))
+    time.sleep(3600)
+credentials = {"Version": 1, "AccessKeyId": sys.argv[2], "SecretAccessKey": sys.argv[3]}
+soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 300))
+print(json.dumps({**credentials, "Expiration": soon}))
+"""
+
+
+def process_env(endpoint: Endpoint, folder: Path) -> dict[str, str]:
+    """A profile whose credential_process waits for somebody as soon as a file `ask` exists."""
+    caller = endpoint.env()
+    (folder / "process.py").write_text(PROCESS, encoding="utf-8")
+    keys = f"{caller['AWS_ACCESS_KEY_ID']} {caller['AWS_SECRET_ACCESS_KEY']}"
+    command = f"{sys.executable} {folder / 'process.py'} {folder} {keys}"
+    return profile_env(endpoint, folder, f"[profile waits]\ncredential_process = {command}\n")
+
+
+def is_running(process_id: int) -> bool:
+    stat = Path(f"/proc/{process_id}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process is not ended")
+def test_credentials_whose_refresh_hangs_fail_the_accounts_that_need_them(
+    serve: Serve, program: Program, tmp_path: Path
+) -> None:
+    """Not the run: it ends, and so does the process that was waiting."""
+    patient = with_constants(program, tmp_path, REFRESH_TIMEOUT=3.0)
+    endpoint = serve(generate=generate(40, 1), latency=0.05)
+    env = process_env(endpoint, tmp_path)
+    with patient.start(env, "--profile", "waits", "--workers", "1") as (process, output_dir):
+        until(lambda: list(output_dir.glob("*/accounts/*.csv")))
+        (tmp_path / "ask").touch()
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    result = Result(process.returncode, stdout, stderr, output_dir)
+    assert result.exit_code == 3, result
+    assert set(result.failures.values()) == {("profile credentials", "RefreshTimeout")}
+    assert 0 < len(result.failures) < 40
+    assert "no answer to the refresh within 3 s" in " ".join(stdout.split())
+    until(lambda: not is_running(int((tmp_path / "process_id").read_text())))
+
+
+def test_an_access_key_that_no_partition_knows_is_refused_as_the_first_one_did(
+    serve: Serve, run_program: Program
+) -> None:
+    """Without a Region each partition is asked; another one that does not answer is not the reason."""
+    refused = rule("GetCallerIdentity", error="InvalidClientTokenId", status=403, times=1)
+    silent = rule("GetCallerIdentity", drop=True)
+    env = serve(account(ONE, "one"), rules=[refused, silent]).env()
+    del env["AWS_DEFAULT_REGION"]
+    result = run_program(env)
+    assert result.exit_code == 1
+    assert "GetCallerIdentity: InvalidClientTokenId" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "http://me:s3cr3t@127.0.0.1:9",
+        "socks5://me:s3cr3t@127.0.0.1:9",
+        "http://me:s3#cr3t@127.0.0.1:9",
+        "http://me:s3/cr3t@127.0.0.1:9",
+        "http://me:s3?cr3t@127.0.0.1:9",
+        "socks5://m#e:s3/cr3t@127.0.0.1:9",
+        "me:s3cr3t@127.0.0.1:9",
+    ],
+)
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=["terse", "verbose"])
+def test_the_password_of_a_proxy_is_masked(
+    serve: Serve, run_program: Program, proxy: str, verbose: list[str]
+) -> None:
+    env = serve(account(ONE, "one")).env()
+    del env["AWS_ENDPOINT_URL"]
+    result = run_program({**env, "HTTPS_PROXY": proxy}, *verbose)
+    assert result.exit_code == 1
+    assert "***" in result.stderr
+    assert not re.search("s3|cr3t", result.stderr)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_terminal_ends_the_run_like_sigterm(serve: Serve, program: Program) -> None:
+    endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=None))
+    with program.start(endpoint.env()) as (process, output_dir):
+        until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        result, _ = program.end(process, output_dir, signal.SIGHUP, endpoint.env())
+    assert (result.exit_code, result.csvs, result.summary) == (129, {ONE}, None)
+    assert "stopped by SIGHUP" in result.stderr
+
+
+def test_under_nohup_a_lost_terminal_ends_nothing(serve: Serve, program: Program) -> None:
+    endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=2))
+    ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    with program.start(endpoint.env(), preexec_fn=ignore) as (process, output_dir):
+        until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        result, _ = program.end(process, output_dir, signal.SIGHUP, endpoint.env())
+    assert (result.exit_code, result.csvs) == (0, {ONE, TWO})
+
+
+def test_interrupted_while_the_sdk_is_loaded_there_is_no_traceback(
+    serve: Serve, program: Program
+) -> None:
+    """That is most of the first half second. Python tells what it imports as it does so."""
+    env = {**serve(account(ONE, "one")).env(), "PYTHONPROFILEIMPORTTIME": "1"}
+    with program.start(env) as (process, _):
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "botocore" in line or "urllib3" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        stderr = process.stderr.read()
+        assert process.wait(TIMEOUT) == -signal.SIGINT
+    assert not [line for line in stderr.splitlines() if not line.startswith("import time:")]
