@@ -710,9 +710,8 @@ def connect(session: boto3.Session, workers: int) -> Aws:
     for region in regions:
         config = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=3)
         if refusal is not None:  # a guess, perhaps behind a firewall
-            config = config.merge(
-                Config(connect_timeout=GUESS_TIMEOUT, retries={"max_attempts": 0})
-            )
+            once: Any = {"max_attempts": 0}
+            config = config.merge(Config(connect_timeout=GUESS_TIMEOUT, retries=once))
         sts = session.client("sts", region, config=config, **PLACEHOLDERS)
         sts.meta.events.register("before-sign.sts", sign_as_set)
         try:
@@ -1090,7 +1089,12 @@ def list_parents(aws: Aws, child_id: str) -> str:
 
 def list_organizations_features(aws: Aws) -> bool:
     """Whether root credentials of member accounts are managed centrally."""
-    features = aws.iam.list_organizations_features()
+    try:
+        features = aws.iam.list_organizations_features()
+    except ClientError as error:
+        if error_code(error) == "ServiceAccessNotEnabledException":
+            return False  # IAM has never had trusted access in this organization
+        raise
     return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
 
 
@@ -1200,6 +1204,10 @@ async def lookup_events(session: AccountSession, name: str, since: datetime) -> 
         request["NextToken"] = answer["NextToken"]
 
 
+# Somebody in the management account who uses AssumeRoot; the record does not say who.
+ASSUMED_ROOT = "root session (AssumeRoot)"
+
+
 def event_of(record: Mapping[str, Any]) -> Event | None:
     """The event of a CloudTrail record; None if the call failed or was not IAM's.
 
@@ -1213,6 +1221,9 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     created_key = (record.get("responseElements") or {}).get("accessKey") or {}
     named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
     actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
+    context = identity.get("sessionContext") or {}
+    if "true" in (context.get("assumedRoot"), (context.get("attributes") or {}).get("assumedRoot")):
+        actor = ASSUMED_ROOT
     the_caller = ROOT if identity.get("type") == "Root" else identity.get("userName")
     return Event(
         time=to_second(parse_time(record["eventTime"])),
@@ -1747,8 +1758,11 @@ def mfa_kind(serial: str) -> str:
 
 
 async def read_root(session: AccountSession, row: ReportRow) -> User:
-    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA."""
-    password = has_password(row)
+    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA.
+
+    In AWS GovCloud (US), root can neither sign in to the console nor have MFA.
+    """
+    password = session.role.partition != "aws-us-gov" and has_password(row)
     last_used = report_date(row, "password_last_used") if password else None
     mfa: tuple[str, ...] = ()
     if report_flag(row, "mfa_active"):

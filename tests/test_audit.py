@@ -596,3 +596,23 @@ def test_every_list_is_read_to_its_end(serve: Serve, run_program: Program) -> No
         "ListMFADevices": 3,
         "ListVirtualMFADevices": 2,
     }
+
+
+def test_root_in_govcloud_is_no_console_user_and_its_keys_are_reported(
+    serve: Serve, run_program: Program
+) -> None:
+    """There root can neither sign in to the console nor have MFA, whatever the report says."""
+    boss = root(password="not_supported", keys=[root_key(last_rotated="2019-01-01T00:00:00Z")])
+    endpoint = serve(account(ONE, "one", root=boss), partition="aws-us-gov")
+    result = run_program(endpoint.env())
+    assert result.exit_code == 0
+    [row] = result.rows(ONE)
+    assert (row["password_status"], row["access_key_id"]) == (
+        "No configurada",
+        "<root_access_key_1>",
+    )
+    entry = result.accounts[ONE]
+    assert (entry["gaps"]["console_users"], entry["maturity"]["phase1"]) == (0, "Complete")
+    findings = (result.folder / "findings.csv").read_text(encoding="utf-8")
+    assert "root-access-key" in findings
+    assert "console-without-mfa" not in findings

@@ -280,6 +280,19 @@ def test_root_credentials_are_not_checked_where_that_is_denied(
     assert "AccessDenied" in found["root_credentials_why_not_checked"]
 
 
+def test_an_organization_that_never_gave_iam_trusted_access_manages_no_root_credentials(
+    serve: Serve, run_program: Program
+) -> None:
+    """That is an answer, and not "not checked"."""
+    code = "ServiceAccessNotEnabledException"
+    never = rule("ListOrganizationsFeatures", error=code, message="not enabled", status=400)
+    policies = [policy("p-fullawsaccess", "FullAWSAccess", FULL, ["r-test"])]
+    result = run_program(serve(placed(ONE), policies=policies, rules=[never]).env())
+    found = summary_of(result)["enforcement"]
+    assert (result.exit_code, found["root_credentials_managed_centrally"]) == (0, False)
+    assert found["root_credentials_why_not_checked"] is None
+
+
 def test_the_accounts_with_neither_control_and_most_keys_come_first(
     serve: Serve, run_program: Program
 ) -> None:

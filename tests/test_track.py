@@ -469,7 +469,7 @@ RECORDS: dict[str, tuple[Json, dict[str, str]]] = {
             "requestParameters": None,
             "userIdentity": {**OF_ROOT, "sessionContext": {"assumedRoot": "true"}},
         },
-        {"user": ROOT, "actor": ROOT_ARN},
+        {"user": ROOT, "actor": "root session (AssumeRoot)"},
     ),
     "AWS's name for root": (
         {
