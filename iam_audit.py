@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""iam-audit: all passwords, access keys and MFA devices of an AWS organization, a CSV per account.
+"""iam-audit: who has which password, access key and MFA device in an AWS organization.
 
 From a profile of the management account, or of a delegated administrator, it assumes a role in
-every member account and reads the IAM credential report and when each access key was last used.
+every member account, reads the IAM credential report and when each access key was last used, and
+writes one CSV file per account. It reads no secret values.
 
 Reads   the AWS profile's credentials, as the SDK finds them;
-        CSV files and summaries of earlier runs in OUTPUT_DIR, or of the run that --previous names.
-Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv, events.csv and,
-        last, summary.json; files with mode 0600, folders 0700. The summary goes to stdout.
-        With --print, a document goes to stdout and nothing else happens.
+        in OUTPUT_DIR, the summaries of earlier runs and the CSV files of what is compared with.
+Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv (if there is an
+        earlier run), events.csv (with --cloudtrail) and, last, summary.json; files with mode 0600,
+        folders 0700. The summary goes to stdout. With --print, a document goes to stdout and
+        nothing else happens.
 
 Every AWS action that the program can call:
   with the profile's credentials
@@ -18,28 +20,32 @@ Every AWS action that the program can call:
     organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy, ListParents
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
-    sts:AssumeRole                       the role, in every account that is audited
-  with the assumed role; in the profile's own account, with the profile's credentials
+    sts:AssumeRole                       the role, in the accounts that are audited
+  with the assumed role; in the management account, if the profile belongs to it, with the
+  profile's credentials
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
     iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile;
     with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; no other call changes anything in AWS. Every
-session has a policy that allows only the role's actions above: even an administrator role is
-read-only in the hands of this program. Credentials are never written, logged or put on a command
-line. An account that cannot be read in full gets no CSV file: it is reported as failed, and why.
+session of the role has a policy that allows only the role's actions above: even an administrator
+role is read-only in the hands of this program. The profile's own credentials are not restricted in
+this way. To get and refresh them, the SDK may call other services, run a credential_process (which
+is ended if it hangs) and write its own token cache. The program itself never writes or logs
+credentials or puts them on a command line. An account that cannot be read in full gets no CSV
+file: it is reported as failed, with the reason.
 
-Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,100 lines.
+Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,450 lines.
 Nothing else opens a connection.
-  run        the story: from the command line to the files, the summary and the exit code
+  run        the story, from the command line to the files, the summary and the exit code
   data       what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
-  AWS        permissions with their reasons; every network call, its credentials and repetition
-  audit      one account from AssumeRole to its users; the organization as many of these
-  files      rows and cells, atomic writing, reading an earlier run
+  AWS        permissions with their reasons; every network call, its credentials, pace and retries
+  audit      one account, from AssumeRole to its users; all accounts concurrently
+  files      rows, cells, atomic writing, reading a run back
   assess     gaps, maturity levels, the table of finding rules
-  track      what changed since an earlier run, with CloudTrail as the witness
+  track      what changed since an earlier run, with CloudTrail as a witness
   enforce    what the organization's service control policies already prevent
-  terminal   the summary for stdout and for mail; summary.json
+  terminal   the summary as text and as summary.json
   documents  the policies and templates that --print prints
   options    the command line, its validators and its help; the progress line
 """
@@ -97,7 +103,7 @@ import botocore.session
 import botocore.utils
 from botocore.config import Config
 from botocore.credentials import Credentials, RefreshableCredentials
-from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
 # --------------------------------------------------------------------------------------------------
@@ -160,7 +166,7 @@ def run_audit(options: Any, started: datetime) -> int:
 def plan_of(
     options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
-    """What the options ask for, in this organization and since the earlier run."""
+    """The options, resolved for this organization and the earlier run."""
     reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
     own_account = caller.account if caller.account == organization.management_account else None
     earlier = tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK
@@ -263,7 +269,9 @@ def what_stopped_it(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {message} (--verbose shows where)"
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    SIGNALS.append(signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -301,7 +309,7 @@ def interruptible() -> Iterator[None]:
     except asyncio.CancelledError:
         raise Interrupted(received[0]) from None
     finally:
-        if not received:  # otherwise both stay ignored while the interpreter shuts down
+        if not received:  # otherwise all stay ignored while the interpreter shuts down
             for each, handler in handlers.items():
                 signal.signal(each, handler)
 
@@ -327,7 +335,7 @@ def show(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: what several sections share, in AWS's words
+# Data: what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
 # --------------------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
@@ -335,7 +343,10 @@ TERMINAL_WIDTH = 100
 MOST_URGENT, LEAST_URGENT = 1, 7  # priorities of findings
 
 ROOT = "<root_account>"  # its name in the credential report
-ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # the report has no IDs of them
+ROOT_ACCESS_KEYS = (
+    "<root_access_key_1>",
+    "<root_access_key_2>",
+)  # the report does not give their IDs
 NOT_APPLICABLE = "N/A"
 
 CLOUDTRAIL_KEEPS = timedelta(days=90)
@@ -470,7 +481,8 @@ class Scope:
 
 @dataclass(frozen=True)
 class Role:
-    """The role to assume. `own_account` is read with the profile's own credentials instead."""
+    """The role to assume. `own_account`, the management account if the profile belongs to it, is
+    read with the profile's own credentials instead."""
 
     name: str
     partition: str
@@ -492,7 +504,7 @@ class Plan:
     report_timeout: float  # seconds
     production: re.Pattern[str]
     max_key_age: timedelta
-    event_names: tuple[str, ...]
+    event_names: tuple[str, ...]  # what CloudTrail is asked for
     events_since: datetime | None  # None: CloudTrail is not asked
     events_out_of_reach: bool  # CloudTrail no longer keeps the oldest events that were wanted
 
@@ -586,14 +598,14 @@ def clock(span: timedelta) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# AWS: permissions with their reasons; every network call, its credentials, pace and repetition
+# AWS: permissions with their reasons; every network call, its credentials, pace and retries
 # --------------------------------------------------------------------------------------------------
 
 # Each action with the reason for it, as in README.md
 ROLE_READS = {
     "iam:GenerateCredentialReport": "has IAM prepare the credential report; not a pure read",
     "iam:GetCredentialReport": "passwords, their last use, and the root user",
-    "iam:ListUsers": "the users there are now; the report may be four hours old",
+    "iam:ListUsers": "the current users; the report may be four hours old",
     "iam:ListAccessKeys": "each user's access keys, their status and creation date",
     "iam:GetAccessKeyLastUsed": "when and for which service each access key was last used",
     "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
@@ -640,12 +652,10 @@ READ_TIMEOUT = 30  # seconds
 REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
 ASSUME_ROLE_AT_ONCE = 4  # one call per account needs few connections, and each costs CPU
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
-# So that no request can be signed with the profile's credentials by mistake
-PLACEHOLDERS: Any = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
 
 
 def open_session(profile: str | None) -> boto3.Session:
-    """The SDK's session, its credentials resolved, so that a prompt for an MFA code comes first.
+    """The SDK's session, its credentials resolved, so that it asks for an MFA code before all else.
 
     Raises AuditError where nobody can type that code: botocore would wait on a pipe forever.
     """
@@ -712,16 +722,16 @@ def connect(session: boto3.Session, workers: int) -> Aws:
         if refusal is not None:  # a guess, perhaps behind a firewall
             once: Any = {"max_attempts": 0}
             config = config.merge(Config(connect_timeout=GUESS_TIMEOUT, retries=once))
-        sts = session.client("sts", region, config=config, **PLACEHOLDERS)
-        sts.meta.events.register("before-sign.sts", sign_as_set)
+        sts = signed_client(session, "sts", region, config)
         try:
             caller = call_as(credentials, get_caller_identity, {"sts": sts, "region": region})
             return Aws(session, sts, caller, workers)
         except SDK_ERRORS as error:
+            known = isinstance(error, ClientError) and error_code(error) not in UNKNOWN_KEY
+            if known or (refusal is None and not isinstance(error, ClientError)):
+                raise
             refusal = refusal or error
-            if not isinstance(error, ClientError) or error_code(error) not in UNKNOWN_KEY:
-                break
-    raise refusal or AuditError("No Region to ask.")
+    raise refusal or AuditError("There is no Region to ask.")
 
 
 def get_caller_identity(sts: Any, region: str) -> Caller:
@@ -732,9 +742,21 @@ def get_caller_identity(sts: Any, region: str) -> Caller:
 
 def frozen_credentials(session: boto3.Session) -> Credentials:
     """The profile's own credentials. If necessary the SDK refreshes them, which may take long."""
-    found = session.get_credentials()
-    frozen: Any = found.get_frozen_credentials() if found else None
+    found: Any = session.get_credentials()  # open_session has found some
+    frozen = found.get_frozen_credentials()
     return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+
+def signed_client(session: boto3.Session, service: Any, region: Any, config: Config) -> Any:
+    """A client that can make calls only inside `call_as`, which signs them.
+
+    It has placeholders for credentials, so that nothing is signed with the profile's by mistake.
+    """
+    client: Any = session.client(
+        service, region, config=config, aws_access_key_id="none", aws_secret_access_key="none"
+    )
+    client.meta.events.register(f"before-sign.{service}", sign_as_set)
+    return client
 
 
 def client_config(*, connections: int, attempts: int) -> Config:
@@ -750,8 +772,8 @@ class Aws:
     """The SDK's clients, created once for all accounts, and the threads that make their calls.
 
     All accounts share one IAM client: a client and TLS connections for each would cost more than
-    the calls. AccountSession signs and repeats its calls; botocore makes one attempt only, because
-    its retry quota belongs to the client, and one account would use up another's.
+    the calls. AccountSession retries its calls; botocore itself does not, because its retry quota
+    belongs to the client, and one account would use up another's.
     """
 
     def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
@@ -759,23 +781,17 @@ class Aws:
         self.threads = Threads(workers)
         self.sts = sts
         config = client_config(connections=2, attempts=10)
-        self.organizations = session.client(
-            "organizations", caller.region, config=config, **PLACEHOLDERS
-        )
-        self.organizations.meta.events.register("before-sign.organizations", sign_as_set)
+        self.organizations = signed_client(session, "organizations", caller.region, config)
         shared = client_config(connections=workers, attempts=1)
-        self.iam = session.client("iam", caller.region, config=shared, **PLACEHOLDERS)
-        self.iam.meta.events.register("before-sign.iam", sign_as_set)
+        self.iam = signed_client(session, "iam", caller.region, shared)
         self.session, self._workers, self._shared = session, workers, shared
-        self._not_refreshed = ""
+        self._refresh_failure = ""
 
     @functools.cached_property
     def cloudtrail(self) -> Any:
         """The CloudTrail client, created on first use, in the partition's Region for IAM."""
-        region = IAM_REGIONS.get(self.caller.partition)
-        client = self.session.client("cloudtrail", region, config=self._shared, **PLACEHOLDERS)
-        client.meta.events.register("before-sign.cloudtrail", sign_as_set)
-        return client
+        region = IAM_REGIONS.get(self.caller.partition, self.caller.region)
+        return signed_client(self.session, "cloudtrail", region, self._shared)
 
     @functools.cached_property
     def assume_role_gate(self) -> asyncio.Semaphore:
@@ -793,16 +809,16 @@ class Aws:
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
             return get()
         answer: Future[Credentials] = Future()
-        if not self._not_refreshed:
+        if not self._refresh_failure:
             threading.Thread(target=settle, args=(answer, get), daemon=True).start()
             try:
                 return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
             except SDK_ERRORS as error:
-                raise step_failed(PROFILE_CREDENTIALS, error) from None
+                raise step_failed(PROFILE_STEP, error) from None
             except asyncio.TimeoutError:
                 end_child_processes()
-                self._not_refreshed = f"no answer to the refresh within {REFRESH_TIMEOUT:g} s"
-        raise StepFailed(PROFILE_CREDENTIALS, "RefreshTimeout", self._not_refreshed)
+                self._refresh_failure = f"no answer to the refresh within {REFRESH_TIMEOUT:g} s"
+        raise StepFailed(PROFILE_STEP, "RefreshTimeout", self._refresh_failure)
 
     async def ask(self, operation: Callable[..., T], *arguments: Any) -> T:
         """Run one of the operations on the organization in a thread, or raise StepFailed."""
@@ -823,24 +839,25 @@ def end_child_processes() -> None:
                 os.kill(int(process_id), signal.SIGTERM)
 
 
-# --- one call: credentials, pace, repetition ---
+# --- one call: credentials, pace, retries ---
 
 # The credentials that sign the current thread's request
 SIGNING: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING")
 # The operation that the current task began last: the step that failed if its answer is unexpected
 STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
 
-FIRST = (False, 0)  # the highest place in the queue for threads
+FIRST = (False, 0)  # the rank of what goes before all else
 # Steps that jump the queue, so that all reports are generated in parallel
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
-PROFILE_CREDENTIALS = "profile credentials"  # the step in place of AssumeRole, in its own account
+PROFILE_STEP = "profile credentials"  # the step before AssumeRole
 SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
-TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
+TRANSIENT_ATTEMPTS = 6  # after 5xx, dropped connections and time-outs
+FIRST_PAUSE = (0.5, 1.0)  # seconds, at random between these; doubled for each further attempt
 CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls: AWS allows two per second and account
 
 
 class AccountSession:
-    """The calls for one account: their credentials, their pace, their repetition.
+    """The calls for one account: their credentials, their pace, their retries.
 
     `turn` is the account's place in the queue for threads: urgent steps first, then the accounts in
     the order in which they were begun.
@@ -858,13 +875,13 @@ class AccountSession:
 
     async def sign_in(self) -> None:
         """Get credentials: the role's or, in the profile's own account, the profile's."""
-        STEP.set(PROFILE_CREDENTIALS)
+        STEP.set(PROFILE_STEP)
         credentials = await self.aws.profile_credentials()
         if self.role.own_account != self.account.id:
             arguments = {"aws": self.aws, "role": self.role, "account_id": self.account.id}
             assume = functools.partial(call_as, credentials, assume_role, arguments)
             gate = self.aws.assume_role_gate
-            credentials = await self._repeat("AssumeRole", assume, self._pace, gate)
+            credentials = await self._retry("AssumeRole", assume, self._pace, gate)
         self._credentials = credentials
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
@@ -878,7 +895,7 @@ class AccountSession:
         used = self._credentials
         try:
             request = functools.partial(call_as, used, operation, parameters)
-            return await self._repeat(step, request, pace)
+            return await self._retry(step, request, pace)
         except StepFailed as failure:
             if failure.code not in SESSION_EXPIRED:
                 raise
@@ -886,12 +903,12 @@ class AccountSession:
             if self._credentials is used:  # no other call of this account has renewed it meanwhile
                 await self.sign_in()
         request = functools.partial(call_as, self._credentials, operation, parameters)
-        return await self._repeat(step, request, pace)
+        return await self._retry(step, request, pace)
 
-    async def _repeat(
+    async def _retry(
         self, step: str, request: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
     ) -> T:
-        """Make a request in a thread until it is answered or a repetition cannot help.
+        """Make a request in a thread until it is answered or a retry cannot help.
 
         Only the attempts pass the gate, not the pauses: a throttled account holds up no other.
         """
@@ -899,13 +916,13 @@ class AccountSession:
         if step not in self._logged:
             self._logged.add(step)
             self.log(f"{self.account.id} {self.account.name}: {step}")
-        urgency = (step not in URGENT_STEPS, self._turn)
+        rank = (step not in URGENT_STEPS, self._turn)
         attempts = 0
         while True:
-            await pace.turn()
+            await pace.wait()
             try:
                 async with gate or contextlib.AsyncExitStack():
-                    answer = await self.aws.threads.run(urgency, request)
+                    answer = await self.aws.threads.run(rank, request)
             except SDK_ERRORS as error:
                 failure = step_failed(step, error)
             else:
@@ -916,7 +933,7 @@ class AccountSession:
             attempts += 1
             if failure.kind != "transient" or attempts == TRANSIENT_ATTEMPTS:
                 raise failure
-            await asyncio.sleep(random.uniform(0.25, 0.5) * 2**attempts)
+            await asyncio.sleep(random.uniform(*FIRST_PAUSE) * 2 ** (attempts - 1))
 
 
 def call_as(
@@ -953,7 +970,7 @@ class Pace:
         self._next = 0.0
         self._throttled_since: float | None = None
 
-    async def turn(self) -> None:
+    async def wait(self) -> None:
         """Wait until this account may be called again."""
         start = max(time.monotonic(), self._next)
         self._next = start + self._gap
@@ -988,10 +1005,10 @@ class Threads:
         for _ in range(size):
             threading.Thread(target=self._work, daemon=True).start()
 
-    async def run(self, urgency: tuple[bool, int], call: Callable[[], T]) -> T:
-        """Make a call in a thread when its turn has come; the lowest `urgency` goes first."""
+    async def run(self, rank: tuple[bool, int], call: Callable[[], T]) -> T:
+        """Make a call in a thread when its turn has come; the lowest rank goes first."""
         answer: Future[T] = Future()
-        self._calls.put((urgency, next(self._order), call, answer))
+        self._calls.put((rank, next(self._order), call, answer))
         return await asyncio.wrap_future(answer)
 
     def _work(self) -> None:
@@ -1019,7 +1036,7 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
 
 
-# --- operations with the profile's credentials ---
+# --- operations with the profile's credentials, signed by `Aws.ask` or by themselves ---
 
 SESSION_NAME = "iam-audit"
 
@@ -1072,7 +1089,7 @@ def list_policies(aws: Aws) -> list[tuple[str, str]]:
 
 def describe_policy(aws: Aws, policy_id: str) -> str:
     """The policy's JSON text."""
-    return aws.organizations.describe_policy(PolicyId=policy_id)["Policy"]["Content"]
+    return str(aws.organizations.describe_policy(PolicyId=policy_id)["Policy"]["Content"])
 
 
 def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
@@ -1084,7 +1101,7 @@ def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
 
 def list_parents(aws: Aws, child_id: str) -> str:
     """The root or organizational unit directly above an account or organizational unit."""
-    return aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"]
+    return str(aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"])
 
 
 def list_organizations_features(aws: Aws) -> bool:
@@ -1120,7 +1137,8 @@ LastUsed = tuple[Union[datetime, None], str]
 
 async def generate_credential_report(session: AccountSession) -> bool:
     """Whether the report is complete."""
-    return (await session.call(session.aws.iam.generate_credential_report))["State"] == "COMPLETE"
+    answer: Any = await session.call(session.aws.iam.generate_credential_report)
+    return bool(answer["State"] == "COMPLETE")
 
 
 async def get_credential_report(session: AccountSession) -> tuple[bytes, datetime]:
@@ -1139,7 +1157,7 @@ async def get_login_profile(session: AccountSession, user_name: str) -> bool:
         await session.call(session.aws.iam.get_login_profile, UserName=user_name)
         return True
     except StepFailed as failure:
-        if failure.code == "NoSuchEntity":
+        if failure.code == NO_SUCH_ENTITY:
             return False
         raise
 
@@ -1196,7 +1214,10 @@ async def lookup_events(session: AccountSession, name: str, since: datetime) -> 
     while True:
         answer = await session.call(session.aws.cloudtrail.lookup_events, **request)
         for entry in answer["Events"]:
-            event = event_of(json.loads(entry["CloudTrailEvent"]))
+            record = json.loads(entry["CloudTrailEvent"])
+            if record.get("recipientAccountId", session.account.id) != session.account.id:
+                raise StepFailed("LookupEvents", "WrongAccount", "an event is of another account")
+            event = event_of(record)
             if event is not None and event.time >= since:
                 found.append(event)
         if "NextToken" not in answer:
@@ -1241,12 +1262,15 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
 # --- errors ---
 
 SDK_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
+TRANSIENT_ERRORS = (ResponseParserError, HTTPClientError, botocore.exceptions.ConnectionError)
 # fmt: off
 THROTTLED = {
     "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
     "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
 }
 # fmt: on
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+NO_SUCH_ENTITY = "NoSuchEntity"
 # As is every HTTP status from 500
 TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
 # botocore's own text quotes the answer, which may hold credentials.
@@ -1276,7 +1300,7 @@ def step_failed(step: str, error: Exception) -> StepFailed:
     code, message = type(error).__name__, without_secrets(str(error))
     if isinstance(error, ResponseParserError):
         message = NOT_UNDERSTOOD
-    if isinstance(error, (ResponseParserError, HTTPClientError, ConnectionError)):
+    if isinstance(error, TRANSIENT_ERRORS):
         kind = "transient"
     return StepFailed(step, code, message, kind)
 
@@ -1323,7 +1347,7 @@ def frames_of(error: BaseException) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Audit: one account from AssumeRole to its users; the organization as many of these side by side
+# Audit: one account, from AssumeRole to its users; all accounts concurrently
 # --------------------------------------------------------------------------------------------------
 
 ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
@@ -1347,8 +1371,8 @@ async def audit_organization(
             session = AccountSession(aws, account, plan.role, turn, log)
             finish(await audit_account(session, plan))
 
-    async for account in accounts_in_question(aws, organization, plan.scope, progress):
-        left_out = leave_out(account, organization, plan.scope)
+    async for account in accounts_to_consider(aws, organization, plan.scope, progress):
+        left_out = left_out_outcome(account, organization, plan.scope)
         if left_out is not None:
             finish(left_out)
         else:
@@ -1356,20 +1380,20 @@ async def audit_organization(
     await asyncio.gather(*audits)
 
 
-async def accounts_in_question(
+async def accounts_to_consider(
     aws: Aws, organization: Organization, scope: Scope, progress: Progress
 ) -> AsyncIterator[Account]:
     """The accounts as they are listed; all at the end if the scope must be checked first."""
-    listed, by_name = [], bool(scope.accounts or scope.ous)
+    listed, must_check = [], bool(scope.accounts or scope.ous)
     async for account in list_accounts(aws):
-        if leave_out(account, organization, scope) is None:
+        if left_out_outcome(account, organization, scope) is None:
             progress.listed += 1
-        if by_name:
+        if must_check:
             listed.append(account)
         else:
             yield account
     progress.all_listed = True
-    if by_name:
+    if must_check:
         check_scope(scope, organization, listed)
     for account in listed:
         yield account
@@ -1404,7 +1428,7 @@ def is_below(account: Account, ous: frozenset[str]) -> bool:
     return not ous.isdisjoint((account.path or "").split("/"))
 
 
-def leave_out(
+def left_out_outcome(
     account: Account, organization: Organization, scope: Scope
 ) -> SkippedAccount | OutOfScopeAccount | None:
     """The outcome of an account that is not audited; None if it is."""
@@ -1458,7 +1482,7 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
             users = await read_changed_users(session, users, listed, report)
     finally:
         report.cancel()
-        await asyncio.gather(report, return_exceptions=True)  # what it raises now comes second
+        await asyncio.gather(report, return_exceptions=True)  # an earlier error takes precedence
     in_order = [users[name] for name in sorted(users)]
     if ROOT in rows:
         in_order.insert(0, await read_root(session, rows[ROOT]))
@@ -1595,15 +1619,13 @@ def has_password(row: ReportRow) -> bool:
 CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger difference to its clock
 # NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
-NO_SUCH_ENTITY = "NoSuchEntity"
 
 
 def has_unlisted_user(
     rows: Mapping[str, ReportRow], listed: Sequence[UserEntry], asked: datetime
 ) -> bool:
-    """Whether the report has a name, or a new bearer of a name, that the list lacks."""
+    """Whether the report has a name, or a new user with an old name, that the list lacks."""
     created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in listed}
     for name, row in rows.items():
         if name == ROOT:
@@ -1648,8 +1670,8 @@ async def read_users(
                 users[user.name] = user
 
     size = min(READERS_PER_ACCOUNT, len(entries))
-    works = [naming_the_step(session, read_one_after_another) for _ in range(size)]
-    readers = [asyncio.create_task(work) for work in works]
+    reads = [naming_the_step(session, read_one_after_another) for _ in range(size)]
+    readers = [asyncio.create_task(read) for read in reads]
     try:
         await asyncio.gather(*readers)
     finally:  # after an error, nothing more is read
@@ -1693,7 +1715,7 @@ async def find_user(session: AccountSession, entry: UserEntry) -> UserEntry | No
 async def read_user_once(
     session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
 ) -> User:
-    """One user, from live answers and their row of the report; StepFailed with NoSuchEntity."""
+    """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
     name, created = entry["UserName"], to_second(entry["CreateDate"])
     check_account(entry["Arn"], session.account.id, "ListUsers")
     keys = await read_access_keys(session, name)
@@ -1791,7 +1813,7 @@ def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
 
 
 async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
-    """CloudTrail's events of the account. A refusal costs the changes their witness, no more."""
+    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
     events = []
     try:
         for name in names:

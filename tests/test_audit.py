@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from endpoint import (
     Json,
     account,
     credential_report,
+    event,
     key,
     root,
     root_key,
@@ -616,3 +618,16 @@ def test_root_in_govcloud_is_no_console_user_and_its_keys_are_reported(
     findings = (result.folder / "findings.csv").read_text(encoding="utf-8")
     assert "root-access-key" in findings
     assert "console-without-mfa" not in findings
+
+
+def test_an_event_of_another_account_is_no_witness(serve: Serve, run_program: Program) -> None:
+    """All accounts share one client: nothing of another account may pass unnoticed."""
+    now = datetime.now(timezone.utc)
+    strange = event("CreateUser", now, user="ana", recipientAccountId=TWO)
+    own = event("CreateUser", now, user="ana", recipientAccountId=TWO)
+    accounts = [account(ONE, "one", events=[strange]), account(TWO, "two", events=[own])]
+    result = run_program(serve(*accounts).env(), "--cloudtrail")
+    assert result.summary is not None
+    assert (result.exit_code, result.summary["cloudtrail"]["events"]) == (0, 1)
+    unavailable = result.summary["cloudtrail"]["unavailable"]
+    assert unavailable == {ONE: "LookupEvents: WrongAccount: an event is of another account"}
