@@ -3793,7 +3793,7 @@ exit codes:
   2    the command line is wrong
   3    some accounts in scope could not be audited; all others were written
   4    what --fail-on names was found
-  130  interrupted (SIGINT); 143: terminated (SIGTERM)
+  130  interrupted (SIGINT); 143: terminated (SIGTERM); 129: hung up (SIGHUP)
 """
 
 
