@@ -118,6 +118,7 @@ EXIT_FAIL_ON = 4
 EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
 CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # without an earlier run
+FIRST_ACCOUNTS = 20  # a role that is denied in all of these probably has another name or trust
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,6 +200,8 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
         progress.failed = len(run.failed)
         progress.done = len(run.audited) + len(run.failed)
         status.log(outcome_line(outcome))
+        if isinstance(outcome, FailedAccount):
+            warn_of_role(run, status)
 
     enforcement = asyncio.create_task(read_enforcement(aws, run.organization))
     with status.drawing():
@@ -222,6 +225,17 @@ def keep(run: Run, outcome: Outcome) -> None:
         run.skipped.append(outcome)
     else:
         run.out_of_scope.append(outcome)
+
+
+def warn_of_role(run: Run, status: Status) -> None:
+    """If just now the first accounts have all failed with the same denial, say so at once."""
+    if run.audited or len(run.failed) != FIRST_ACCOUNTS:
+        return
+    causes = {(one.step, one.code) for one in run.failed}
+    if len(causes) == 1 and causes <= {("AssumeRole", code) for code in DENIED}:
+        what = f"AssumeRole was denied in the first {FIRST_ACCOUNTS} accounts alike: the name"
+        role = f"{what} of role {run.plan.role.name} or its trust policy is probably wrong."
+        status.warn(f"iam_audit.py: {role} The run goes on.")
 
 
 def raise_phase1_levels(run: Run) -> None:
@@ -576,6 +590,11 @@ def iso(moment: datetime) -> str:
     return to_second(moment).isoformat()
 
 
+def is_active(status: str) -> bool:
+    """Whether an access key can be used; a status that AWS adds counts as active."""
+    return status not in ("Inactive", "Expired")
+
+
 def days_between(earlier: datetime, later: datetime) -> int:
     """Whole days; 0 for a key that was created after the run began."""
     return max(0, (later - earlier).days)
@@ -780,7 +799,7 @@ class Aws:
         self.caller = caller
         self.threads = Threads(workers)
         self.sts = sts
-        config = client_config(connections=2, attempts=10)
+        config = client_config(connections=4, attempts=10)
         self.organizations = signed_client(session, "organizations", caller.region, config)
         shared = client_config(connections=workers, attempts=1)
         self.iam = signed_client(session, "iam", caller.region, shared)
@@ -837,6 +856,22 @@ def end_child_processes() -> None:
         with contextlib.suppress(OSError):
             for process_id in children.read_text().split():
                 os.kill(int(process_id), signal.SIGTERM)
+
+
+async def side_by_side(most: int, items: Sequence[T], work: Callable[[T], Awaitable[None]]) -> None:
+    """Do the work for each item, for at most so many at a time. After an error, no more is done."""
+    remaining = iter(items)
+
+    async def one_after_another() -> None:
+        for item in remaining:
+            await work(item)
+
+    tasks = [asyncio.create_task(one_after_another()) for _ in range(min(most, len(items)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 # --- one call: credentials, pace, retries ---
@@ -1069,6 +1104,8 @@ async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
 def account_of(entry: Mapping[str, Any]) -> Account:
     """An entry of ListAccounts. State replaces Status, which AWS retired on 2026-09-09."""
     state = entry.get("State") or entry.get("Status")
+    if not re.fullmatch("[0-9]{12}", entry["Id"]):  # it becomes the name of a file
+        raise AuditError(f"ListAccounts gave {entry['Id']!r}, not an account ID of 12 digits.")
     if not state:
         raise sdk_too_old(f"State for account {entry['Id']}")
     paths = entry.get("Paths") or [None]
@@ -1100,8 +1137,11 @@ def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
 
 
 def list_parents(aws: Aws, child_id: str) -> str:
-    """The root or organizational unit directly above an account or organizational unit."""
-    return str(aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"])
+    """The root or OU directly above an account or OU; empty if that has left the organization."""
+    try:
+        return str(aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"])
+    except aws.organizations.exceptions.ChildNotFoundException:
+        return ""
 
 
 def list_organizations_features(aws: Aws) -> bool:
@@ -1661,22 +1701,14 @@ async def read_users(
 ) -> dict[str, User]:
     """The users of these entries of ListUsers by name, a few read at a time."""
     users: dict[str, User] = {}
-    remaining = iter(entries)
 
-    async def read_one_after_another() -> None:
-        for entry in remaining:
-            user = await read_user(session, entry, report)
-            if user is not None:
-                users[user.name] = user
+    async def read(entry: UserEntry) -> None:
+        work = functools.partial(read_user, session, entry, report)
+        user = await naming_the_step(session, work)
+        if user is not None:
+            users[user.name] = user
 
-    size = min(READERS_PER_ACCOUNT, len(entries))
-    reads = [naming_the_step(session, read_one_after_another) for _ in range(size)]
-    readers = [asyncio.create_task(read) for read in reads]
-    try:
-        await asyncio.gather(*readers)
-    finally:  # after an error, nothing more is read
-        for task in readers:
-            task.cancel()
+    await side_by_side(READERS_PER_ACCOUNT, entries, read)
     return users
 
 
@@ -1838,7 +1870,8 @@ AccountRow = namedtuple(
     "created_date last_used_date service_name mfa_status",
 )
 CSV_COLUMNS = AccountRow._fields
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet runs as a formula
+# Where a spreadsheet may begin a formula: in many countries it splits rows at semicolons.
+CELL_START, FORMULA = r"(?<![^;,\t\r\n])", r"(?='*[=+\-@\t\r])"
 
 
 def make_run_folder(output_dir: Path, started: datetime) -> Path:
@@ -1881,30 +1914,26 @@ def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The rows end in LF, as grep and awk expect."""
     with atomic_file(path) as file:
-        writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
-        writer.writerow(columns)
-        writer.writerows(map(neutral, row) for row in rows)
+        for row in itertools.chain([columns], rows):
+            file.write(",".join(map(quoted, row)) + "\n")
 
 
-class LineFeeds(NamedTuple):
-    """Ends the rows of csv.writer in LF, as grep and awk expect. The writer itself must end them in
-    CRLF: only then does every version of Python quote both CR and LF inside a cell."""
-
-    file: TextIO
-
-    def write(self, row: str) -> None:
-        self.file.write(row[:-2] + "\n")
+def quoted(cell: str) -> str:
+    """The cell, neutral and, if anybody may split it, in quotes. csv.writer ignores semicolons."""
+    cell = neutral(cell)
+    return '"' + cell.replace('"', '""') + '"' if re.search('[;,\t\r\n"]', cell) else cell
 
 
 def neutral(cell: str) -> str:
-    """The cell, with an apostrophe before what a spreadsheet would run as a formula. A cell that
-    has such an apostrophe of its own gets another one, so that `original` gives it back."""
-    return "'" + cell if FORMULA.match(cell) else cell
+    """The cell, with an apostrophe before what a spreadsheet would run as a formula. Where it has
+    such an apostrophe of its own, it gets another one, so that `original` gives it back."""
+    return re.sub(CELL_START + FORMULA, "'", cell)
 
 
 def original(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+    return re.sub(f"{CELL_START}'{FORMULA}", "", cell) if "'" in cell else cell
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -1948,7 +1977,6 @@ class UserState(NamedTuple):
 
 Keys = Mapping[str, KeyState]  # by access key ID
 States = Mapping[str, UserState]  # by user name
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
 SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
 DAMAGE = (OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -2000,7 +2028,7 @@ def read_states(path: Path, account_id: str) -> dict[str, UserState]:
                 raise ValueError(f"row {number} is not one of account {account_id}")
             row = AccountRow(*map(original, cells))
             known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
-            if not known or row.status not in KEY_STATUSES or not row.mfa_status:
+            if not known or not row.status or not row.mfa_status:
                 raise ValueError(f"row {number} has words that no such CSV has")
             found.append(row)
     return states_of(found)
@@ -2103,7 +2131,7 @@ def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
 
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
     """What one user adds to the account's gaps."""
-    active = [key for key in user.keys if key.status == "Active"]
+    active = [key for key in user.keys if is_active(key.status)]
     statuses = Counter(key.status for key in user.keys)
     ages = [now - key.created for key in active]
     unused = [now - key.last_used for key in active if key.last_used is not None]
@@ -2161,7 +2189,6 @@ FINDINGS_COLUMNS = (
     *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
 )
 USER, ACTIVE_KEY, INACTIVE_KEY, EXPIRED_KEY = "user", "active key", "inactive key", "expired key"
-KEY_KINDS = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}  # all others are inactive
 NEVER = timedelta.max
 
 
@@ -2247,7 +2274,7 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
         for key in (None, *user.keys):
             case = whose
             if key:
-                about = KEY_KINDS.get(key.status, INACTIVE_KEY)
+                about = ACTIVE_KEY if is_active(key.status) else f"{key.status.lower()} key"
                 unused = now - key.last_used if key.last_used else NEVER
                 case = whose._replace(about=about, age=now - key.created, unused=unused)
             rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
@@ -2279,7 +2306,10 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
 
 
 def reasons_of(finding: Finding, plan: Plan) -> list[str]:
-    return [rule.reason.format(max_key_age=plan.max_key_age.days) for rule in finding.rules]
+    reasons = [rule.reason.format(max_key_age=plan.max_key_age.days) for rule in finding.rules]
+    if (key := finding.key) and is_active(key.status) and key.status != "Active":
+        reasons.append(f"status {key.status}")
+    return reasons
 
 
 def recommendation(finding: Finding, run: Run) -> str:
@@ -2290,6 +2320,7 @@ def recommendation(finding: Finding, run: Run) -> str:
     advised = [rule.advice for rule in finding.rules if rule.advice]
     advised.append(FIND_OUT if key and key.last_used else ASK_OWNER)
     user = f"--user-name={shlex.quote(printable(finding.user))}"
+    user = re.sub(",(?=[=+@-])", r",\\", user)  # else `neutral` puts an apostrophe into a command
     key_id = f"--access-key-id={shlex.quote(printable(key.id))}" if key else ""
     return advised[0].format(user=user, key=key_id, account=finding.account.id)
 
@@ -2554,8 +2585,9 @@ def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
                 yield of_key._replace(change="access-key-deleted", before=then.status)
             if now is not None:
                 yield of_key._replace(change="access-key-created", after=now.status)
-        elif (then.status == "Active") != (now.status == "Active"):
-            what = "access-key-activated" if now.status == "Active" else "access-key-deactivated"
+        elif is_active(then.status) != is_active(now.status):
+            activated = is_active(now.status)
+            what = "access-key-activated" if activated else "access-key-deactivated"
             yield of_key._replace(change=what, before=then.status, after=now.status)
 
 
@@ -2737,37 +2769,45 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
     """Decide the controls of each account, audited or failed."""
     accounts = [figures.account for figures in run.audited]
     accounts += [failed.account for failed in run.failed]
-    why_not = run.enforcement.why_not
-    parents: dict[str, str] = {}
-    paths: dict[str, Sequence[str] | None] = {}
-    for account in accounts:
-        if account.id == run.organization.management_account:
-            paths[account.id] = ()  # no service control policy applies to it
-        elif not why_not:
-            question = path_of(aws, account, parents)
-            paths[account.id], why_not = await best_effort("ListParents", question, None)
+    why_not, parents = run.enforcement.why_not, dict[str, str]()
+    management = run.organization.management_account
+    if not why_not:
+        unknown = [each.id for each in accounts if each.path is None and each.id != management]
+        question = read_parents(aws, unknown)
+        parents, why_not = await best_effort("ListParents", question, parents)
     run.enforcement = run.enforcement._replace(why_not=why_not)
     for account in accounts:
-        path = None if why_not else paths[account.id]
+        path = None if why_not else path_of(account, management, parents)
         run.controls[account.id] = controls_of_account(path, run.enforcement.judged)
 
 
-async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> Sequence[str] | None:
-    """The IDs of the account, its OUs and the root; None if it left since it was listed. Where
-    ListAccounts does not tell the path, each parent is asked for once and kept in `parents`."""
+PARENTS_AT_ONCE = 4
+
+
+async def read_parents(aws: Aws, account_ids: Sequence[str]) -> dict[str, str]:
+    """What is above these accounts, up to the root; each account and OU is asked about once."""
+    parents: dict[str, str] = {}
+
+    async def read(child_id: str) -> None:
+        parents[child_id] = await aws.ask(list_parents, child_id)
+
+    level = account_ids
+    while level:
+        await side_by_side(PARENTS_AT_ONCE, level, read)
+        level = sorted({up for up in parents.values() if up.startswith("ou-")} - parents.keys())
+    return parents
+
+
+def path_of(account: Account, management: str, parents: Mapping[str, str]) -> Sequence[str] | None:
+    """The IDs of the account, its OUs and the root; None if it left since it was listed."""
+    if account.id == management:
+        return ()  # no service control policy applies to it
     if account.path is not None:
         return account.path.split("/")
     ids = [account.id]
-    try:
-        while not ids[-1].startswith("r-"):
-            if ids[-1] not in parents:
-                parents[ids[-1]] = await aws.ask(list_parents, ids[-1])
-            ids.append(parents[ids[-1]])
-    except StepFailed as failure:
-        if failure.code == "ChildNotFoundException":
-            return None
-        raise
-    return ids
+    while ids[-1] and not ids[-1].startswith("r-"):
+        ids.append(parents[ids[-1]])
+    return ids if ids[-1] else None
 
 
 def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
@@ -3068,6 +3108,8 @@ def quiet_lines(run: Run, summary: Summary) -> list[str]:
     not_compared = "Not compared, because the earlier run had not audited them: "
     return [
         *lines,
+        *(skipped_lines(summary) if run.plan.scope.accounts else ()),
+        *root_lines(run),
         *new_key_lines(run),
         *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
         *titled(f"MFA removed {since}", map(change_line, removed)),
@@ -3090,10 +3132,14 @@ def audited_lines(run: Run, summary: Summary, finished: datetime) -> list[str]:
     if run.audited:
         span = age(finished - min(one.report_generated for one in run.audited))
         lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
-    if rootless := sum(not one.has_root for one in run.audited):
-        number = count(rootless, "account")
-        lines.append(f"Root is missing from the credential report of {number}: not covered there")
-    return lines
+    return lines + root_lines(run)
+
+
+def root_lines(run: Run) -> list[str]:
+    """For how many accounts root is not covered, if there are any."""
+    number = sum(not one.has_root for one in run.audited)
+    words = f"Root is missing from the credential report of {count(number, 'account')}"
+    return [f"{words}: not covered there"] if number else []
 
 
 def failed_lines(run: Run, summary: Summary) -> list[str]:
@@ -3107,8 +3153,9 @@ def failed_lines(run: Run, summary: Summary) -> list[str]:
         groups.setdefault((one["step"], one["error"]["code"]), []).append(one)
     for (step, code), members in groups.items():
         lines.append(f"  {step}: {code}")
-        for one in members:
-            lines += wrapped(f"    {one['id']} {one['name']}: {one['error']['message']}")
+        told = [f"{one['id']} {one['name']}: {one['error']['message']}" for one in members]
+        for line in shortened(told):
+            lines += wrapped(f"    {line}")
         for at_step, codes, advice in NEXT_STEPS:
             if at_step in ("", step) and re.search(codes, code):
                 words = advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
@@ -3124,6 +3171,9 @@ NEXT_STEPS = (
     ("AssumeRole", ACCESS_DENIED,
      "does role {role} exist in the account, does its trust policy trust {caller} and the external "
      "ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."),
+    ("profile credentials", "",
+     "the profile's credentials could not be renewed: sign in again (aws sso login, for one), or "
+     "mend its credential_process, which must not wait for anybody, then run the audit again."),
     ("AssumeRole", "Token|Credential|MFA",
      "the profile's own session has ended: sign in again (aws sso login, for one), then run the "
      "audit again."),
@@ -3138,10 +3188,14 @@ NEXT_STEPS = (
 # fmt: on
 
 
-def left_out_lines(run: Run, summary: Summary) -> list[str]:
+def skipped_lines(summary: Summary) -> list[str]:
     skipped = accounts_of(summary, "skipped")
     title = f"Skipped, because not ACTIVE: {count(len(skipped), 'account')}"
-    lines = titled(title, (f"{one['id']} {one['name']}: {one['state']}" for one in skipped))
+    return titled(title, (f"{one['id']} {one['name']}: {one['state']}" for one in skipped))
+
+
+def left_out_lines(run: Run, summary: Summary) -> list[str]:
+    lines = skipped_lines(summary)
     management, left_out = run.organization.management_account, summary["out_of_scope"]
     others = sum(one["id"] != management for one in left_out)
     if others < len(left_out):
@@ -3775,7 +3829,7 @@ exit codes:
   2    the command line is wrong
   3    some accounts in scope could not be audited; all others were written
   4    what --fail-on names was found
-  130  interrupted (SIGINT); 143: terminated (SIGTERM)
+  130  interrupted (SIGINT); 143: terminated (SIGTERM); 129: hung up (SIGHUP)
 """
 
 
@@ -3968,6 +4022,11 @@ class Status:
     def log(self, line: str) -> None:
         if self._verbose:
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
+
+    def warn(self, line: str) -> None:
+        """Write a line with --quiet, too."""
+        if self._out is not None:
+            self._write(f"{printable(line)}\n")
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:

@@ -110,6 +110,17 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana": state(K="Expired")},
         ["ana|K|access-key-deactivated|Active|Expired"],
     ),
+    "activated to a status that AWS added": (
+        {"ana": state(K="Inactive")},
+        {"ana": state(K="New")},
+        ["ana|K|access-key-activated|Inactive|New"],
+    ),
+    "deactivated from a status that AWS added": (
+        {"ana": state(K="New")},
+        {"ana": state(K="Expired")},
+        ["ana|K|access-key-deactivated|New|Expired"],
+    ),
+    "active in another way": ({"ana": state(K="Active")}, {"ana": state(K="New")}, []),
     "inactive key expired": ({"ana": state(K="Inactive")}, {"ana": state(K="Expired")}, []),
     "MFA added": ({"ana": state()}, {"ana": state(mfa_status="SMS")}, ["ana||mfa-added|None|SMS"]),
     "MFA removed": (
@@ -583,7 +594,8 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "empty": (CSV, rewritten(CSV, lambda _: b"")),
     "zeros": (CSV, rewritten(CSV, lambda text: b"\0" * len(text))),
     "a cell more": (CSV, rewritten(CSV, replaced(b",Active,", b",Active,x,"))),
-    "unknown word": (CSV, rewritten(CSV, replaced(b",Active,", b",Activo,"))),
+    "no status": (CSV, rewritten(CSV, replaced(b",Active,", b",,"))),
+    "unknown word": (CSV, rewritten(CSV, replaced(b",Configurada,", b",Configured,"))),
     "not UTF-8": (CSV, rewritten(CSV, replaced(b"payments", b"pa\xffyments"))),
     "missing": (CSV, lambda folder: (folder / CSV).unlink()),
     "no JSON": (SUMMARY, rewritten(SUMMARY, lambda text: text[:-20])),
