@@ -2084,10 +2084,10 @@ class Gaps:
         return Gaps(**numbers, oldest_active_key=oldest)
 
     @property
-    def mfa_coverage_percent(self) -> float:
-        """Console users with MFA, in percent of all, rounded down so that 100 means all."""
+    def mfa_coverage_percent(self) -> float | None:
+        """Console users with MFA, rounded down so that 100 means all; None if there are none."""
         covered = self.console_users - self.console_users_without_mfa
-        return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
+        return 1000 * covered // self.console_users / 10 if self.console_users else None
 
 
 GAP_COUNTS = tuple(each.name for each in fields(Gaps) if each.name != "oldest_active_key")
@@ -2247,8 +2247,10 @@ RULES = (
          "not used for 90 days", DEACTIVATE_UNUSED),
     Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
          "older than {max_key_age} days"),
-    Rule("inactive-key", 7, INACTIVE_KEY, lambda it: True, "inactive", DELETE),
-    Rule("inactive-key", 7, EXPIRED_KEY, lambda it: True, "expired", DELETE),
+    Rule("inactive-root-access-key", 2, INACTIVE_KEY, lambda it: it.root, "inactive root key"),
+    Rule("inactive-root-access-key", 2, EXPIRED_KEY, lambda it: it.root, "expired root key"),
+    Rule("inactive-key", 7, INACTIVE_KEY, lambda it: not it.root, "inactive", DELETE),
+    Rule("inactive-key", 7, EXPIRED_KEY, lambda it: not it.root, "expired", DELETE),
 )
 # fmt: on
 
@@ -3211,7 +3213,7 @@ def maturity_lines(run: Run, summary: Summary) -> list[str]:
     mfa, keys = "no console users", "no active keys"
     if gaps["console_users"]:
         users = count(gaps["console_users"], "console user")
-        mfa = f"{gaps['console_users_without_mfa']:,} of {users} without MFA"
+        mfa = f"{gaps['console_users_without_mfa']:,} of {users} without MFA, root included"
     if gaps["active_keys"]:
         active = count(gaps["active_keys"], "active key")
         keys = f"{gaps['active_keys_older_than_max_age']:,} of {active} older than {days} days"
@@ -3241,7 +3243,7 @@ def held_back_lines(run: Run, summary: Summary) -> list[str]:
 
 
 GAP_LABELS = {
-    "console_users": "console users",
+    "console_users": "console users, root included",
     "console_users_without_mfa": "  without MFA",
     "mfa_coverage_percent": "  MFA coverage",
     "access_keys": "access keys (long-term credentials)",
@@ -3264,9 +3266,12 @@ def gap_lines(run: Run, summary: Summary) -> list[str]:
     for name, words in GAP_LABELS.items():
         line = f"{words.format(days=run.plan.max_key_age.days):<38}"
         for gaps in summary["gaps"].values():
-            cell = f"{gaps[name]:,}"
-            if name == "mfa_coverage_percent":
-                cell = f"{gaps[name]:.1f} %" if gaps["console_users"] else "no console users"
+            if gaps[name] is None:
+                cell = "no console users"
+            else:
+                cell = (
+                    f"{gaps[name]:.1f} %" if name == "mfa_coverage_percent" else f"{gaps[name]:,}"
+                )
             line += f"{cell:>18}"
         lines.append(line)
     if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
@@ -3342,7 +3347,7 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
     keys = f"{deleted:,} deleted, {deactivated:,} deactivated"
     lines = [
         f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
-        f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
+        f"  console users without MFA, root included: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
         f"  access keys: {keys}, {counts['access-key-created']:,} created",
     ]
     for phase, levels in zip(("phase 1", "phase 2"), changes["maturity"].values()):

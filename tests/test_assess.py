@@ -263,9 +263,9 @@ CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
         {"console_users": 1, "console_users_without_mfa": 1},
         0.0,
     ),
-    "no password": (user("alice"), {}, 100.0),
-    "no password, MFA": (user("alice", mfa=["Hardware", "Virtual"]), {}, 100.0),
-    "root without credentials": (user(ROOT), {}, 100.0),
+    "no password": (user("alice"), {}, None),
+    "no password, MFA": (user("alice", mfa=["Hardware", "Virtual"]), {}, None),
+    "root without credentials": (user(ROOT), {}, None),
     "root with password, no MFA": (
         user(ROOT, password=True),
         {"console_users": 1, "console_users_without_mfa": 1},
@@ -276,11 +276,11 @@ CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
         {"console_users": 1},
         100.0,
     ),
-    "root with a key": (user(ROOT, key(DAY)), {**NEVER, "root_access_keys": 1}, 100.0),
+    "root with a key": (user(ROOT, key(DAY)), {**NEVER, "root_access_keys": 1}, None),
     "root with an inactive key": (
         user(ROOT, key(DAY, status="Inactive")),
         {"access_keys": 1, "inactive_keys": 1, "root_access_keys": 1},
-        100.0,
+        None,
     ),
     "two active keys": (
         user("alice", key(DAY), key(DAY)),
@@ -290,18 +290,20 @@ CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
             "active_keys_never_used": 2,
             "users_with_two_active_keys": 1,
         },
-        100.0,
+        None,
     ),
     "one of two keys active": (
         user("alice", key(DAY), key(DAY, status="Inactive")),
         {**NEVER, "access_keys": 2, "inactive_keys": 1},
-        100.0,
+        None,
     ),
 }
 
 
 @pytest.mark.parametrize(("one", "expected", "coverage"), CONSOLE_GAPS.values(), ids=CONSOLE_GAPS)
-def test_what_a_user_adds_to_the_gaps(one: User, expected: dict[str, int], coverage: float) -> None:
+def test_what_a_user_adds_to_the_gaps(
+    one: User, expected: dict[str, int], coverage: float | None
+) -> None:
     found = gaps(one)
     assert counted(found) == expected
     assert found.mfa_coverage_percent == coverage
@@ -311,7 +313,7 @@ def test_an_account_without_users_has_no_gaps() -> None:
     figures = assess(audited(), plan(), NOW)
     assert counted(figures.gaps) == {}
     assert figures.gaps.oldest_active_key is None
-    assert figures.gaps.mfa_coverage_percent == 100.0
+    assert figures.gaps.mfa_coverage_percent is None
     assert (figures.users, figures.has_root) == (0, False)
 
 
@@ -517,7 +519,7 @@ def test_what_is_found_about_a_key(
 
 
 @pytest.mark.parametrize(("one", "expected"), KEY_FINDINGS.values(), ids=KEY_FINDINGS)
-def test_an_active_key_of_root_is_always_most_urgent(
+def test_a_key_of_root_is_urgent_whatever_its_status(
     one: AccessKey, expected: tuple[int, str, set[str]] | None
 ) -> None:
     """Whatever else holds for it stays among the reasons."""
@@ -530,7 +532,8 @@ def test_an_active_key_of_root_is_always_most_urgent(
             *(expected[2] if expected else ()),
         }
     else:
-        assert (found.priority, found.finding, set(reasons_of(found, plan()))) == expected
+        assert (found.priority, found.finding) == (2, "inactive-root-access-key")
+        assert reasons_of(found, plan()) == [f"{one.status.lower()} root key"]
 
 
 USER_FINDINGS: dict[str, tuple[User, Account, tuple[int, set[str]] | None]] = {

@@ -817,7 +817,7 @@ def test_the_summary_counts_changes_and_witnesses(story: Story) -> None:
 
 def test_the_terminal_names_counts_and_new_keys(story: Story) -> None:
     found = summary_of(story.second)["changes"]
-    assert "without MFA: 4 fixed, 3 new" in story.text
+    assert "without MFA, root included: 4 fixed, 3 new" in story.text
     assert "access keys: 6 deleted, 1 deactivated, 6 created" in story.text
     assert "1 joined, 1 left" in story.text
     assert re.search(r"not compared: 5 accounts", story.text)
