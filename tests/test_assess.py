@@ -252,7 +252,7 @@ def test_max_key_age_decides_which_keys_are_old(days: str, old: timedelta, expec
     assert level == (IN_PROGRESS if expected else COMPLETE)
 
 
-CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
+CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float | None]] = {
     "password and MFA": (
         user("alice", password=True, mfa=["Virtual"]),
         {"console_users": 1},
