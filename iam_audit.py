@@ -210,7 +210,8 @@ def keep(run: Run, outcome: Outcome) -> None:
         run.audited.append(assess(outcome, run.plan, run.started))
         findings = list(findings_of(outcome, run.plan, run.started))
         run.findings += findings
-        track_account(run.tracking, outcome, findings)
+        urgent = [finding for finding in findings if finding.priority == MOST_URGENT]
+        track_account(run.tracking, outcome, urgent)
         if outcome.trail is not None:
             run.trails.append((outcome.account, outcome.trail))
     elif isinstance(outcome, FailedAccount):
@@ -1920,19 +1921,11 @@ KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
 SUMMARY_FORMAT = 2  # of summary.json; goes up with each change that a reader must know about
 READABLE_FORMATS = (1, 2)  # 1 had no scope
 LOOK_BACK = timedelta(days=400)  # earlier runs that are older do not count
-# fmt: off
-DAMAGE = (
-    OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError,
-    RecursionError,
-)
-# fmt: on
+DAMAGE = (OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 def finished_runs(output_dir: Path, now: datetime) -> list[Path]:
-    """The folders of the finished runs of the last 400 days, newest first.
-
-    Only a summary.json that does not exist means unfinished: others' runs may be unreadable.
-    """
+    """The folders of the finished runs of the last 400 days, newest first, readable or not."""
     runs, oldest = [], f"{now - LOOK_BACK:%Y%m%dT%H%M%SZ}"
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
@@ -1942,7 +1935,7 @@ def finished_runs(output_dir: Path, now: datetime) -> list[Path]:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError:
-                pass  # it may not be read, which the reader of the run will say
+                pass  # it is there, and whoever reads it will hear why not
             runs.append((name[1], int(name[2] or 1), folder))
     return [folder for *_, folder in sorted(runs, reverse=True)]
 
@@ -2341,68 +2334,41 @@ class Change(NamedTuple):
     since: datetime | None = None  # when the run began that the account is compared with
 
 
-@dataclass(frozen=True)
-class RunFigures:
-    """A finished run in the table of runs."""
-
-    started: datetime
-    audited: int
-    console_users_without_mfa: int
-    active_keys: int
-    active_keys_older_than_max_age: int
-
-
 class EarlierAccount(NamedTuple):
-    """An account in an earlier run. `users`, root too, and `keys` are what its CSV must hold."""
+    """An account in an earlier run. Its CSV has so many `users`, root too, and `keys`."""
 
     name: str
     result: str  # audited, failed, skipped or out of scope
     production: bool = False
     users: int = 0
     keys: int = 0
-    levels: tuple[str, ...] = ()  # in the order of PHASES
+    levels: Sequence[str] = ()  # in the order of PHASES
 
 
-@dataclass(frozen=True)
-class EarlierRun:
+class EarlierRun(NamedTuple):
     folder: Path
     started: datetime
     organization_id: str
-    scope: Mapping[str, Any]
+    scope: Any  # as in summary.json
     max_key_age_days: int
-    figures: RunFigures
-    accounts: Mapping[str, EarlierAccount]  # by ID: the whole organization, in scope or not
-
-
-class Baseline(NamedTuple):
-    """What an account is compared with. Without a run, keys created from `since` on are new."""
-
-    run: EarlierRun | None
-    states: States
-    since: datetime | None
-    passed_over: Sequence[str]  # what could not be read of newer runs, or of all
-    blind: bool = False  # there was something to compare with, which cannot be read
+    figures: dict[str, Any]  # as in the table of runs
+    accounts: dict[str, EarlierAccount]  # the whole organization, in scope or not
 
 
 class History:
-    """The earlier runs of an organization, newest first; each summary is read once, if ever.
-
-    In place of a run that cannot be read there is the AuditError that says why.
-    """
+    """The earlier runs of an organization, newest first. Each summary is read once, if at all; in
+    place of a run that cannot be read there is the AuditError that says why."""
 
     def __init__(self, folders: Sequence[Path] = (), organization_id: str = "") -> None:
-        self.folders = folders
-        self.organization_id = organization_id
-        self._unread = iter(folders)
-        self._read: list[EarlierRun | AuditError] = []
+        self.folders, self.organization_id = folders, organization_id
+        self._unread, self._read = iter(folders), list[Union[EarlierRun, AuditError]]()
         self.held: dict[str, States] = {}  # of the run that --previous names, by account ID
 
     def __iter__(self) -> Iterator[EarlierRun | AuditError]:
         yield from self._read
         for folder in self._unread:
-            run: EarlierRun | AuditError
             try:
-                run = earlier_run(folder)
+                run: EarlierRun | AuditError = earlier_run(folder)
             except AuditError as error:
                 run = error
             if isinstance(run, AuditError) or run.organization_id == self.organization_id:
@@ -2410,7 +2376,7 @@ class History:
                 yield run
 
     def name_one(self, folder: Path) -> None:
-        """Compare with this run alone. Raises AuditError if any of its files is damaged."""
+        """Have this run alone. Raises AuditError if any of its files is damaged."""
         run = earlier_run(folder)
         if run.organization_id != self.organization_id:
             other = run.organization_id
@@ -2421,49 +2387,57 @@ class History:
         self.folders, self._unread, self._read = [], iter(()), [run]
 
 
+class Baseline(NamedTuple):
+    """What an account is compared with. Without a run, keys created from `since` on are new; if
+    anything was passed over then, new keys cannot be ruled out."""
+
+    run: EarlierRun | None
+    states: States
+    since: datetime | None
+    passed_over: Sequence[str]  # messages on files that cannot be read
+
+
 @dataclass
 class Tracking:
     """What has changed, each account compared with the newest run that audited it."""
 
     history: History = field(default_factory=History)
-    earlier: EarlierRun | None = None  # the newest one; accounts have come and left since
-    runs: list[RunFigures] = field(default_factory=list)  # of the same scope
-    unreadable: list[str] = field(default_factory=list)  # runs that the table may lack
+    earlier: EarlierRun | None = None  # the newest one: since it began, accounts have come and left
+    runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope
+    unreadable: list[str] = field(default_factory=list)  # what the table of runs may lack
     baselines: dict[str, Baseline] = field(default_factory=dict)  # of accounts in hand
     compared: dict[str, EarlierRun] = field(default_factory=dict)  # by account ID
-    passed_over: list[str] = field(default_factory=list)
+    passed_over: dict[str, None] = field(default_factory=dict)  # messages
     blind: list[Account] = field(default_factory=list)  # where new keys cannot be ruled out
     changes: list[Change] = field(default_factory=list)
     new_keys_elsewhere: list[Change] = field(default_factory=list)  # by their creation dates
     mfa_fixed: int = 0
     mfa_new: list[Change] = field(default_factory=list)
     urgent_new: list[Finding] = field(default_factory=list)
-    events_from: datetime | None = None  # the earliest moment from which CloudTrail was asked
-    events_out_of_reach: bool = False  # CloudTrail no longer has the oldest events of an account
+    events_from: datetime | None = None  # the earliest date from which CloudTrail was asked
+    events_out_of_reach: bool = False  # CloudTrail no longer has the oldest of some account
 
 
 def open_tracking(history: History, named: Path | None, scope: Scope) -> Tracking:
-    """The last runs of this scope, and the newest of all or the named one, checked."""
-    tracking, wanted = Tracking(history), scope_document(scope)
+    """The last runs of this scope, and the newest of all or the named one."""
+    tracking = Tracking(history)
     for run in itertools.islice(history, RUNS_SEARCHED):
         if isinstance(run, AuditError):
             tracking.unreadable.append(str(run))
-        elif run.scope == wanted:
+        elif run.scope == scope_document(scope):
             tracking.runs.insert(0, run.figures)
         if len(tracking.runs) == RUNS_SHOWN - 1:
             break
     if named is not None:
         history.name_one(named)
-    readable = (run for run in history if isinstance(run, EarlierRun))
-    tracking.earlier = next(readable, None)
+    tracking.earlier = next((run for run in history if isinstance(run, EarlierRun)), None)
     return tracking
 
 
 def scope_document(scope: Scope) -> dict[str, Any]:
     """The scope as summary.json has it."""
-    chosen = {"accounts": scope.accounts, "exclude": scope.exclude, "ous": scope.ous}
-    sets = {name: sorted(ids) for name, ids in chosen.items()}
-    return {**sets, "include_management": scope.include_management}
+    names, ids = ("accounts", "exclude", "ous"), (scope.accounts, scope.exclude, scope.ous)
+    return {**dict(zip(names, map(sorted, ids))), "include_management": scope.include_management}
 
 
 def earlier_run(folder: Path) -> EarlierRun:
@@ -2471,43 +2445,33 @@ def earlier_run(folder: Path) -> EarlierRun:
     with reading(folder / "summary.json"):
         summary, accounts = read_summary(folder), {}
         organization, gaps = summary["organization"], summary["gaps"]["organization"]
-        for entry in summary["accounts"]:
-            accounts[account_id_of(entry)] = earlier_account(entry)
-        for entry in summary["out_of_scope"]:
-            name = typed(str, entry["name"])
-            accounts[account_id_of(entry)] = EarlierAccount(name, "out of scope")
-        started = parse_time(summary["started"])
-        audited = typed(int, summary["totals"]["audited"])
-        return EarlierRun(
-            folder=folder,
-            started=started,
-            organization_id=typed(str, organization["id"]),
-            scope=summary["scope"] if summary["format"] > 1 else scope_of_format_1(summary),
-            max_key_age_days=typed(int, summary["max_key_age_days"]),
-            figures=RunFigures(started, audited, *(typed(int, gaps[name]) for name in RUN_GAPS)),
-            accounts=accounts,
-        )
+        for entry in [*summary["accounts"], *summary["out_of_scope"]]:
+            if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
+                raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
+            accounts[sys.intern(entry["id"])] = earlier_account(entry)  # most runs have the same
+        started, scope = parse_time(summary["started"]), summary.get("scope")
+        if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
+            included = organization["management_account_included"]
+            scope = scope_document(Scope(include_management=included))
+        figures = {"started": iso(started), "audited": typed(int, summary["totals"]["audited"])}
+        for name in RUN_GAPS:
+            figures[name] = typed(int, gaps[name])
+        organization_id, days = typed(str, organization["id"]), summary["max_key_age_days"]
+        of_run = (folder, started, organization_id, scope, typed(int, days), figures)
+        return EarlierRun(*of_run, accounts)
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
-    name, result = typed(str, entry["name"]), entry["result"]
+    """An account in scope, or one out of scope, which has an ID and a name alone."""
+    name, result = typed(str, entry["name"]), typed(str, entry.get("result", "out of scope"))
     if result != "audited":
-        return EarlierAccount(name, typed(str, result))
-    levels = []
-    for phase in PHASES:
-        levels.append(entry["maturity"][phase])
-        if levels[-1] not in LEVELS:
-            raise ValueError(f"{levels[-1]!r:.40} is not a level")
+        return EarlierAccount(name, result)
+    levels = tuple(entry["maturity"][phase] for phase in PHASES)
+    if not set(levels) <= set(LEVELS):
+        raise ValueError(f"{levels!r:.60} are not levels")
     users = typed(int, entry["users"]) + typed(bool, entry["root"])
-    keys = typed(int, entry["gaps"]["access_keys"])
-    production = typed(bool, entry["production"])
-    return EarlierAccount(name, result, production, users, keys, tuple(levels))
-
-
-def account_id_of(entry: Mapping[str, Any]) -> str:
-    if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
-        raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
-    return sys.intern(entry["id"])  # the same in each run
+    keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
+    return EarlierAccount(name, result, production, users, keys, levels)
 
 
 def typed(kind: type[T], value: Any) -> T:
@@ -2515,16 +2479,6 @@ def typed(kind: type[T], value: Any) -> T:
     if type(value) is not kind:
         raise ValueError(f"{value!r:.40} is not of type {kind.__name__}")
     return value
-
-
-def scope_of_format_1(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What was not recorded shows if nothing was left out, unless it was the management account."""
-    organization = summary["organization"]
-    left_out = {entry["id"] for entry in summary["out_of_scope"]}
-    if left_out - {organization["management_account"]}:
-        return {}
-    included = organization["management_account_included"]
-    return scope_document(Scope(include_management=included))
 
 
 def states_before(run: EarlierRun, account_id: str) -> States:
@@ -2539,100 +2493,88 @@ def states_before(run: EarlierRun, account_id: str) -> States:
 
 
 def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
-    """The newest run that audited the account and can be read.
+    """The newest run that audited the account and can be read. Without one, its keys' dates tell
+    which are new: those created since it first failed, or else since the newest run."""
+    if account_id not in tracking.baselines:
+        tracking.baselines[account_id] = look_back(tracking, account_id)
+    return tracking.baselines[account_id]
 
-    Without one, its dates tell which keys are new: those created since it first failed, if it did,
-    or else since the newest run. Only damage older than that run leaves something unknown.
-    """
-    if account_id in tracking.baselines:
-        return tracking.baselines[account_id]
-    history, newest = tracking.history, tracking.earlier
-    since, passed_over = newest.started if newest else None, list[str]()
-    blind = met_newest = False
+
+def look_back(tracking: Tracking, account_id: str) -> Baseline:
+    history, passed_over = tracking.history, list[str]()
+    since = tracking.earlier.started if tracking.earlier else None
     for run in history:
-        if isinstance(run, AuditError):
-            passed_over.append(str(run))
-            blind = blind or met_newest or newest is None
+        try:
+            if isinstance(run, AuditError):
+                raise run
+            account = run.accounts.get(account_id)
+            if account and account.result == "audited":
+                held = account_id in history.held
+                states = history.held.pop(account_id) if held else states_before(run, account_id)
+                return Baseline(run, states, run.started, passed_over)
+        except AuditError as error:
+            passed_over.append(str(error))
             continue
-        met_newest = True
-        account = run.accounts.get(account_id)
-        if account is None:  # it joined later, unless it was here once before
+        if account is None:  # it joined later, unless it was here before
             csvs = (account_csv(folder, account_id) for folder in history.folders)
             if not any(map(os.path.exists, csvs)):
                 break
         elif account.result == "failed":
             since = run.started
-        elif account.result == "audited":
-            try:
-                held = account_id in history.held
-                states = history.held.pop(account_id) if held else states_before(run, account_id)
-                return Baseline(run, states, run.started, passed_over)
-            except AuditError as error:
-                passed_over.append(str(error))
-                blind = True
-    return Baseline(None, {}, since, passed_over, blind)
+    return Baseline(None, {}, since, passed_over)
 
 
 def events_since(
     tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
 ) -> datetime:
-    """From when on CloudTrail is asked in the account: from its own baseline on, without --since."""
-    found = tracking.baselines[account_id] = baseline_of(tracking, account_id)
-    wanted = asked or found.since or now - CLOUDTRAIL_FIRST_LOOK
-    oldest = now - CLOUDTRAIL_KEEPS
-    since = max(wanted, oldest)
+    """From when on CloudTrail is asked in the account: from its baseline on, without --since."""
+    wanted = asked or baseline_of(tracking, account_id).since or now - CLOUDTRAIL_FIRST_LOOK
+    since = max(wanted, now - CLOUDTRAIL_KEEPS)
     tracking.events_from = min(since, tracking.events_from or since)
-    tracking.events_out_of_reach |= wanted < oldest
+    tracking.events_out_of_reach |= wanted < since
     return since
 
 
 def track_account(
-    tracking: Tracking, audited: AuditedAccount, findings: Iterable[Finding] = ()
+    tracking: Tracking, audited: AuditedAccount, urgent: Sequence[Finding] = ()
 ) -> None:
-    """Compare an account with its baseline. Had no run audited it, dates tell the new keys."""
+    """Compare an account, and its findings of priority 1, with its baseline."""
     account, trail = audited.account, audited.trail
-    baseline = baseline_of(tracking, account.id)
-    tracking.baselines.pop(account.id, None)
-    run, since, before = baseline.run, baseline.since, baseline.states
-    for message in baseline.passed_over:
-        if message not in tracking.passed_over:
-            tracking.passed_over.append(message)
-    if baseline.blind:
-        tracking.blind.append(account)
+    run, before, since, passed_over = baseline_of(tracking, account.id)
+    del tracking.baselines[account.id]
+    tracking.passed_over.update(dict.fromkeys(passed_over))
     if trail is not None and since is not None:
         # --since may ask for older events, which explain nothing
         events = tuple(event for event in trail.events if event.time >= since)
         trail = replace(trail, events=events)
     if run is None:
-        tracking.urgent_new += filter(is_urgent, findings)
-        if since is not None:
-            found = keys_created_since(audited, since)
-            tracking.new_keys_elsewhere += with_witnesses(found, trail, since)
+        tracking.urgent_new += urgent
+        if passed_over:
+            tracking.blind.append(account)
+        for change in keys_created_since(audited, since) if since else ():
+            tracking.new_keys_elsewhere.append(with_witness(change, trail)._replace(since=since))
         return
     after = states_of(rows_of(audited))
     tracking.compared[account.id] = run
     changes = [*changes_between(account, before, after)]
     changes += came_and_went(account, before, after, trail)
-    tracking.changes += with_witnesses(changes, trail, since)
+    tracking.changes += [with_witness(change, trail)._replace(since=since) for change in changes]
     track_mfa(tracking, account, before, after)
     was_production = run.accounts[account.id].production
-    persons = {person.name: person for person in persons_of(before, after)}
-    for finding in filter(is_urgent, findings):
-        then = persons[finding.user].then if finding.user in persons else None
-        if then is None or not was_urgent(finding, then, was_production):
-            tracking.urgent_new.append(finding)
+    tracking.urgent_new += newly_urgent(urgent, before, after, was_production)
 
 
-def is_urgent(finding: Finding) -> bool:
-    return finding.priority == MOST_URGENT
-
-
-def was_urgent(finding: Finding, then: UserState, was_production: bool) -> bool:
-    """Whether a finding of priority 1 was one already, in the user's earlier state."""
-    if finding.key is None:
-        return then.lacks_mfa and was_production
-    # Root's keys have no IDs: the creation date tells.
-    return KeyState(finding.key.status, iso(finding.key.created)) in then.keys.values()
+def newly_urgent(
+    urgent: Sequence[Finding], before: States, after: States, was_production: bool
+) -> Iterator[Finding]:
+    """The findings of priority 1 that the baseline had not, or could not have."""
+    then = {person.name: person.then for person in persons_of(before, after)}
+    for finding in urgent:
+        state, key = then.get(finding.user), finding.key
+        if state is None or (key is None and not (was_production and state.lacks_mfa)):
+            yield finding
+        elif key and KeyState(key.status, iso(key.created)) not in state.keys.values():
+            yield finding  # a key of root, which has no ID
 
 
 def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
@@ -2644,7 +2586,7 @@ def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Ch
 
 
 class Person(NamedTuple):
-    """A user then and now (None: not there). `name` is the present one; of who is gone, the last."""
+    """A user then and now (None: not there). `name` is the present one or, if they left, the last."""
 
     name: str
     old_name: str
@@ -2789,13 +2731,6 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
             if about and (event.name in names or f"{event.name}={event.status}" in names):
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
-
-
-def with_witnesses(
-    changes: Iterable[Change], trail: Trail | None, since: datetime | None
-) -> Iterator[Change]:
-    for change in changes:
-        yield with_witness(change, trail)._replace(since=since)
 
 
 def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
@@ -3223,7 +3158,7 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
         return f"{printable(title)}\n{fitted(lines)}" if lines else ""
     heading = audited_lines(run, summary, finished)
     heading += failed_lines(run, summary) + left_out_lines(run, summary)
-    unreadable = run.tracking.unreadable + run.tracking.passed_over
+    unreadable = [*run.tracking.unreadable, *run.tracking.passed_over]
     blocks = [
         heading,
         maturity_lines(run, summary) + held_back_lines(run, summary),
@@ -3511,8 +3446,8 @@ def damage_lines(run: Run, messages: Iterable[str]) -> list[str]:
         lines.append(f"New access keys cannot be ruled out in {number}: no earlier run can be read")
         lines += [f"  {one.id} {one.name}" for one in blind[:ACCOUNTS_SHOWN]]
         lines += wrapped(
-            "  Next: see findings.csv for the keys that are there. Let the user that runs the audit "
-            "read the earlier runs, or restore the files; otherwise this run is the baseline."
+            "  Next: let the user who runs the audit read the earlier runs, or restore the files; "
+            "otherwise this run is the baseline, and the keys there are in the accounts' CSVs."
         )
     return lines
 
@@ -3651,7 +3586,6 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     gaps = {}
     for name, accounts in (("organization", run.audited), ("production", production)):
         gaps[name] = gaps_document(total_gaps(accounts), run.started)
-    runs = [vars(one) | {"started": iso(one.started)} for one in run.tracking.runs]
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
     for name in RUN_GAPS:
         this_run[name] = gaps["organization"][name]
@@ -3679,8 +3613,8 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "maturity": maturity,
         "changes": changes_document(run, maturity),
         "new_keys_not_ruled_out": sorted(one.id for one in run.tracking.blind),
-        "earlier_files_passed_over": run.tracking.passed_over,
-        "runs": [*runs, this_run],
+        "earlier_files_passed_over": list(run.tracking.passed_over),
+        "runs": [*run.tracking.runs, this_run],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
         "findings": tally(priorities, (str(finding.priority) for finding in run.findings)),
@@ -3994,7 +3928,7 @@ exit codes:
 
 
 class FailOn(NamedTuple):
-    """What ends with exit code 4 or 5: findings of `priority` or more urgent (0: none), new keys."""
+    """What ends with exit code 4 or 5: findings of `priority` or worse (0: none), new keys."""
 
     priority: int = 0
     new_keys: bool = False
@@ -4066,7 +4000,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
         "changes; the role then needs cloudtrail:LookupEvents")
     add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on, "
-        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the account's earlier run began, or 30 days)")
+        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the run began that the account is "
+        "compared with, or 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="where the run's own folder is made (default: %(default)s)")
