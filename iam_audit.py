@@ -2342,7 +2342,7 @@ class EarlierAccount(NamedTuple):
     production: bool = False
     users: int = 0
     keys: int = 0
-    levels: Sequence[str] = ()  # in the order of PHASES
+    levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
 
 
 class EarlierRun(NamedTuple):
@@ -2462,13 +2462,12 @@ def earlier_run(folder: Path) -> EarlierRun:
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
-    """An account in scope, or one out of scope, which has an ID and a name alone."""
-    name, result = typed(str, entry["name"]), typed(str, entry.get("result", "out of scope"))
+    """An account in scope, or one out of scope, which has an ID and a name alone. Many runs have
+    the same texts: interned, a year of them fits into memory."""
+    name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
     if result != "audited":
         return EarlierAccount(name, result)
-    levels = tuple(entry["maturity"][phase] for phase in PHASES)
-    if not set(levels) <= set(LEVELS):
-        raise ValueError(f"{levels!r:.60} are not levels")
+    levels = tuple(LEVELS.index(entry["maturity"][phase]) for phase in PHASES)
     users = typed(int, entry["users"]) + typed(bool, entry["root"])
     keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
     return EarlierAccount(name, result, production, users, keys, levels)
@@ -3436,9 +3435,9 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
 
 def damage_lines(run: Run, messages: Iterable[str]) -> list[str]:
     """Earlier files that could not be read, and the accounts that lack a baseline for it."""
-    lines = []
+    lines, output_dir = list[str](), f"{run.folder.parent}{os.sep}"
     for message in dict.fromkeys(messages):
-        lines += wrapped(f"  {message}")
+        lines += wrapped(f"  {message.replace(output_dir, '')}")
     if lines:
         lines.insert(0, "Earlier files that cannot be read, and so were passed over")
     if blind := run.tracking.blind:
@@ -3677,7 +3676,7 @@ def level_changes(run: Run, phase: str, maturity: Summary) -> dict[str, Any]:
             then.append(earlier.accounts[figures.account.id].levels[PHASES.index(phase)])
             now.append(getattr(figures, phase))
     return {
-        "then": min(then, key=LEVELS.index, default=None),
+        "then": LEVELS[min(then)] if then else None,
         "now": maturity[phase]["level"],
         "compared_now": min(now, key=LEVELS.index, default=None),
     }
