@@ -43,7 +43,7 @@ Nothing else opens a connection.
   audit      one account, from AssumeRole to its users; all accounts concurrently
   files      rows, cells, atomic writing, reading a run back
   assess     gaps, maturity levels, the table of finding rules
-  track      what changed since an earlier run, with CloudTrail as a witness
+  track      what changed since an account's last audit, with CloudTrail as a witness
   enforce    what the organization's service control policies already prevent
   terminal   the summary as text and as summary.json
   documents  the policies and templates that --print prints
@@ -115,9 +115,10 @@ EXIT_NOT_DONE = 1
 EXIT_USAGE = 2  # argparse's own
 EXIT_ACCOUNTS_FAILED = 3
 EXIT_FAIL_ON = 4
+EXIT_FAILED_AND_FAIL_ON = 5
 EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
-CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # without an earlier run
+
 FIRST_ACCOUNTS = 20  # a role that is denied in all of these probably has another name or trust
 
 
@@ -150,7 +151,8 @@ def run_audit(options: Any, started: datetime) -> int:
     try:
         aws = connect(open_session(options.profile), options.workers)
         organization = describe_organization(aws)
-        tracking = open_tracking(folder.parent, options.previous, organization.id)
+        history = History(finished_runs(folder.parent, started), organization.id)
+        tracking = open_tracking(history, options.previous, scope_of(options))
         plan = plan_of(options, aws.caller, organization, tracking, started)
         run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
         asyncio.run(audit_into(run, aws, options))
@@ -167,23 +169,25 @@ def run_audit(options: Any, started: datetime) -> int:
 def plan_of(
     options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
-    """The options, resolved for this organization and the earlier run."""
+    """The options, resolved for this organization."""
     reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
     own_account = caller.account if caller.account == organization.management_account else None
-    earlier = tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK
-    wanted, oldest = options.since or earlier, started - CLOUDTRAIL_KEEPS
     policy = session_policy(reads)
+    asked_since = functools.partial(events_since, tracking, options.since, started)
     return Plan(
         role=Role(options.role, caller.partition, policy, options.external_id, own_account),
-        scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
+        scope=scope_of(options),
         workers=options.workers,
         report_timeout=options.report_timeout,
         production=options.production,
         max_key_age=options.max_key_age,
         event_names=EVENT_NAMES,
-        events_since=max(wanted, oldest) if options.cloudtrail else None,
-        events_out_of_reach=wanted < oldest,
+        events_since=asked_since if options.cloudtrail else None,
     )
+
+
+def scope_of(options: Any) -> Scope:
+    return Scope(options.accounts, options.exclude, options.ou, options.include_management)
 
 
 async def audit_into(run: Run, aws: Aws, options: Any) -> None:
@@ -215,8 +219,10 @@ def keep(run: Run, outcome: Outcome) -> None:
     """Add an account's outcome to the run."""
     if isinstance(outcome, AuditedAccount):
         run.audited.append(assess(outcome, run.plan, run.started))
-        run.findings.extend(findings_of(outcome, run.plan, run.started))
-        track_account(run.tracking, outcome)
+        findings = list(findings_of(outcome, run.plan, run.started))
+        run.findings += findings
+        urgent = [finding for finding in findings if finding.priority == MOST_URGENT]
+        track_account(run.tracking, outcome, urgent)
         if outcome.trail is not None:
             run.trails.append((outcome.account, outcome.trail))
     elif isinstance(outcome, FailedAccount):
@@ -253,6 +259,7 @@ def write_tables(run: Run) -> None:
     findings = (finding_row(finding, run) for finding in run.findings)
     write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, findings)
     tracking.mfa_new.sort(key=change_order)
+    tracking.urgent_new.sort(key=most_urgent_first)
     if tracking.earlier is not None:
         tracking.changes += accounts_that_came_or_left(run)
         tracking.changes.sort(key=change_order)
@@ -262,13 +269,12 @@ def write_tables(run: Run) -> None:
 
 
 def exit_code(run: Run, fail_on: FailOn) -> int:
+    found = any(finding.priority <= fail_on.priority for finding in run.findings)
+    if fail_on.new_keys and (new_keys(run) or run.tracking.blind):
+        found = True  # where no earlier run can be read, new keys cannot be ruled out
     if run.failed:
-        return EXIT_ACCOUNTS_FAILED
-    if any(finding.priority <= fail_on.priority for finding in run.findings):
-        return EXIT_FAIL_ON
-    if fail_on.new_keys and new_keys(run):
-        return EXIT_FAIL_ON
-    return EXIT_OK
+        return EXIT_FAILED_AND_FAIL_ON if found else EXIT_ACCOUNTS_FAILED
+    return EXIT_FAIL_ON if found else EXIT_OK
 
 
 def what_stopped_it(error: Exception) -> str:
@@ -519,8 +525,8 @@ class Plan:
     production: re.Pattern[str]
     max_key_age: timedelta
     event_names: tuple[str, ...]  # what CloudTrail is asked for
-    events_since: datetime | None  # None: CloudTrail is not asked
-    events_out_of_reach: bool  # CloudTrail no longer keeps the oldest events that were wanted
+    # From when on CloudTrail is asked in the account of that ID; None: it is not asked
+    events_since: Callable[[str], datetime] | None
 
 
 @dataclass
@@ -1528,7 +1534,8 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
         in_order.insert(0, await read_root(session, rows[ROOT]))
     trail = None
     if plan.events_since is not None:
-        trail = await read_trail(session, plan.event_names, plan.events_since)
+        since = plan.events_since(session.account.id)
+        trail = await read_trail(session, plan.event_names, since)
     return AuditedAccount(session.account, to_second(generated), tuple(in_order), trail)
 
 
@@ -1977,16 +1984,29 @@ class UserState(NamedTuple):
 
 Keys = Mapping[str, KeyState]  # by access key ID
 States = Mapping[str, UserState]  # by user name
-SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
-DAMAGE = (OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
+SUMMARY_FORMAT = 2  # of summary.json; goes up with each change that a reader must know about
+READABLE_FORMATS = (1, 2)  # 1 had no scope
+LOOK_BACK = timedelta(days=400)  # earlier runs that are older do not count
+# fmt: off
+DAMAGE = (
+    OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError,
+    RecursionError,
+)
+# fmt: on
 
 
-def finished_runs(output_dir: Path) -> list[Path]:
-    """The folders of finished runs, newest first. A run that has finished has a summary.json."""
-    runs = []
+def finished_runs(output_dir: Path, now: datetime) -> list[Path]:
+    """The folders of the finished runs of the last 400 days, newest first, readable or not."""
+    runs, oldest = [], f"{now - LOOK_BACK:%Y%m%dT%H%M%SZ}"
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
-        if name and os.path.exists(folder / "summary.json"):
+        if name and name[1] >= oldest:
+            try:
+                os.lstat(folder / "summary.json")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                pass  # it is there, and whoever reads it will hear why not
             runs.append((name[1], int(name[2] or 1), folder))
     return [folder for *_, folder in sorted(runs, reverse=True)]
 
@@ -2007,17 +2027,24 @@ def reading(path: Path) -> Iterator[None]:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary.json of a finished run; to be called in `reading`."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if summary["tool"] != "iam-audit" or summary["format"] != SUMMARY_FORMAT:
-        raise ValueError(f"it is not of format {SUMMARY_FORMAT}")
+    summary: dict[str, Any] = json.loads(read_regular(folder / "summary.json"))
+    if summary["tool"] != "iam-audit" or summary["format"] not in READABLE_FORMATS:
+        raise ValueError(f"it is not of format {' or '.join(map(str, READABLE_FORMATS))}")
     return summary
+
+
+def read_regular(path: Path) -> str:
+    """A file's text. Opening a FIFO would hang, and a device may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a regular file")
+    return path.read_bytes().decode("utf-8")
 
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
     """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
     found = []
     with reading(path):
-        text = path.read_bytes().decode("utf-8")
+        text = read_regular(path)
         if not text.endswith("\n"):
             raise ValueError("it does not end with a line feed")
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -2350,12 +2377,12 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Track: each account against an earlier run, with CloudTrail as a witness
+# Track: each account against the newest run that audited it, with CloudTrail as a witness
 # --------------------------------------------------------------------------------------------------
 
 CHANGES_COLUMNS = (
     *("account_id", "account_name", "username", "access_key_id", "change", "before", "after"),
-    *("witness", "event_name", "event_time", "actor", "source_ip"),
+    *("witness", "event_name", "event_time", "actor", "source_ip", "since"),
 )
 EVENTS_COLUMNS = (
     *("account_id", "account_name", "event_time", "event_name", "username", "access_key_id"),
@@ -2363,6 +2390,9 @@ EVENTS_COLUMNS = (
 )
 CAME_AND_WENT = "access-key-came-and-went"
 RUNS_SHOWN = 12  # in the table of runs, this one included
+RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
+RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account with which no run can be compared
 
 
 class Change(NamedTuple):
@@ -2377,132 +2407,249 @@ class Change(NamedTuple):
     after: str = ""
     witness: str = ""  # confirmed, contradicted, not found, unavailable; "" without --cloudtrail
     event: Event | None = None
-
-
-@dataclass(frozen=True)
-class RunFigures:
-    """A finished run in the table of runs."""
-
-    started: datetime
-    audited: int
-    console_users_without_mfa: int
-    active_keys: int
-    active_keys_older_than_max_age: int
+    since: datetime | None = None  # when the run began that the account is compared with
 
 
 class EarlierAccount(NamedTuple):
+    """An account in an earlier run. Its CSV has so many `users`, root too, and `keys`."""
+
     name: str
     result: str  # audited, failed, skipped or out of scope
+    production: bool = False
+    users: int = 0
+    keys: int = 0
+    levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """The run to compare with. Levels are by phase, accounts by ID."""
-
+class EarlierRun(NamedTuple):
     folder: Path
     started: datetime
+    organization_id: str
+    scope: Any  # as in summary.json
     max_key_age_days: int
-    accounts: Mapping[str, EarlierAccount]
-    levels: Mapping[str, str]
-    account_levels: Mapping[str, Mapping[str, str]]
+    figures: dict[str, Any]  # as in the table of runs
+    accounts: dict[str, EarlierAccount]  # the whole organization, in scope or not
+
+
+class History:
+    """The earlier runs of an organization, newest first. Each summary is read once, if at all; in
+    place of a run that cannot be read there is the AuditError that says why."""
+
+    def __init__(self, folders: Sequence[Path] = (), organization_id: str = "") -> None:
+        self.folders, self.organization_id = folders, organization_id
+        self._unread, self._read = iter(folders), list[Union[EarlierRun, AuditError]]()
+        self.held: dict[str, States] = {}  # of the run that --previous names, by account ID
+
+    def __iter__(self) -> Iterator[EarlierRun | AuditError]:
+        yield from self._read
+        for folder in self._unread:
+            try:
+                run: EarlierRun | AuditError = earlier_run(folder)
+            except AuditError as error:
+                run = error
+            if isinstance(run, AuditError) or run.organization_id == self.organization_id:
+                self._read.append(run)
+                yield run
+
+    def name_one(self, folder: Path) -> None:
+        """Have this run alone. Raises AuditError if any of its files is damaged."""
+        run = earlier_run(folder)
+        if run.organization_id != self.organization_id:
+            other = run.organization_id
+            raise AuditError(f"--previous: {folder} is a run of organization {other}.")
+        for account_id, account in run.accounts.items():
+            if account.result == "audited":
+                self.held[account_id] = states_before(run, account_id)
+        self.folders, self._unread, self._read = [], iter(()), [run]
+
+
+class Baseline(NamedTuple):
+    """What an account is compared with. Without a run, keys created from `since` on are new; if
+    anything was passed over then, new keys cannot be ruled out."""
+
+    run: EarlierRun | None
+    states: States
+    since: datetime | None
+    passed_over: Sequence[str]  # messages on files that cannot be read
 
 
 @dataclass
 class Tracking:
-    """What has changed since the earlier run, if there is one."""
+    """What has changed, each account compared with the newest run that audited it."""
 
-    earlier: EarlierRun | None = None
-    runs: list[RunFigures] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    earlier: EarlierRun | None = None  # the newest one: since it began, accounts have come and left
+    runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope
+    unreadable: list[str] = field(default_factory=list)  # what the table of runs may lack
+    baselines: dict[str, Baseline] = field(default_factory=dict)  # of accounts in hand
+    compared: dict[str, EarlierRun] = field(default_factory=dict)  # by account ID
+    passed_over: dict[str, None] = field(default_factory=dict)  # messages
+    blind: list[Account] = field(default_factory=list)  # where new keys cannot be ruled out
     changes: list[Change] = field(default_factory=list)
-    compared: set[str] = field(default_factory=set)  # the IDs of accounts that both runs audited
     new_keys_elsewhere: list[Change] = field(default_factory=list)  # by their creation dates
     mfa_fixed: int = 0
     mfa_new: list[Change] = field(default_factory=list)
+    urgent_new: list[Finding] = field(default_factory=list)
+    events_from: datetime | None = None  # the earliest date from which CloudTrail was asked
+    events_out_of_reach: bool = False  # CloudTrail no longer has the oldest of some account
 
 
-def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
-    """The last runs and the one to compare with, checked in full before hours of auditing."""
-    tracking = Tracking()
-    if named is not None:
-        with reading(named / "summary.json"):
-            summary = read_summary(named)
-            if (other_id := summary["organization"]["id"]) != organization_id:
-                raise AuditError(f"--previous: {named} is a run of organization {other_id}.")
-            tracking.earlier = earlier_run(named, summary)
-    for folder in finished_runs(output_dir):
-        try:
-            with reading(folder / "summary.json"):
-                summary = read_summary(folder)
-                if summary["organization"]["id"] == organization_id:
-                    tracking.runs.insert(0, run_figures(summary))
-                    tracking.earlier = tracking.earlier or earlier_run(folder, summary)
-        except AuditError:
-            if tracking.earlier is None:
-                raise
-            tracking.unreadable.append(folder.name)  # costs a line in the table of runs
+def open_tracking(history: History, named: Path | None, scope: Scope) -> Tracking:
+    """The last runs of this scope, and the newest of all or the named one."""
+    tracking = Tracking(history)
+    for run in itertools.islice(history, RUNS_SEARCHED):
+        if isinstance(run, AuditError):
+            tracking.unreadable.append(str(run))
+        elif run.scope == scope_document(scope):
+            tracking.runs.insert(0, run.figures)
         if len(tracking.runs) == RUNS_SHOWN - 1:
             break
+    if named is not None:
+        history.name_one(named)
+    tracking.earlier = next((run for run in history if isinstance(run, EarlierRun)), None)
     return tracking
 
 
-def run_figures(summary: Mapping[str, Any]) -> RunFigures:
-    gaps = summary["gaps"]["organization"]
-    names = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
-    numbers = {name: gaps[name] for name in names}
-    return RunFigures(parse_time(summary["started"]), summary["totals"]["audited"], **numbers)
+def scope_document(scope: Scope) -> dict[str, Any]:
+    """The scope as summary.json has it."""
+    names, ids = ("accounts", "exclude", "ous"), (scope.accounts, scope.exclude, scope.ous)
+    return {**dict(zip(names, map(sorted, ids))), "include_management": scope.include_management}
 
 
-def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
-    """The earlier run, once each of its CSVs has been seen to hold what its summary counts."""
-    accounts, levels, maturity = {}, {}, summary["maturity"]
-    for entry in summary["accounts"]:
-        accounts[entry["id"]] = EarlierAccount(entry["name"], entry["result"])
-        if entry["result"] == "audited":
-            path, users = account_csv(folder, entry["id"]), entry["users"] + entry["root"]
-            states = read_states(path, entry["id"])
-            keys = sum(len(state.keys) for state in states.values())
-            if len(states) != users or keys != entry["gaps"]["access_keys"]:
-                why = "it lacks rows that summary.json counts"
-                raise AuditError(f"Cannot read the earlier run's {path}: {why}")
-            levels[entry["id"]] = {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
-    for entry in summary["out_of_scope"]:
-        accounts[entry["id"]] = EarlierAccount(entry["name"], "out of scope")
-    return EarlierRun(
-        folder=folder,
-        started=parse_time(summary["started"]),
-        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,  # refuses non-numbers
-        accounts=accounts,
-        levels={phase: level_of(maturity[phase]["level"]) for phase in PHASES},
-        account_levels=levels,
-    )
+def earlier_run(folder: Path) -> EarlierRun:
+    """A finished run by its summary. Raises AuditError if anything there is not what it must be."""
+    with reading(folder / "summary.json"):
+        summary, accounts = read_summary(folder), {}
+        organization, gaps = summary["organization"], summary["gaps"]["organization"]
+        for entry in [*summary["accounts"], *summary["out_of_scope"]]:
+            if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
+                raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
+            accounts[sys.intern(entry["id"])] = earlier_account(entry)  # most runs have the same
+        started, scope = parse_time(summary["started"]), summary.get("scope")
+        if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
+            included = organization["management_account_included"]
+            scope = scope_document(Scope(include_management=included))
+        figures = {"started": iso(started), "audited": typed(int, summary["totals"]["audited"])}
+        for name in RUN_GAPS:
+            figures[name] = typed(int, gaps[name])
+        organization_id, days = typed(str, organization["id"]), summary["max_key_age_days"]
+        of_run = (folder, started, organization_id, scope, typed(int, days), figures)
+        return EarlierRun(*of_run, accounts)
 
 
-def level_of(text: str) -> str:
-    if text not in LEVELS:
-        raise ValueError(f"{text!r} is not a level")
-    return text
+def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
+    """An account in scope, or one out of scope, which has an ID and a name alone. Many runs have
+    the same texts: interned, a year of them fits into memory."""
+    name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
+    if result != "audited":
+        return EarlierAccount(name, result)
+    levels = tuple(LEVELS.index(entry["maturity"][phase]) for phase in PHASES)
+    users = typed(int, entry["users"]) + typed(bool, entry["root"])
+    keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
+    return EarlierAccount(name, result, production, users, keys, levels)
 
 
-def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
-    """Compare an account with the earlier run. Had that not audited it, dates tell the new keys."""
-    account, trail, earlier = audited.account, audited.trail, tracking.earlier
-    if earlier is None:
-        return
-    if trail is not None:  # --since may ask for older events, which explain nothing
-        events = tuple(event for event in trail.events if event.time >= earlier.started)
+def typed(kind: type[T], value: Any) -> T:
+    """The value, if it is of exactly this type: a bool is not a number."""
+    if type(value) is not kind:
+        raise ValueError(f"{value!r:.40} is not of type {kind.__name__}")
+    return value
+
+
+def states_before(run: EarlierRun, account_id: str) -> States:
+    """The account's users in the earlier run, all that its summary counts, or AuditError."""
+    path, counted = account_csv(run.folder, account_id), run.accounts[account_id]
+    states = read_states(path, account_id)
+    keys = sum(len(state.keys) for state in states.values())
+    if (len(states), keys) != (counted.users, counted.keys):
+        why = "it lacks rows that summary.json counts"
+        raise AuditError(f"Cannot read the earlier run's {path}: {why}")
+    return states
+
+
+def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
+    """The newest run that audited the account and can be read. Without one, its keys' dates tell
+    which are new: those created since it first failed, or else since the newest run."""
+    if account_id not in tracking.baselines:
+        tracking.baselines[account_id] = look_back(tracking, account_id)
+    return tracking.baselines[account_id]
+
+
+def look_back(tracking: Tracking, account_id: str) -> Baseline:
+    history, passed_over = tracking.history, list[str]()
+    since = tracking.earlier.started if tracking.earlier else None
+    for run in history:
+        try:
+            if isinstance(run, AuditError):
+                raise run
+            account = run.accounts.get(account_id)
+            if account and account.result == "audited":
+                held = account_id in history.held
+                states = history.held.pop(account_id) if held else states_before(run, account_id)
+                return Baseline(run, states, run.started, passed_over)
+        except AuditError as error:
+            passed_over.append(str(error))
+            continue
+        if account is None:  # it joined later, unless it was here before
+            csvs = (account_csv(folder, account_id) for folder in history.folders)
+            if not any(map(os.path.exists, csvs)):
+                break
+        elif account.result == "failed":
+            since = run.started
+    return Baseline(None, {}, since, passed_over)
+
+
+def events_since(
+    tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
+) -> datetime:
+    """From when on CloudTrail is asked in the account: from its baseline on, without --since."""
+    wanted = asked or baseline_of(tracking, account_id).since or now - CLOUDTRAIL_FIRST_LOOK
+    since = max(wanted, now - CLOUDTRAIL_KEEPS)
+    tracking.events_from = min(since, tracking.events_from or since)
+    tracking.events_out_of_reach |= wanted < since
+    return since
+
+
+def track_account(
+    tracking: Tracking, audited: AuditedAccount, urgent: Sequence[Finding] = ()
+) -> None:
+    """Compare an account, and its findings of priority 1, with its baseline."""
+    account, trail = audited.account, audited.trail
+    run, before, since, passed_over = baseline_of(tracking, account.id)
+    del tracking.baselines[account.id]
+    tracking.passed_over.update(dict.fromkeys(passed_over))
+    if trail is not None and since is not None:
+        # --since may ask for older events, which explain nothing
+        events = tuple(event for event in trail.events if event.time >= since)
         trail = replace(trail, events=events)
-    if account.id not in earlier.account_levels:  # the earlier run did not audit it
-        found = keys_created_since(audited, earlier.started)
-        tracking.new_keys_elsewhere += [with_witness(change, trail) for change in found]
+    if run is None:
+        tracking.urgent_new += urgent
+        if passed_over:
+            tracking.blind.append(account)
+        for change in keys_created_since(audited, since) if since else ():
+            tracking.new_keys_elsewhere.append(with_witness(change, trail)._replace(since=since))
         return
-    before = read_states(account_csv(earlier.folder, account.id), account.id)
     after = states_of(rows_of(audited))
-    tracking.compared.add(account.id)
+    tracking.compared[account.id] = run
     changes = [*changes_between(account, before, after)]
     changes += came_and_went(account, before, after, trail)
-    tracking.changes += [with_witness(change, trail) for change in changes]
+    tracking.changes += [with_witness(change, trail)._replace(since=since) for change in changes]
     track_mfa(tracking, account, before, after)
+    was_production = run.accounts[account.id].production
+    tracking.urgent_new += newly_urgent(urgent, before, after, was_production)
+
+
+def newly_urgent(
+    urgent: Sequence[Finding], before: States, after: States, was_production: bool
+) -> Iterator[Finding]:
+    """The findings of priority 1 that the baseline had not, or could not have."""
+    then = {person.name: person.then for person in persons_of(before, after)}
+    for finding in urgent:
+        state, key = then.get(finding.user), finding.key
+        if state is None or (key is None and not (was_production and state.lacks_mfa)):
+            yield finding
+        elif key and KeyState(key.status, iso(key.created)) not in state.keys.values():
+            yield finding  # a key of root, which has no ID
 
 
 def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
@@ -2513,55 +2660,66 @@ def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Ch
                 yield of_user._replace(key_id=key.id, change="access-key-created", after=key.status)
 
 
+class Person(NamedTuple):
+    """A user then and now (None: not there). `name` is the present one, or the last if they left."""
+
+    name: str
+    old_name: str
+    then: UserState | None
+    now: UserState | None
+
+
+def persons_of(before: States, after: States) -> Iterator[Person]:
+    """All users; root only if both credential reports had it: root neither comes nor goes."""
+    names, renamed = before.keys() | after.keys(), renamed_users(before, after)
+    if ROOT not in before or ROOT not in after:
+        names.discard(ROOT)
+    moved = set(renamed.values())
+    for name in sorted(names):
+        if name in after:
+            old_name = renamed.get(name, name)
+            is_other = name in moved and name not in renamed  # who had the name has another now
+            yield Person(name, old_name, None if is_other else before.get(old_name), after[name])
+        if name in before and name not in moved and (name not in after or name in renamed):
+            yield Person(name, name, before[name], None)
+
+
+def renamed_users(before: States, after: States) -> dict[str, str]:
+    """The old name by the new one, as far as keys tell: they stay with their user."""
+    owners: dict[str, set[str]] = {}
+    for name, state in sorted(before.items()):
+        for key_id in state.keys:
+            owners.setdefault(key_id, set()).add(name)
+    renamed = {}
+    for name, state in after.items():
+        had = set[str]().union(*(owners.get(key_id, ()) for key_id in state.keys))
+        if had and name not in had and ROOT not in (name, *had):
+            renamed[name] = min(had)
+    return renamed
+
+
 def track_mfa(tracking: Tracking, account: Account, before: States, after: States) -> None:
     """Count the console users without MFA who have it now or are gone, and keep the new ones."""
-    renamed = renamed_users(before, after)
-    for name in names_to_compare(before, after):
-        then, now = before.get(renamed.get(name, name)), after.get(name)
+    for name, _, then, now in persons_of(before, after):
         lacked = then is not None and then.lacks_mfa
         lacks = now is not None and now.lacks_mfa
-        if lacked and not lacks and name not in renamed.values():
-            tracking.mfa_fixed += 1
+        tracking.mfa_fixed += lacked and not lacks
         if lacks and not lacked:
             new = Change(account.id, account.name, name, change="console-without-mfa")
             tracking.mfa_new.append(new)
 
 
 def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
-    """The users' changes. A rename deletes a user and creates one; their keys stay the same."""
-    renamed = renamed_users(before, after)
-    for name in names_to_compare(before, after):
-        then, now = before.get(name), after.get(name)
+    """The users' changes. A rename deletes a user and creates one; all else is as of one user."""
+    for name, old_name, then, now in persons_of(before, after):
         of_user = Change(account.id, account.name, name)
-        if then is None:
+        if now is None or (then is not None and old_name != name):
+            yield of_user._replace(user=old_name, change="user-deleted")
+        if then is None or (now is not None and old_name != name):
             yield of_user._replace(change="user-created")
-        elif now is None:
-            yield of_user._replace(change="user-deleted")
-        else:
+        if then is not None and now is not None:
             yield from sign_in_changes(of_user, then, now)
-        if name not in renamed.values():  # else their keys are compared under the new name
-            owner = before.get(renamed.get(name, name))
-            yield from key_changes(of_user, owner.keys if owner else {}, now.keys if now else {})
-
-
-def names_to_compare(before: States, after: States) -> list[str]:
-    """All users; root only if both credential reports had it: root neither comes nor goes."""
-    names = before.keys() | after.keys()
-    if ROOT not in before or ROOT not in after:
-        names.discard(ROOT)
-    return sorted(names)
-
-
-def renamed_users(before: States, after: States) -> dict[str, str]:
-    """The old name by the new one, as far as keys tell: they stay with their user."""
-    owners = {}
-    for name in sorted(before.keys() - after.keys()):
-        owners.update(dict.fromkeys(before[name].keys, name))
-    renamed = {}
-    for name in sorted(after.keys() - before.keys()):
-        for key_id in after[name].keys.keys() & owners.keys():
-            renamed[name] = owners[key_id]
-    return renamed
+        yield from key_changes(of_user, then.keys if then else {}, now.keys if now else {})
 
 
 def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
@@ -2652,12 +2810,14 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
 
 
 def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
-    """One change for each account that joined or left the organization since the earlier run."""
-    then, now = run.tracking.earlier.accounts if run.tracking.earlier else {}, accounts_now(run)
+    """One change for each account that joined or left the organization since the newest run."""
+    if (earlier := run.tracking.earlier) is None:
+        return
+    then, now, since = earlier.accounts, accounts_now(run), earlier.started
     for account_id in now.keys() - then.keys():
-        yield Change(account_id, now[account_id].name, change="account-joined")
+        yield Change(account_id, now[account_id].name, change="account-joined", since=since)
     for account_id in then.keys() - now.keys():
-        yield Change(account_id, then[account_id].name, change="account-left")
+        yield Change(account_id, then[account_id].name, change="account-left", since=since)
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -2677,7 +2837,7 @@ def change_row(change: Change) -> tuple[str, ...]:
     seen = ("", "", "", "")
     if event := change.event:
         seen = (event.name, iso(event.time), event.actor, event.source_ip)
-    return (*change_order(change), *seen)
+    return (*change_order(change), *seen, iso(change.since) if change.since else "")
 
 
 def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
@@ -3070,7 +3230,6 @@ def texts(value: Any) -> tuple[str, ...]:
 FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
 LINES_SHOWN = 10  # of other lists
-RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 
 
@@ -3078,16 +3237,19 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
     summary = summary_document(run, finished)
     if quiet:
-        return fitted(quiet_lines(run, summary))
+        lines = quiet_lines(run, summary)
+        title = f"Organization {run.organization.id}, {summary['started']}: {run.folder}"
+        return f"{printable(title)}\n{fitted(lines)}" if lines else ""
     heading = audited_lines(run, summary, finished)
     heading += failed_lines(run, summary) + left_out_lines(run, summary)
+    unreadable = [*run.tracking.unreadable, *run.tracking.passed_over]
     blocks = [
         heading,
         maturity_lines(run, summary) + held_back_lines(run, summary),
         gap_lines(run, summary),
         finding_lines(run, run.findings[:FINDINGS_SHOWN]),
         enforcement_lines(run, summary),
-        change_lines(run, summary),
+        change_lines(run, summary) + damage_lines(run, unreadable),
         witness_lines(run, summary),
         run_lines(run, summary),
     ]
@@ -3096,27 +3258,24 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
 
 
 def quiet_lines(run: Run, summary: Summary) -> list[str]:
-    """Failed accounts, the most urgent findings, and the changes for the worse."""
-    lines, since = failed_lines(run, summary), "since the earlier run"
-    if urgent := [finding for finding in run.findings if finding.priority == MOST_URGENT]:
-        if lines:
-            lines.append("")
-        lines += finding_lines(run, urgent)
-    removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
-    unseen = []  # what is new there is hardly known
-    for one in accounts_of(summary, "audited"):
-        if run.tracking.earlier and one["id"] not in run.tracking.compared:
-            unseen.append(f"{one['id']} {one['name']}")
-    not_compared = "Not compared, because the earlier run had not audited them: "
-    return [
-        *lines,
+    """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
+    tracking, urgent = run.tracking, run.tracking.urgent_new
+    removed = [change for change in tracking.changes if change.change == "mfa-removed"]
+    lines = [
+        *failed_lines(run, summary),
         *(skipped_lines(summary) if run.plan.scope.accounts else ()),
         *root_lines(run),
+        *listed_findings(run, urgent, "New findings of priority 1"),
         *new_key_lines(run),
-        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
-        *titled(f"MFA removed {since}", map(change_line, removed)),
-        *titled(not_compared + count(len(unseen), "account"), unseen[:ACCOUNTS_SHOWN]),
+        *titled("New console users without MFA", map(change_line, tracking.mfa_new)),
+        *titled("MFA removed", map(change_line, removed)),
+        *damage_lines(run, tracking.passed_over),
     ]
+    standing = summary["findings"][str(MOST_URGENT)] - len(urgent)
+    if lines and standing:
+        verb = "stands" if standing == 1 else "stand"
+        lines.append(f"{count(standing, 'finding')} of priority 1 {verb} unchanged")
+    return lines
 
 
 def accounts_of(summary: Summary, result: str) -> list[Summary]:
@@ -3288,7 +3447,12 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     if not findings:
         return [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
     number = f"{len(findings):,} of {len(run.findings):,}"
-    lines = [f"What to fix first ({number}; all are in findings.csv)"]
+    title = f"What to fix first ({number}; all are in findings.csv)"
+    return listed_findings(run, findings, title)
+
+
+def listed_findings(run: Run, findings: Sequence[Finding], title: str) -> list[str]:
+    lines = [title] if findings else []
     for one in findings:
         whose = f"{label(vars(one.account), 20)} {one.user}"
         lines.append(f"  {one.priority}  {one.finding:<23}{whose}")
@@ -3338,10 +3502,10 @@ def control_remarks(run: Run, control: str) -> list[str]:
 
 
 def change_lines(run: Run, summary: Summary) -> list[str]:
-    """What has changed since the earlier run, for better and for worse."""
+    """What has changed since the accounts' baselines, for better and for worse."""
     changes, earlier, days = summary["changes"], run.tracking.earlier, run.plan.max_key_age.days
     if earlier is None:
-        return ["No earlier run of this organization: this one is the baseline."]
+        return ["No earlier run of this organization to compare with: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
     deleted, deactivated = counts["access-key-deleted"], counts["access-key-deactivated"]
     keys = f"{deleted:,} deleted, {deactivated:,} deactivated"
@@ -3351,21 +3515,42 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
         f"  access keys: {keys}, {counts['access-key-created']:,} created",
     ]
     for phase, levels in zip(("phase 1", "phase 2"), changes["maturity"].values()):
-        then, now = levels["then"], levels["now"]
-        compared = (levels["compared_then"], levels["compared_now"])
-        differs = compared not in ((None, None), (then, now))
-        words = " (the accounts compared: {}, now {})".format(*compared) if differs else ""
-        lines.append(f"  {phase}: {then}, now {now}{words}")
-    if earlier.max_key_age_days != days:
-        was = f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}"
+        now, compared = levels["now"], levels["compared_now"]
+        words = f" (the accounts compared: {compared})" if compared not in (None, now) else ""
+        lines.append(f"  {phase}: {levels['then'] or 'not compared'}, now {now}{words}")
+    compared_with = run.tracking.compared.values()
+    if others := sorted({run.max_key_age_days for run in compared_with} - {days}):
+        was = f"  --max-key-age was {' or '.join(map(str, others))}, now {days:,}"
         lines.append(f"{was}: phase 2 and the number of old keys do not compare")
+    older = [run.started for run in compared_with if run is not earlier]
+    if older:
+        first = iso(min(older))
+        lines.append(f"  {count(len(older), 'account')} compared with older runs, from {first} on")
     joined, left = counts["account-joined"], counts["account-left"]
     if joined or left:
         lines.append(f"  accounts: {joined:,} joined, {left:,} left")
     if changes["accounts_not_compared"]:
         number = count(changes["accounts_not_compared"], "account")
-        lines.append(f"  not compared: {number}, not audited in this run or the earlier one")
+        lines.append(f"  not compared: {number}, not audited in this run or in any earlier one")
     return lines + new_key_lines(run)
+
+
+def damage_lines(run: Run, messages: Iterable[str]) -> list[str]:
+    """Earlier files that could not be read, and the accounts that lack a baseline for it."""
+    lines, output_dir = list[str](), f"{run.folder.parent}{os.sep}"
+    for message in dict.fromkeys(messages):
+        lines += wrapped(f"  {message.replace(output_dir, '')}")
+    if lines:
+        lines.insert(0, "Earlier files that cannot be read, and so were passed over")
+    if blind := run.tracking.blind:
+        number = count(len(blind), "account")
+        lines.append(f"New access keys cannot be ruled out in {number}: no earlier run can be read")
+        lines += [f"  {one.id} {one.name}" for one in blind[:ACCOUNTS_SHOWN]]
+        lines += wrapped(
+            "  Next: let the user who runs the audit read the earlier runs, or restore the files; "
+            "otherwise this run is the baseline, and the keys there are in the accounts' CSVs."
+        )
+    return lines
 
 
 def new_key_lines(run: Run) -> list[str]:
@@ -3373,7 +3558,7 @@ def new_key_lines(run: Run) -> list[str]:
     for key in new_keys(run):
         where = "" if key.account_id in run.tracking.compared else " (account not compared)"
         lines.append(change_line(key) + where)
-    return titled("New access keys since the earlier run", shortened(lines))
+    return titled("New access keys since the last audit of their account", shortened(lines))
 
 
 def change_line(change: Change) -> str:
@@ -3390,17 +3575,18 @@ def change_line(change: Change) -> str:
 
 def witness_lines(run: Run, summary: Summary) -> list[str]:
     """What CloudTrail says about the changes, and where it could not be asked."""
-    trail, earlier, since = summary["cloudtrail"], run.tracking.earlier, run.plan.events_since
-    if since is None:
+    trail, since = summary["cloudtrail"], run.tracking.events_from
+    if trail is None or since is None:
         return []
     lines = [f"CloudTrail since {iso(since)}: {count(trail['events'], 'IAM event')}, in events.csv"]
+    baselines = [earlier.started for earlier in run.tracking.compared.values()]
     if trail["out_of_reach"]:
         kept = f"CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days"
         lines.append(f"  {kept}: what happened before has no witness.")
-    elif earlier and earlier.started < since:
-        before = "The earlier run began before that"
+    elif baselines and min(baselines) < since:
+        before = "An earlier run began before that"
         lines.append(f"  {before}: what happened in between has no witness.")
-    if earlier and (witnesses := sorted(summary["changes"]["witnesses"].items())):
+    if baselines and (witnesses := sorted(summary["changes"]["witnesses"].items())):
         lines.append(f"  changes: {numbers_in_words(dict(witnesses))}")
     groups: dict[str, list[str]] = {}
     for account_id, error in sorted(trail["unavailable"].items()):
@@ -3428,8 +3614,6 @@ def run_lines(run: Run, summary: Summary) -> list[str]:
         for name in RUN_GAPS:
             line += f"{one[name]:>13,}"
         lines.append(line)
-    if run.tracking.unreadable:
-        lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
 
 
@@ -3503,7 +3687,6 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     gaps = {}
     for name, accounts in (("organization", run.audited), ("production", production)):
         gaps[name] = gaps_document(total_gaps(accounts), run.started)
-    runs = [vars(one) | {"started": iso(one.started)} for one in run.tracking.runs]
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
     for name in RUN_GAPS:
         this_run[name] = gaps["organization"][name]
@@ -3519,6 +3702,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "role": run.plan.role.name,
         "production_pattern": run.plan.production.pattern,
         "max_key_age_days": run.plan.max_key_age.days,
+        "scope": scope_document(run.plan.scope),
         "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
         "organization": {
             "id": run.organization.id,
@@ -3529,7 +3713,9 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "gaps": gaps,
         "maturity": maturity,
         "changes": changes_document(run, maturity),
-        "runs": [*runs, this_run],
+        "new_keys_not_ruled_out": sorted(one.id for one in run.tracking.blind),
+        "earlier_files_passed_over": list(run.tracking.passed_over),
+        "runs": [*run.tracking.runs, this_run],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
         "findings": tally(priorities, (str(finding.priority) for finding in run.findings)),
@@ -3563,38 +3749,37 @@ def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
-    """What has changed since the earlier run; None without one."""
+    """What has changed since the accounts' baselines; None without an earlier run."""
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
     stayed = earlier.accounts.keys() & accounts_now(run).keys()
-    for one in run.out_of_scope:
-        if one.account.id in stayed and earlier.accounts[one.account.id].result == "out of scope":
-            stayed.remove(one.account.id)  # out of scope of both runs
+    stayed -= {one.account.id for one in run.out_of_scope}
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": len(stayed - tracking.compared),
+        "accounts_not_compared": len(stayed - tracking.compared.keys()),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
         "counts": tally(kinds, (change.change for change in tracking.changes)),
         "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
-        "maturity": {phase: level_changes(run, earlier, phase, maturity) for phase in PHASES},
+        "maturity": {phase: level_changes(run, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
 
 
-def level_changes(run: Run, earlier: EarlierRun, phase: str, maturity: Summary) -> dict[str, Any]:
-    """The organization's levels then and now, and those of the accounts that both runs audited."""
-    both = [figures for figures in run.audited if figures.account.id in run.tracking.compared]
-    then = (earlier.account_levels[figures.account.id][phase] for figures in both)
-    now = (getattr(figures, phase) for figures in both)
+def level_changes(run: Run, phase: str, maturity: Summary) -> dict[str, Any]:
+    """The level of the accounts compared at their baselines, the organization's, and theirs now."""
+    then, now = [], []
+    for figures in run.audited:
+        if earlier := run.tracking.compared.get(figures.account.id):
+            then.append(earlier.accounts[figures.account.id].levels[PHASES.index(phase)])
+            now.append(getattr(figures, phase))
     return {
-        "then": earlier.levels[phase],
+        "then": LEVELS[min(then)] if then else None,
         "now": maturity[phase]["level"],
-        "compared_then": min(then, key=LEVELS.index, default=None),
         "compared_now": min(now, key=LEVELS.index, default=None),
     }
 
@@ -3607,6 +3792,7 @@ def new_key_document(key: Change, run: Run) -> dict[str, Any]:
         "access_key_id": key.key_id,
         "change": key.change,
         "account_compared": key.account_id in run.tracking.compared,
+        "since": iso(key.since) if key.since else None,
         "witness": key.witness,
         "event_name": key.event.name if key.event else None,
         "event_time": iso(key.event.time) if key.event else None,
@@ -3618,9 +3804,10 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
     """How many events CloudTrail returned, and where it failed and why; None if not asked."""
     if run.plan.events_since is None:
         return None
+    since = run.tracking.events_from
     return {
-        "since": iso(run.plan.events_since),
-        "out_of_reach": run.plan.events_out_of_reach,
+        "since": iso(since) if since else None,
+        "out_of_reach": run.tracking.events_out_of_reach,
         "events": sum(len(trail.events) for _account, trail in run.trails),
         "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
     }
@@ -3657,6 +3844,8 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
         entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
         entry["controls"] = controls_document(run.controls[figures.account.id])
         entry["gaps"] = gaps_document(figures.gaps, run.started)
+        earlier = run.tracking.compared.get(figures.account.id)
+        entry["since"] = iso(earlier.started) if earlier else None
         entries.append(entry)
     return sorted(entries, key=lambda entry: str(entry["id"]))
 
@@ -3834,12 +4023,13 @@ exit codes:
   2    the command line is wrong
   3    some accounts in scope could not be audited; all others were written
   4    what --fail-on names was found
+  5    both 3 and 4
   130  interrupted (SIGINT); 143: terminated (SIGTERM); 129: hung up (SIGHUP)
 """
 
 
 class FailOn(NamedTuple):
-    """What ends with exit code 4: findings of `priority` or more urgent (0: none), new keys."""
+    """What ends with exit code 4 or 5: findings of `priority` or worse (0: none), new keys."""
 
     priority: int = 0
     new_keys: bool = False
@@ -3907,18 +4097,19 @@ def argument_parser() -> argparse.ArgumentParser:
         help="older active access keys are a gap (default: %(default)s)")
     add = parser.add_argument_group("what has changed").add_argument
     add("--previous", metavar="DIR", type=parse_folder, help="folder of the run to compare with "
-        "(default: the newest finished one of this organization in --output-dir)")
+        "(default: for each account, the newest finished one in --output-dir that audited it)")
     add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
         "changes; the role then needs cloudtrail:LookupEvents")
     add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on, "
-        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run began, or 30 days)")
+        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the run began that the account is "
+        "compared with, or 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="where the run's own folder is made (default: %(default)s)")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
-        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N "
-            f"or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or with new-keys any access key "
-             "created since the earlier run")
+        help="end with exit code 4 (5 if accounts failed too) if there are `findings`, or with "
+             f"findings:N any of priority N or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or "
+             "with new-keys any access key created since the last audit of its account")
     add("-q", "--quiet", action="store_true",
         help="print nothing unless something needs attention (an account failed, say)")
     add("-v", "--verbose", action="store_true",

@@ -325,7 +325,7 @@ def test_quiet_shows_each_finding_of_priority_1_and_no_other() -> None:
     assert findings_shown(lines) == [
         (1, "console-without-mfa", f"{100_000_000_000 + index}", "alice") for index in range(12)
     ]
-    assert "12 of 15" in only(lines, "What to fix first")
+    assert only(lines, "New findings") == "New findings of priority 1"
     assert len(lines) <= 2 + 2 * 12
 
 
@@ -632,9 +632,12 @@ def test_findings_alone_are_no_failure() -> None:
     assert exit_code(found, parse_arguments(["--role", "R"]).fail_on) == 0
 
 
-def test_failed_accounts_go_before_findings() -> None:
-    found = run_of([OF_PRIORITY[1], failed()])
-    assert exit_code(found, parse_arguments(["--role", "R", "--fail-on", "findings"]).fail_on) == 3
+def test_failed_accounts_and_findings_have_a_code_of_their_own() -> None:
+    """Both show in the code: one denied account in three hundred must not silence --fail-on."""
+    found = run_of([OF_PRIORITY[2], failed()])
+    for what, code in (("findings:1", 3), ("findings:2", 5), ("findings", 5), ("new-keys", 3)):
+        chosen = parse_arguments(["--role", "R", "--fail-on", what]).fail_on
+        assert exit_code(found, chosen) == code
 
 
 # --- the whole program ------------------------------------------------------------------------------------------------
@@ -786,7 +789,7 @@ def test_summary_json_has_gaps_levels_and_findings_of_a_run(whole: Result) -> No
 
 @pytest.mark.program
 def test_the_terminal_shows_gaps_and_findings_of_a_run(whole: Result) -> None:
-    assert whole.exit_code == 3
+    assert whole.exit_code == 5
     lines = whole.stdout.splitlines()
     assert gap_table(lines)["without MFA"] == ("3", "2")
     assert [one[1:3] for one in findings_shown(lines)] == [row[1:3] for row in EXPECTED]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iam_audit
-from iam_audit import ROOT, Account, Change, Event, KeyState, Trail, UserState
+from iam_audit import ROOT, Account, Change, Event, KeyState, Scope, Tracking, Trail, UserState
 
 ELEVEN = "110000000000"
 ALICE = "arn:aws:sts::999999999999:assumed-role/Admin/alice"
@@ -196,10 +198,40 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {ROOT: state(K="Active/02")},
         [f"{ROOT}|K|access-key-deleted|Inactive|", f"{ROOT}|K|access-key-created||Active"],
     ),
-    "key of another user": (
-        {"ana": state(K="Active"), "bob": state()},
-        {"ana": state(), "bob": state(K="Active")},
-        ["ana|K|access-key-deleted|Active|", "bob|K|access-key-created||Active"],
+    "user renamed, and another created under the old name": (
+        {"ana": state(ON, "Virtual", K="Active")},
+        {"ana": state(ON, L="Active"), "ana.b": state(ON, "Virtual", K="Active")},
+        [
+            "ana||user-created||",
+            "ana|L|access-key-created||Active",
+            "ana||user-deleted||",
+            "ana.b||user-created||",
+        ],
+    ),
+    "user renamed to the name of one who left": (
+        {"ana": state(K="Active"), "bob": state(L="Active")},
+        {"bob": state(K="Active")},
+        [
+            "ana||user-deleted||",
+            "bob||user-created||",
+            "bob||user-deleted||",
+            "bob|L|access-key-deleted|Active|",
+        ],
+    ),
+    "two users who exchanged their names": (
+        {"ana": state(K="Active"), "bob": state(L="Active")},
+        {"ana": state(L="Active"), "bob": state(K="Active")},
+        [
+            "bob||user-deleted||",
+            "ana||user-created||",
+            "ana||user-deleted||",
+            "bob||user-created||",
+        ],
+    ),
+    "user renamed, and without MFA since": (
+        {"ana": state(ON, "Virtual", K="Active")},
+        {"ana.b": state(ON, K="Active")},
+        ["ana||user-deleted||", "ana.b||user-created||", "ana.b||mfa-removed|Virtual|None"],
     ),
     "users by name": ({"b": state(), "a": state()}, {}, ["a||user-deleted||", "b||user-deleted||"]),
     "names in upper and lower case": (
@@ -237,7 +269,7 @@ def test_what_counts_as_a_change_between_two_states(name: str) -> None:
     before, after, expected = TRANSITIONS[name]
     found = list(iam_audit.changes_between(ACCOUNT, before, after))
     assert ["|".join(change[2:7]) for change in found] == expected
-    assert all(change[:2] == (ONE, "one") and change[7:] == ("", None) for change in found)
+    assert all(change[:2] == (ONE, "one") and change[7:] == ("", None, None) for change in found)
 
 
 names = st.text(st.sampled_from("='+-@,.\"\\\t abC"), min_size=1, max_size=6).filter(
@@ -574,6 +606,16 @@ def without_accounts(folder: Path) -> None:
     path.write_text(json.dumps(summary), "utf-8")
 
 
+def in_its_place(name: str, make: Callable[[Path], object]) -> Damage:
+    """Something else where that file was."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
 CSV, SUMMARY = f"accounts/{ONE}.csv", "summary.json"
 DAMAGES: dict[str, tuple[str, Damage]] = {
     "header": (CSV, rewritten(CSV, replaced(b"username", b"user"))),
@@ -605,15 +647,42 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "another format": (SUMMARY, lambda folder: edit_summary(folder, format=999)),
     "of another tool": (SUMMARY, lambda folder: edit_summary(folder, tool="other")),
     "no date": (SUMMARY, lambda folder: edit_summary(folder, started="yesterday")),
-    "an unknown level": (
-        SUMMARY,
-        rewritten(SUMMARY, replaced(b'"level": "In Progress"', b'"level": "Foo"')),
-    ),
     "an account's unknown level": (
         SUMMARY,
         rewritten(SUMMARY, replaced(b'"phase2": "Advanced"', b'"phase2": "Foo"')),
     ),
-    "a number that is none": (SUMMARY, lambda folder: edit_summary(folder, max_key_age_days="90")),
+    "text for a number": (SUMMARY, lambda folder: edit_summary(folder, max_key_age_days="90")),
+    "null for a number": (SUMMARY, rewritten(SUMMARY, replaced(b'"users": 2', b'"users": null'))),
+    "true for a number": (SUMMARY, lambda folder: edit_summary(folder, max_key_age_days=True)),
+    "a number for true": (SUMMARY, rewritten(SUMMARY, replaced(b'"root": true', b'"root": 1'))),
+    "text for a figure": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(b'"active_keys": 5', b'"active_keys": "5"')),
+    ),
+    "null for a key count": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(b'"access_keys": 2', b'"access_keys": null')),
+    ),
+    "null for a name": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(b'"name": "payments"', b'"name": null')),
+    ),
+    "an ID of 11 digits": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(f'"id": "{FIVE}"'.encode(), f'"id": "{FIVE[1:]}"'.encode())),
+    ),
+    "a path for an ID": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(f'"id": "{FIVE}"'.encode(), b'"id": "../../11111"')),
+    ),
+    "an ID out of scope": (
+        SUMMARY,
+        lambda folder: edit_summary(folder, out_of_scope=[{"id": "1", "name": "x"}]),
+    ),
+    "nested too deep": (SUMMARY, rewritten(SUMMARY, lambda _: b"[" * 100_000)),
+    "a folder in its place": (SUMMARY, in_its_place(SUMMARY, Path.mkdir)),
+    "a FIFO for the summary": (SUMMARY, in_its_place(SUMMARY, os.mkfifo)),
+    "a FIFO for a CSV": (CSV, in_its_place(CSV, os.mkfifo)),
     "a date before the first": (
         SUMMARY,
         lambda folder: edit_summary(folder, started="0001-01-01T00:00:00+14:00"),
@@ -621,21 +690,50 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
 }
 
 
+def opened(output_dir: Path) -> Tracking:
+    history = iam_audit.History(iam_audit.finished_runs(output_dir, NOW + DAY), "o-test123456")
+    return iam_audit.open_tracking(history, None, Scope())
+
+
+def passed_over(output_dir: Path, account_id: str = ONE) -> str:
+    """What is said of the only run where it can be compared with in vain."""
+    found = iam_audit.baseline_of(opened(output_dir), account_id)
+    assert found.run is None
+    [message] = found.passed_over
+    return message
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_noticed_and_the_file_named(base: Path, tmp_path: Path, name: str) -> None:
     damaged, damage = DAMAGES[name]
     folder = spoiled(base, tmp_path, damage)
+    assert passed_over(tmp_path).startswith(f"Cannot read the earlier run's {folder / damaged}: ")
     with pytest.raises(iam_audit.AuditError, match=re.escape(str(folder / damaged))):
-        iam_audit.open_tracking(tmp_path, None, "o-test123456")
+        iam_audit.History((), "o-test123456").name_one(folder)
+
+
+@pytest.mark.parametrize("name", [name for name, (file, _) in DAMAGES.items() if file == SUMMARY])
+def test_a_damaged_summary_is_known_when_the_run_starts(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    spoiled(base, tmp_path, DAMAGES[name][1])
+    tracking = opened(tmp_path)
+    assert (tracking.earlier, tracking.runs) == (None, [])
+    assert len(tracking.unreadable) == 1
 
 
 def test_without_damage_all_is_well(base: Path, tmp_path: Path) -> None:
     """Else the tests around this one would say nothing."""
     folder = spoiled(base, tmp_path, lambda _: None)
-    tracking = iam_audit.open_tracking(tmp_path, None, "o-test123456")
+    tracking = opened(tmp_path)
     assert tracking.earlier is not None
     assert tracking.earlier.folder == folder
     assert set(tracking.earlier.accounts) >= {ONE, TWO, THREE, FOUR, FIVE}
+    for account_id in (ONE, TWO, THREE, FOUR, FIVE):
+        assert iam_audit.baseline_of(tracking, account_id).run == tracking.earlier
+    history = iam_audit.History((), "o-test123456")
+    history.name_one(folder)
+    assert set(history.held) == {ONE, TWO, THREE, FOUR, FIVE}
 
 
 @pytest.mark.parametrize("account_id", [ONE, FIVE])
@@ -645,8 +743,7 @@ def test_a_csv_cut_anywhere_is_noticed(base: Path, tmp_path: Path, account_id: s
     whole = path.read_bytes()
     for size in range(len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(iam_audit.AuditError, match=re.escape(str(path))):
-            iam_audit.open_tracking(tmp_path, None, "o-test123456")
+        assert str(path) in passed_over(tmp_path, account_id)
 
 
 @pytest.mark.parametrize("account_id", [TWO, THREE])
@@ -654,9 +751,9 @@ def test_a_missing_root_row_is_neither_fixed_nor_new(base: Path, account_id: str
     """Root has a password and no MFA in the one report (TWO's earlier, THREE's new one), and no row in the other."""
     bob = user("bob", key(DAY, key_id=key_id("BOB")), password=True)
     users = [bob] if account_id == TWO else [user(ROOT, password=True), bob]
-    tracking = iam_audit.open_tracking(base.parent, None, "o-test123456")
+    tracking = opened(base.parent)
     iam_audit.track_account(tracking, audited(*users, account=Account(account_id, "one", "ACTIVE")))
-    assert tracking.compared == {account_id}
+    assert set(tracking.compared) == {account_id}
     assert (tracking.mfa_fixed, tracking.mfa_new) == (0, [])
 
 
@@ -666,7 +763,7 @@ def test_a_renamed_user_without_mfa_is_neither_fixed_nor_new(
 ) -> None:
     """The key tells that it is the same user; whoever has another key is somebody else."""
     made = key(DAY, key_id=key_id("BOB" if name == "robert" else "NEW"))
-    tracking = iam_audit.open_tracking(base.parent, None, "o-test123456")
+    tracking = opened(base.parent)
     account = Account(THREE, "one", "ACTIVE")
     iam_audit.track_account(tracking, audited(user(name, made, password=True), account=account))
     assert (tracking.mfa_fixed, len(tracking.mfa_new)) == figures
