@@ -411,7 +411,8 @@ class User:
 
 
 class Event(NamedTuple):
-    """A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set."""
+    """A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set,
+    `new_name` what UpdateUser did."""
 
     time: datetime
     name: str
@@ -422,6 +423,7 @@ class Event(NamedTuple):
     source_ip: str
     user_agent: str
     id: str
+    new_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -1302,6 +1304,7 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
         source_ip=str(record.get("sourceIPAddress") or ""),
         user_agent=str(record.get("userAgent") or ""),
         id=str(record.get("eventID") or ""),
+        new_name=str(request.get("newUserName") or ""),
     )
 
 
@@ -2388,7 +2391,7 @@ EVENTS_COLUMNS = (
     *("account_id", "account_name", "event_time", "event_name", "username", "access_key_id"),
     *("actor", "source_ip", "user_agent", "event_id"),
 )
-CAME_AND_WENT = "access-key-came-and-went"
+CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-went"
 RUNS_SHOWN = 12  # in the table of runs, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
@@ -2630,20 +2633,22 @@ def track_account(
             tracking.new_keys_elsewhere.append(with_witness(change, trail)._replace(since=since))
         return
     after = states_of(rows_of(audited))
+    events = trail.events if trail else ()
+    persons = [*persons_of(before, after, events)]
     tracking.compared[account.id] = run
-    changes = [*changes_between(account, before, after)]
-    changes += came_and_went(account, before, after, trail)
+    changes = [*changes_between(account, persons)]
+    changes += came_and_went(account, before, after, events)
     tracking.changes += [with_witness(change, trail)._replace(since=since) for change in changes]
-    track_mfa(tracking, account, before, after)
+    track_mfa(tracking, account, persons)
     was_production = run.accounts[account.id].production
-    tracking.urgent_new += newly_urgent(urgent, before, after, was_production)
+    tracking.urgent_new += newly_urgent(urgent, persons, was_production)
 
 
 def newly_urgent(
-    urgent: Sequence[Finding], before: States, after: States, was_production: bool
+    urgent: Sequence[Finding], persons: Sequence[Person], was_production: bool
 ) -> Iterator[Finding]:
     """The findings of priority 1 that the baseline had not, or could not have."""
-    then = {person.name: person.then for person in persons_of(before, after)}
+    then = {person.name: person.then for person in persons}
     for finding in urgent:
         state, key = then.get(finding.user), finding.key
         if state is None or (key is None and not (was_production and state.lacks_mfa)):
@@ -2661,7 +2666,7 @@ def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Ch
 
 
 class Person(NamedTuple):
-    """A user then and now (None: not there). `name` is the present one, or the last if they left."""
+    """A user then and now (None: not there). `name` is the present one, or the last one."""
 
     name: str
     old_name: str
@@ -2669,9 +2674,10 @@ class Person(NamedTuple):
     now: UserState | None
 
 
-def persons_of(before: States, after: States) -> Iterator[Person]:
+def persons_of(before: States, after: States, events: Sequence[Event] = ()) -> Iterator[Person]:
     """All users; root only if both credential reports had it: root neither comes nor goes."""
-    names, renamed = before.keys() | after.keys(), renamed_users(before, after)
+    names = before.keys() | after.keys()
+    renamed = {**renamed_by_events(before, after, events), **renamed_users(before, after)}
     if ROOT not in before or ROOT not in after:
         names.discard(ROOT)
     moved = set(renamed.values())
@@ -2698,9 +2704,24 @@ def renamed_users(before: States, after: States) -> dict[str, str]:
     return renamed
 
 
-def track_mfa(tracking: Tracking, account: Account, before: States, after: States) -> None:
+def renamed_by_events(before: States, after: States, events: Iterable[Event]) -> dict[str, str]:
+    """The old name by the new one, as CloudTrail tells. IAM knows a name in any letter case."""
+    current = {name: name.lower() for name in before}
+    for event in events:
+        for name, now in current.items():
+            if event.new_name and now == event.user.lower():
+                current[name] = event.new_name.lower()
+    present = {name.lower(): name for name in after}
+    renamed = {}
+    for name, now in current.items():
+        if now != name.lower() and now in present:
+            renamed[present[now]] = name
+    return renamed
+
+
+def track_mfa(tracking: Tracking, account: Account, persons: Iterable[Person]) -> None:
     """Count the console users without MFA who have it now or are gone, and keep the new ones."""
-    for name, _, then, now in persons_of(before, after):
+    for name, _, then, now in persons:
         lacked = then is not None and then.lacks_mfa
         lacks = now is not None and now.lacks_mfa
         tracking.mfa_fixed += lacked and not lacks
@@ -2709,15 +2730,14 @@ def track_mfa(tracking: Tracking, account: Account, before: States, after: State
             tracking.mfa_new.append(new)
 
 
-def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
-    """The users' changes. A rename deletes a user and creates one; all else is as of one user."""
-    for name, old_name, then, now in persons_of(before, after):
+def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Change]:
+    for name, old_name, then, now in persons:
         of_user = Change(account.id, account.name, name)
-        if now is None or (then is not None and old_name != name):
-            yield of_user._replace(user=old_name, change="user-deleted")
-        if then is None or (now is not None and old_name != name):
-            yield of_user._replace(change="user-created")
-        if then is not None and now is not None:
+        if then is None or now is None:
+            yield of_user._replace(change="user-created" if now else "user-deleted")
+        else:
+            if old_name != name:
+                yield of_user._replace(change="user-renamed", before=old_name, after=name)
             yield from sign_in_changes(of_user, then, now)
         yield from key_changes(of_user, then.keys if then else {}, now.keys if now else {})
 
@@ -2762,16 +2782,22 @@ def in_their_slots(before: Keys, after: Keys) -> Keys:
 
 
 def came_and_went(
-    account: Account, before: States, after: States, trail: Trail | None
+    account: Account, before: States, after: States, events: Sequence[Event]
 ) -> Iterator[Change]:
-    """Access keys that were created and deleted between the runs, which only CloudTrail shows."""
-    seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
-    events = trail.events if trail else ()
-    created = {event.key_id for event in events if event.name == "CreateAccessKey"}
+    """Access keys and console users that came and went between the runs: only events show them."""
+    keys_seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
+    done: dict[str, set[str]] = {"CreateAccessKey": set(), "CreateLoginProfile": set()}
     for event in events:
-        if event.name == "DeleteAccessKey" and event.key_id in created - seen:
-            who = (account.id, account.name, event.user)
-            yield Change(*who, key_id=event.key_id, change=CAME_AND_WENT, event=event)
+        done.setdefault(event.name, set()).add(event.key_id or event.user.lower())
+    keys = done["CreateAccessKey"] - keys_seen
+    users = done["CreateLoginProfile"] & done.get("CreateUser", set())
+    users -= {name.lower() for name in (*before, *after)}
+    for event in events:
+        of_user = Change(account.id, account.name, event.user, event=event)
+        if event.name == "DeleteAccessKey" and event.key_id in keys:
+            yield of_user._replace(key_id=event.key_id, change=CAME_AND_WENT)
+        elif event.name == "DeleteUser" and event.user.lower() in users:
+            yield of_user._replace(change=USER_CAME_AND_WENT)
 
 
 # The CloudTrail events that confirm a change or else contradict it; after "=", the status they set
@@ -2787,6 +2813,7 @@ EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
     "console-disabled": ({"DeleteLoginProfile"}, {"CreateLoginProfile"}),
     "user-created": ({"CreateUser"}, {"DeleteUser"}),
     "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
+    "user-renamed": ({"UpdateUser"}, set()),
 }
 CONFIRMING = set[str]().union(*(confirming for confirming, _ in EXPLAINED_BY.values()))
 EVENT_NAMES = tuple(sorted({event.partition("=")[0] for event in CONFIRMING}))
@@ -2798,15 +2825,22 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
         return change
     if trail.error:
         return change._replace(witness="unavailable")
-    if change.change == CAME_AND_WENT:
+    if change.change in (CAME_AND_WENT, USER_CAME_AND_WENT):
         return change._replace(witness="confirmed")
-    of_key = change.key_id and change.user != ROOT  # root's keys have no IDs in the report
     for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
         for event in reversed(trail.events):
-            about = event.key_id == change.key_id if of_key else event.user == change.user
-            if about and (event.name in names or f"{event.name}={event.status}" in names):
+            told = event.name in names or f"{event.name}={event.status}" in names
+            if told and is_about(event, change):
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
+
+
+def is_about(event: Event, change: Change) -> bool:
+    """Whether the event acted on what has changed; root's keys have no IDs in the report."""
+    if change.key_id and change.user != ROOT:
+        return event.key_id == change.key_id
+    name = event.new_name if change.change == "user-renamed" else event.user
+    return name.lower() == change.user.lower()
 
 
 def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
@@ -3753,7 +3787,7 @@ def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
-    kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
+    kinds = (*EXPLAINED_BY, CAME_AND_WENT, USER_CAME_AND_WENT, "account-joined", "account-left")
     stayed = earlier.accounts.keys() & accounts_now(run).keys()
     stayed -= {one.account.id for one in run.out_of_scope}
     return {

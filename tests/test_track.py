@@ -168,8 +168,7 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana": state(K="Active", L="Active")},
         {"ana.b": state(K="Active", M="Active")},
         [
-            "ana||user-deleted||",
-            "ana.b||user-created||",
+            "ana.b||user-renamed|ana|ana.b",
             "ana.b|L|access-key-deleted|Active|",
             "ana.b|M|access-key-created||Active",
         ],
@@ -178,8 +177,7 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana": state(K="Inactive")},
         {"ana.b": state(K="Active")},
         [
-            "ana||user-deleted||",
-            "ana.b||user-created||",
+            "ana.b||user-renamed|ana|ana.b",
             "ana.b|K|access-key-activated|Inactive|Active",
         ],
     ),
@@ -204,16 +202,14 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         [
             "ana||user-created||",
             "ana|L|access-key-created||Active",
-            "ana||user-deleted||",
-            "ana.b||user-created||",
+            "ana.b||user-renamed|ana|ana.b",
         ],
     ),
     "user renamed to the name of one who left": (
         {"ana": state(K="Active"), "bob": state(L="Active")},
         {"bob": state(K="Active")},
         [
-            "ana||user-deleted||",
-            "bob||user-created||",
+            "bob||user-renamed|ana|bob",
             "bob||user-deleted||",
             "bob|L|access-key-deleted|Active|",
         ],
@@ -222,16 +218,14 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana": state(K="Active"), "bob": state(L="Active")},
         {"ana": state(L="Active"), "bob": state(K="Active")},
         [
-            "bob||user-deleted||",
-            "ana||user-created||",
-            "ana||user-deleted||",
-            "bob||user-created||",
+            "ana||user-renamed|bob|ana",
+            "bob||user-renamed|ana|bob",
         ],
     ),
     "user renamed, and without MFA since": (
         {"ana": state(ON, "Virtual", K="Active")},
         {"ana.b": state(ON, K="Active")},
-        ["ana||user-deleted||", "ana.b||user-created||", "ana.b||mfa-removed|Virtual|None"],
+        ["ana.b||user-renamed|ana|ana.b", "ana.b||mfa-removed|Virtual|None"],
     ),
     "users by name": ({"b": state(), "a": state()}, {}, ["a||user-deleted||", "b||user-deleted||"]),
     "names in upper and lower case": (
@@ -267,7 +261,8 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_what_counts_as_a_change_between_two_states(name: str) -> None:
     before, after, expected = TRANSITIONS[name]
-    found = list(iam_audit.changes_between(ACCOUNT, before, after))
+    persons = iam_audit.persons_of(before, after)
+    found = list(iam_audit.changes_between(ACCOUNT, persons))
     assert ["|".join(change[2:7]) for change in found] == expected
     assert all(change[:2] == (ONE, "one") and change[7:] == ("", None, None) for change in found)
 
@@ -302,7 +297,8 @@ def test_what_is_written_compares_as_unchanged(tmp_path: Path, users: list[iam_a
     iam_audit.write_csv(path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(found))
     read = iam_audit.read_states(path, ONE)
     after = iam_audit.states_of(iam_audit.rows_of(found))
-    assert list(iam_audit.changes_between(ACCOUNT, read, after)) == []
+    persons = iam_audit.persons_of(read, after)
+    assert list(iam_audit.changes_between(ACCOUNT, persons)) == []
     assert set(read) == {one.name for one in users}
 
 
@@ -441,7 +437,8 @@ def test_a_key_that_came_and_went_shows_in_the_events_alone(
     trail: Trail | None,
     expected: list[Event],
 ) -> None:
-    found = list(iam_audit.came_and_went(ACCOUNT, before, after, trail))
+    events = trail.events if trail else ()
+    found = list(iam_audit.came_and_went(ACCOUNT, before, after, events))
     assert found == [
         Change(ONE, "one", "ana", "K", "access-key-came-and-went", event=each) for each in expected
     ]
@@ -767,3 +764,99 @@ def test_a_renamed_user_without_mfa_is_neither_fixed_nor_new(
     account = Account(THREE, "one", "ACTIVE")
     iam_audit.track_account(tracking, audited(user(name, made, password=True), account=account))
     assert (tracking.mfa_fixed, len(tracking.mfa_new)) == figures
+
+
+# --- users who were renamed, or came and went, as CloudTrail tells ----------------------------------------------------
+
+
+def renamed(old: str, new: str, day: int = 2) -> Event:
+    return happened("UpdateUser", day, old)._replace(new_name=new)
+
+
+CONSOLE = UserState(ON, "None", {})
+RENAMES: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[Event], list[str]]] = {
+    "without any key": (
+        {"ana": CONSOLE},
+        {"bea": CONSOLE},
+        [renamed("ana", "bea")],
+        ["bea||user-renamed|ana|bea"],
+    ),
+    "in two steps, typed in other letter case": (
+        {"ana": CONSOLE},
+        {"Cleo": CONSOLE},
+        [renamed("ANA", "bea", 2), renamed("Bea", "cleo", 3)],
+        ["Cleo||user-renamed|ana|Cleo"],
+    ),
+    "and another took the name": (
+        {"ana": CONSOLE},
+        {"ana": state(), "bea": CONSOLE},
+        [renamed("ana", "bea")],
+        ["ana||user-created||", "bea||user-renamed|ana|bea"],
+    ),
+    "and deleted": (
+        {"ana": CONSOLE},
+        {},
+        [renamed("ana", "bea"), happened("DeleteUser", 3, "bea")],
+        ["ana||user-deleted||"],
+    ),
+    "by a change of the path alone": (
+        {"ana": CONSOLE},
+        {"bea": CONSOLE},
+        [happened("UpdateUser", 2, "ana")],
+        ["ana||user-deleted||", "bea||user-created||"],
+    ),
+    "and the key tells": (
+        {"ana": state(K="Active")},
+        {"bea": state(K="Active")},
+        [],
+        ["bea||user-renamed|ana|bea"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RENAMES)
+def test_a_renamed_user_is_the_same_user(name: str) -> None:
+    before, after, events, expected = RENAMES[name]
+    persons = list(iam_audit.persons_of(before, after, events))
+    found = list(iam_audit.changes_between(ACCOUNT, persons))
+    assert ["|".join(change[2:7]) for change in found] == expected
+    tracking = iam_audit.Tracking()
+    iam_audit.track_mfa(tracking, ACCOUNT, persons)
+    gone = before.keys() if name in ("and deleted", "by a change of the path alone") else ()
+    assert tracking.mfa_fixed == len(gone)
+    assert len(tracking.mfa_new) == (name == "by a change of the path alone")
+
+
+def test_a_rename_confirms_itself_in_any_letter_case() -> None:
+    change = Change(ONE, "one", "bea", change="user-renamed", before="ana", after="bea")
+    event = renamed("Ana", "BEA")
+    seen = iam_audit.with_witness(change, Trail((event, happened("UpdateUser", 3, "bea"))))
+    assert (seen.witness, seen.event) == ("confirmed", event)
+    assert iam_audit.with_witness(change, Trail(())).witness == "not found"
+
+
+def test_events_tell_of_users_in_any_letter_case() -> None:
+    change = Change(ONE, "one", "Ana", change="mfa-removed")
+    event = happened("DeactivateMFADevice", 2, "ANA")
+    assert iam_audit.with_witness(change, Trail((event,))).witness == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("names", "before", "expected"),
+    [
+        (["CreateUser", "CreateLoginProfile", "DeleteUser"], {}, 1),
+        (["CreateUser", "DeleteUser"], {}, 0),
+        (["CreateLoginProfile", "DeleteUser"], {}, 0),
+        (["CreateUser", "CreateLoginProfile"], {}, 0),
+        (["CreateUser", "CreateLoginProfile", "DeleteUser"], {"EVE": state()}, 0),
+    ],
+)
+def test_a_console_user_who_came_and_went(
+    names: list[str], before: dict[str, UserState], expected: int
+) -> None:
+    events = [happened(name, day, "eve") for day, name in enumerate(names, 1)]
+    found = list(iam_audit.came_and_went(ACCOUNT, before, before, events))
+    assert [(change.user, change.change) for change in found] == [
+        ("eve", "user-came-and-went")
+    ] * expected
+    assert all(iam_audit.with_witness(each, Trail()).witness == "confirmed" for each in found)
