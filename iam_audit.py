@@ -92,6 +92,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar, Union
 from urllib.request import getproxies
@@ -235,13 +236,11 @@ def keep(run: Run, outcome: Outcome) -> None:
 
 def warn_of_role(run: Run, status: Status) -> None:
     """If just now the first accounts have all failed with the same denial, say so at once."""
-    if run.audited or len(run.failed) != FIRST_ACCOUNTS:
-        return
-    causes = {(one.step, one.code) for one in run.failed}
-    if len(causes) == 1 and causes <= {("AssumeRole", code) for code in DENIED}:
-        what = f"AssumeRole was denied in the first {FIRST_ACCOUNTS} accounts alike: the name"
-        role = f"{what} of role {run.plan.role.name} or its trust policy is probably wrong."
-        status.warn(f"iam_audit.py: {role} The run goes on.")
+    causes = {(one.step, one.code) for one in run.failed[:FIRST_ACCOUNTS]}
+    just_now = len(run.failed) == FIRST_ACCOUNTS and not run.audited
+    if just_now and causes == {("AssumeRole", "AccessDenied")}:
+        wrong = f"the name of role {run.plan.role.name} or its trust policy is probably wrong"
+        status.warn(f"AssumeRole was denied in the first {FIRST_ACCOUNTS} accounts alike: {wrong}")
 
 
 def raise_phase1_levels(run: Run) -> None:
@@ -678,6 +677,7 @@ GUESS_TIMEOUT = 3  # seconds to connect to a partition that may not be the profi
 READ_TIMEOUT = 30  # seconds
 REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
 ASSUME_ROLE_AT_ONCE = 4  # one call per account needs few connections, and each costs CPU
+PARENTS_AT_ONCE = 4
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
 
 
@@ -807,8 +807,8 @@ class Aws:
         self.caller = caller
         self.threads = Threads(workers)
         self.sts = sts
-        config = client_config(connections=4, attempts=10)
-        self.organizations = signed_client(session, "organizations", caller.region, config)
+        few = client_config(connections=PARENTS_AT_ONCE, attempts=10)
+        self.organizations = signed_client(session, "organizations", caller.region, few)
         shared = client_config(connections=workers, attempts=1)
         self.iam = signed_client(session, "iam", caller.region, shared)
         self.session, self._workers, self._shared = session, workers, shared
@@ -841,7 +841,8 @@ class Aws:
             try:
                 return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
             except SDK_ERRORS as error:
-                raise step_failed(PROFILE_STEP, error) from None
+                if not self._refresh_failure:  # else its process was ended for another account
+                    raise step_failed(PROFILE_STEP, error) from None
             except asyncio.TimeoutError:
                 end_child_processes()
                 self._refresh_failure = f"no answer to the refresh within {REFRESH_TIMEOUT:g} s"
@@ -1714,8 +1715,7 @@ async def read_users(
 
     async def read(entry: UserEntry) -> None:
         work = functools.partial(read_user, session, entry, report)
-        user = await naming_the_step(session, work)
-        if user is not None:
+        if user := await naming_the_step(session, work):
             users[user.name] = user
 
     await side_by_side(READERS_PER_ACCOUNT, entries, read)
@@ -2766,8 +2766,7 @@ def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
             if now is not None:
                 yield of_key._replace(change="access-key-created", after=now.status)
         elif is_active(then.status) != is_active(now.status):
-            activated = is_active(now.status)
-            what = "access-key-activated" if activated else "access-key-deactivated"
+            what = "access-key-activated" if is_active(now.status) else "access-key-deactivated"
             yield of_key._replace(change=what, before=then.status, after=now.status)
 
 
@@ -2928,11 +2927,9 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
     asking = aws.ask(list_organizations_features)
     root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
     if organization.feature_set != "ALL":
-        why_not = "the organization has consolidated billing only, "
-        why_not += "service control policies need all features"
+        why_not = "the organization has consolidated billing only, and policies need all features"
     elif not why_not and not any(policy.targets for policy in policies):
-        why_not = "service control policies are off: "
-        why_not += "none is attached to anything, not even FullAWSAccess"
+        why_not = "service control policies are off: none is attached, not even FullAWSAccess"
     return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
 
@@ -2963,21 +2960,18 @@ async def read_policies(aws: Aws) -> list[Policy]:
 
 async def apply_enforcement(aws: Aws, run: Run) -> None:
     """Decide the controls of each account, audited or failed."""
-    accounts = [figures.account for figures in run.audited]
-    accounts += [failed.account for failed in run.failed]
+    everyone: list[Any] = [*run.audited, *run.failed]
+    management, unknown = run.organization.management_account, []
+    for one in everyone:
+        if one.account.path is None and one.account.id != management:
+            unknown.append(one.account.id)
     why_not, parents = run.enforcement.why_not, dict[str, str]()
-    management = run.organization.management_account
     if not why_not:
-        unknown = [each.id for each in accounts if each.path is None and each.id != management]
-        question = read_parents(aws, unknown)
-        parents, why_not = await best_effort("ListParents", question, parents)
+        parents, why_not = await best_effort("ListParents", read_parents(aws, unknown), parents)
     run.enforcement = run.enforcement._replace(why_not=why_not)
-    for account in accounts:
-        path = None if why_not else path_of(account, management, parents)
-        run.controls[account.id] = controls_of_account(path, run.enforcement.judged)
-
-
-PARENTS_AT_ONCE = 4
+    for one in everyone:
+        path = None if why_not else path_of(one.account, management, parents)
+        run.controls[one.account.id] = controls_of_account(path, run.enforcement.judged)
 
 
 async def read_parents(aws: Aws, account_ids: Sequence[str]) -> dict[str, str]:
@@ -3029,8 +3023,10 @@ def strongest(judgements: Sequence[Judgement]) -> Judgement:
     same = [each for each in judgements if each.verdict == verdict]
     if verdict == ENFORCED:
         return min(same, key=lambda one: (ALL_BUT_USERS in one.exemptions, len(one.exemptions)))
-    exemptions = dict.fromkeys(itertools.chain(*[each.exemptions for each in same]))
-    conditions = dict.fromkeys(itertools.chain(*[each.conditions for each in same]))
+    exemptions, conditions = dict[str, None](), dict[str, None]()  # each once, in order
+    for each in same:
+        exemptions.update(dict.fromkeys(each.exemptions))
+        conditions.update(dict.fromkeys(each.conditions))
     return Judgement(verdict, tuple(exemptions), tuple(conditions))
 
 
@@ -3071,8 +3067,10 @@ def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
         statements = parse_policy(content)
     except (ValueError, RecursionError):  # RecursionError: the JSON is nested too deep
         return dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED))
-    on_mfa = [judge_mfa_required(statement, users) for statement in statements]
-    on_new_keys = [judge_new_keys_prevented(statement, users) for statement in statements]
+    on_mfa, on_new_keys = [], []
+    for statement in statements:
+        on_mfa.append(judge_mfa_required(statement, users))
+        on_new_keys.append(judge_new_keys_prevented(statement, users))
     return {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
 
 
@@ -3096,9 +3094,10 @@ def judge_mfa_required(statement: Statement, users: str) -> Judgement:
 def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
     """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
     denied = any_covers(statement.actions, "iam:createaccesskey") == (statement.action == "Action")
-    resources = statement.resources
-    all_users = "*" in resources or any(covers_arn(pattern, users) for pattern in resources)
-    some_users = any(may_match_user(pattern, users) for pattern in resources)
+    resources, all_users, some_users = statement.resources, False, False
+    for pattern in resources:
+        all_users |= pattern == "*" or covers_arn(pattern, users)
+        some_users |= may_match_user(pattern, users)
     if statement.resource == "NotResource":
         all_users, some_users = not some_users, not all_users
     if not denied or not some_users:
@@ -3251,10 +3250,12 @@ def parse_conditions(block: Any) -> tuple[Condition, ...]:
 
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(each, (str, int, float)) for each in values):
-        raise ValueError("not a string, boolean or number, nor a list of them")
-    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
+    found = []
+    for each in value or [None] if isinstance(value, list) else [value]:
+        if not isinstance(each, (str, int, float)):
+            raise ValueError("not a string, boolean or number, nor a list of them")
+        found.append(each if isinstance(each, str) else json.dumps(each))
+    return tuple(found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3339,16 +3340,16 @@ def root_lines(run: Run) -> list[str]:
 
 def failed_lines(run: Run, summary: Summary) -> list[str]:
     """The failed accounts, grouped by step and error code, with the next step for each group."""
-    failed = accounts_of(summary, "failed")
-    production = sum(one["production"] for one in failed)
+    failed, production = accounts_of(summary, "failed"), 0
+    groups: dict[tuple[str, str], list[str]] = {}
+    for one in failed:
+        told = groups.setdefault((one["step"], one["error"]["code"]), [])
+        told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
+        production += one["production"]
     number = f"{count(len(failed), 'account')} ({production:,} production)"
     lines = [f"Failed: {number}, of which nothing is known"] if failed else []
-    groups: dict[tuple[str, str], list[Summary]] = {}
-    for one in failed:
-        groups.setdefault((one["step"], one["error"]["code"]), []).append(one)
-    for (step, code), members in groups.items():
+    for (step, code), told in groups.items():
         lines.append(f"  {step}: {code}")
-        told = [f"{one['id']} {one['name']}: {one['error']['message']}" for one in members]
         for line in shortened(told):
             lines += wrapped(f"    {line}")
         for at_step, codes, advice in NEXT_STEPS:
@@ -3384,17 +3385,18 @@ NEXT_STEPS = (
 
 
 def skipped_lines(summary: Summary) -> list[str]:
-    skipped = accounts_of(summary, "skipped")
-    title = f"Skipped, because not ACTIVE: {count(len(skipped), 'account')}"
-    return titled(title, (f"{one['id']} {one['name']}: {one['state']}" for one in skipped))
+    lines = []
+    for one in accounts_of(summary, "skipped"):
+        lines.append(f"{one['id']} {one['name']}: {one['state']}")
+    return titled(f"Skipped, because not ACTIVE: {count(len(lines), 'account')}", lines)
 
 
 def left_out_lines(run: Run, summary: Summary) -> list[str]:
-    lines = skipped_lines(summary)
-    management, left_out = run.organization.management_account, summary["out_of_scope"]
-    others = sum(one["id"] != management for one in left_out)
-    if others < len(left_out):
+    lines, others = skipped_lines(summary), len(summary["out_of_scope"])
+    management = run.organization.management_account
+    if management in map(itemgetter("id"), summary["out_of_scope"]):
         lines.append(f"Not included: the management account, {management} (--include-management)")
+        others -= 1
     if others:
         lines.append(f"Out of scope: {count(others, 'account')}")
     return lines
@@ -3430,9 +3432,10 @@ def held_back_lines(run: Run, summary: Summary) -> list[str]:
         old = f"{count(keys, 'active key')} older than {run.plan.max_key_age.days} days"
         if users + keys:
             sized.append((-users - keys, f"{label(one)} {users:,} without MFA, {old}"))
-    lines = [line for _size, line in sorted(sized)]  # of the same size: by ID
-    lines += [f"{label(one)} not audited" for one in accounts_of(summary, "failed")]
-    return titled("Held back most by", lines[:ACCOUNTS_SHOWN])
+    sized.sort()  # of the same size: by ID
+    for one in accounts_of(summary, "failed"):
+        sized.append((0, f"{label(one)} not audited"))
+    return titled("Held back most by", map(itemgetter(1), sized[:ACCOUNTS_SHOWN]))
 
 
 GAP_LABELS = {
@@ -3632,9 +3635,7 @@ def witness_lines(run: Run, summary: Summary) -> list[str]:
             shown += ", ..."
         lines += wrapped(f"  no witness in {count(len(account_ids), 'account')} ({shown}): {cause}")
     if re.search(ACCESS_DENIED, " ".join(groups)):
-        lines.append(
-            "    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
-        )
+        lines.append("    Next: the role must allow cloudtrail:LookupEvents, and no SCP deny it.")
     return lines
 
 
@@ -3726,7 +3727,9 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         this_run[name] = gaps["organization"][name]
     maturity = maturity_document(run)
     priorities = map(str, range(MOST_URGENT, LEAST_URGENT + 1))
-    left_out = sorted((one.account.id, one.account.name) for one in run.out_of_scope)
+    left_out = []
+    for outside in run.out_of_scope:
+        left_out.append({"id": outside.account.id, "name": outside.account.name})
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
@@ -3754,7 +3757,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "enforcement": enforcement_document(run),
         "findings": tally(priorities, (str(finding.priority) for finding in run.findings)),
         "accounts": account_entries(run),
-        "out_of_scope": [{"id": account_id, "name": name} for account_id, name in left_out],
+        "out_of_scope": sorted(left_out, key=itemgetter("id")),
     }
 
 
@@ -3881,7 +3884,7 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
         earlier = run.tracking.compared.get(figures.account.id)
         entry["since"] = iso(earlier.started) if earlier else None
         entries.append(entry)
-    return sorted(entries, key=lambda entry: str(entry["id"]))
+    return sorted(entries, key=itemgetter("id"))
 
 
 def account_entry(one: Account, result: str) -> dict[str, Any]:
@@ -4254,9 +4257,8 @@ class Status:
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
 
     def warn(self, line: str) -> None:
-        """Write a line with --quiet, too."""
         if self._out is not None:
-            self._write(f"{printable(line)}\n")
+            self._write(f"iam_audit.py: {printable(line)}; the run goes on.\n")
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:

@@ -128,7 +128,7 @@ def test_ten_accounts_of_a_cause_are_listed_and_the_others_counted(
 
 PROBABLY_WRONG = (
     "iam_audit.py: AssumeRole was denied in the first 20 accounts alike: the name of role Audit or "
-    "its trust policy is probably wrong. The run goes on.\n"
+    "its trust policy is probably wrong; the run goes on.\n"
 )
 
 
