@@ -119,7 +119,7 @@ EXIT_FAIL_ON = 4
 EXIT_FAILED_AND_FAIL_ON = 5
 EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
-
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account that no earlier run can tell about
 FIRST_ACCOUNTS = 20  # a role that is denied in all of these probably has another name or trust
 
 
@@ -185,6 +185,18 @@ def plan_of(
         event_names=EVENT_NAMES,
         events_since=asked_since if options.cloudtrail else None,
     )
+
+
+def events_since(
+    tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
+) -> datetime:
+    """From when on CloudTrail is asked in the account: from its baseline on, without --since."""
+    baseline = tracking.baselines[account_id] = baseline_of(tracking, account_id)
+    wanted = asked or baseline.since or now - CLOUDTRAIL_FIRST_LOOK
+    since = max(wanted, now - CLOUDTRAIL_KEEPS)
+    tracking.events_from = min(since, tracking.events_from or since)
+    tracking.events_out_of_reach |= wanted < since
+    return since
 
 
 def scope_of(options: Any) -> Scope:
@@ -260,7 +272,7 @@ def write_tables(run: Run) -> None:
     tracking.mfa_new.sort(key=change_order)
     tracking.urgent_new.sort(key=most_urgent_first)
     if tracking.earlier is not None:
-        tracking.changes += accounts_that_came_or_left(run)
+        tracking.changes += accounts_that_came_or_left(run, tracking.earlier)
         tracking.changes.sort(key=change_order)
         write_csv(run.folder / "changes.csv", CHANGES_COLUMNS, map(change_row, tracking.changes))
     if run.plan.events_since is not None:
@@ -1988,7 +2000,6 @@ class UserState(NamedTuple):
 Keys = Mapping[str, KeyState]  # by access key ID
 States = Mapping[str, UserState]  # by user name
 SUMMARY_FORMAT = 2  # of summary.json; goes up with each change that a reader must know about
-READABLE_FORMATS = (1, 2)  # 1 had no scope
 LOOK_BACK = timedelta(days=400)  # earlier runs that are older do not count
 # fmt: off
 DAMAGE = (
@@ -2031,8 +2042,8 @@ def reading(path: Path) -> Iterator[None]:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary.json of a finished run; to be called in `reading`."""
     summary: dict[str, Any] = json.loads(read_regular(folder / "summary.json"))
-    if summary["tool"] != "iam-audit" or summary["format"] not in READABLE_FORMATS:
-        raise ValueError(f"it is not of format {' or '.join(map(str, READABLE_FORMATS))}")
+    if summary["tool"] != "iam-audit" or summary["format"] not in (1, SUMMARY_FORMAT):
+        raise ValueError(f"it is not of format 1 or {SUMMARY_FORMAT}")
     return summary
 
 
@@ -2395,7 +2406,6 @@ CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-w
 RUNS_SHOWN = 12  # in the table of runs, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
-CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account with which no run can be compared
 
 
 class Change(NamedTuple):
@@ -2467,8 +2477,7 @@ class History:
 
 
 class Baseline(NamedTuple):
-    """What an account is compared with. Without a run, keys created from `since` on are new; if
-    anything was passed over then, new keys cannot be ruled out."""
+    """What an account is compared with. Without a run, keys created from `since` on are new."""
 
     run: EarlierRun | None
     states: States
@@ -2564,21 +2573,15 @@ def states_before(run: EarlierRun, account_id: str) -> States:
     path, counted = account_csv(run.folder, account_id), run.accounts[account_id]
     states = read_states(path, account_id)
     keys = sum(len(state.keys) for state in states.values())
-    if (len(states), keys) != (counted.users, counted.keys):
-        why = "it lacks rows that summary.json counts"
-        raise AuditError(f"Cannot read the earlier run's {path}: {why}")
+    with reading(path):
+        if (len(states), keys) != (counted.users, counted.keys):
+            raise ValueError("it lacks rows that summary.json counts")
     return states
 
 
 def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
     """The newest run that audited the account and can be read. Without one, its keys' dates tell
     which are new: those created since it first failed, or else since the newest run."""
-    if account_id not in tracking.baselines:
-        tracking.baselines[account_id] = look_back(tracking, account_id)
-    return tracking.baselines[account_id]
-
-
-def look_back(tracking: Tracking, account_id: str) -> Baseline:
     history, passed_over = tracking.history, list[str]()
     since = tracking.earlier.started if tracking.earlier else None
     for run in history:
@@ -2602,24 +2605,13 @@ def look_back(tracking: Tracking, account_id: str) -> Baseline:
     return Baseline(None, {}, since, passed_over)
 
 
-def events_since(
-    tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
-) -> datetime:
-    """From when on CloudTrail is asked in the account: from its baseline on, without --since."""
-    wanted = asked or baseline_of(tracking, account_id).since or now - CLOUDTRAIL_FIRST_LOOK
-    since = max(wanted, now - CLOUDTRAIL_KEEPS)
-    tracking.events_from = min(since, tracking.events_from or since)
-    tracking.events_out_of_reach |= wanted < since
-    return since
-
-
 def track_account(
     tracking: Tracking, audited: AuditedAccount, urgent: Sequence[Finding] = ()
 ) -> None:
     """Compare an account, and its findings of priority 1, with its baseline."""
     account, trail = audited.account, audited.trail
-    run, before, since, passed_over = baseline_of(tracking, account.id)
-    del tracking.baselines[account.id]
+    baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)
+    run, before, since, passed_over = baseline
     tracking.passed_over.update(dict.fromkeys(passed_over))
     if trail is not None and since is not None:
         # --since may ask for older events, which explain nothing
@@ -2648,9 +2640,9 @@ def newly_urgent(
     urgent: Sequence[Finding], persons: Sequence[Person], was_production: bool
 ) -> Iterator[Finding]:
     """The findings of priority 1 that the baseline had not, or could not have."""
-    then = {person.name: person.then for person in persons}
+    states = {person.name: person.then for person in persons if person.now}
     for finding in urgent:
-        state, key = then.get(finding.user), finding.key
+        state, key = states.get(finding.user), finding.key
         if state is None or (key is None and not (was_production and state.lacks_mfa)):
             yield finding
         elif key and KeyState(key.status, iso(key.created)) not in state.keys.values():
@@ -2721,7 +2713,7 @@ def renamed_by_events(before: States, after: States, events: Iterable[Event]) ->
 
 def track_mfa(tracking: Tracking, account: Account, persons: Iterable[Person]) -> None:
     """Count the console users without MFA who have it now or are gone, and keep the new ones."""
-    for name, _, then, now in persons:
+    for name, _old_name, then, now in persons:
         lacked = then is not None and then.lacks_mfa
         lacks = now is not None and now.lacks_mfa
         tracking.mfa_fixed += lacked and not lacks
@@ -2842,10 +2834,8 @@ def is_about(event: Event, change: Change) -> bool:
     return name.lower() == change.user.lower()
 
 
-def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
+def accounts_that_came_or_left(run: Run, earlier: EarlierRun) -> Iterator[Change]:
     """One change for each account that joined or left the organization since the newest run."""
-    if (earlier := run.tracking.earlier) is None:
-        return
     then, now, since = earlier.accounts, accounts_now(run), earlier.started
     for account_id in now.keys() - then.keys():
         yield Change(account_id, now[account_id].name, change="account-joined", since=since)
