@@ -2837,16 +2837,16 @@ def judge_policy(content: str, partition: str, organization: str) -> Judged:
     on_mfa, on_new_keys, allows = list[Judgement](), list[Judgement](), False
     in_part = dict[Statement, Judgement]()  # full denials of the actions that they name
     for statement in statements:
-        new_keys = judge_new_keys(statement, known)
+        judgement = judge_new_keys(statement, known)
         if statement.effect == "Allow":
-            allows |= new_keys.verdict == ENFORCED and not statement.conditions
+            allows |= judgement.verdict == ENFORCED and not statement.conditions
             continue
-        on_new_keys.append(new_keys)
-        on_mfa.append(judge_mfa(statement, left_out([statement]), known))
-        part = judge_mfa(statement, (), known)
-        if part.verdict == ENFORCED:
-            in_part[statement] = part
-    if not left_out(in_part):
+        on_new_keys.append(judgement)
+        on_mfa.append(judge_mfa(statement, undenied([statement]), known))
+        judgement = judge_mfa(statement, (), known)
+        if judgement.verdict == ENFORCED:
+            in_part[statement] = judgement
+    if not undenied(in_part):
         on_mfa.append(together(ENFORCED, in_part.values()))
     controls = {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
     return Judged(controls, allows)
@@ -2865,21 +2865,17 @@ def judge_mfa(statement: Statement, left: Sequence[str], known: Known) -> Judgem
     return judge_conditions(MFA_REQUIRED, statement, known, [], narrowed)
 
 
-def left_out(statements: Iterable[Statement]) -> list[str]:
+def undenied(statements: Iterable[Statement]) -> list[str]:
     """Patterns for all actions that no statement denies, without those of MFA_BASICS."""
     denied, left, services = [*MFA_BASICS], ["*:*"], {"*"}
     for statement in statements:
         denied += statement.actions if statement.action == "Action" else ()
     for statement in statements:
-        if (
-            statement.action == "NotAction"
-        ):  # two leave out no more than what they share a service of
+        if statement.action == "NotAction":  # two of them leave out only what is on both lists
             shared, services, left = services, set(), []
-            for name in itertools.filterfalse(
-                functools.partial(any_covers, denied), statement.actions
-            ):
+            for name in statement.actions:
                 service = re.sub(r".*[*?].*", "*", name.lower().partition(":")[0])
-                if "*" in {service, *shared} or service in shared:
+                if not any_covers(denied, name) and (service == "*" or {"*", service} & shared):
                     services.add(service)
                     left.append(name)
     return [] if any_covers(denied, "*:*") else left
@@ -2958,10 +2954,8 @@ def covers(pattern: str, other: str) -> bool:
 # Where every request has the key, ForAnyValue and IfExists change nothing.
 BOOL, EQUALS = r"(for\w+:)?bool(ifexists)?", r"(foranyvalue:)?string(equals|like)(ifexists)?"
 LIKE_ARN = r"(foranyvalue:)?(arn(like|equals)|stringlike)(ifexists)?"
-UNEQUAL, UNLIKE_ARN = (
-    r"stringnot(equals|like)(ifexists)?",
-    r"(arn|string)not(equals|like)(ifexists)?",
-)
+UNEQUAL = r"stringnot(equals|like)(ifexists)?"
+UNLIKE_ARN = r"(arn|string)not(equals|like)(ifexists)?"
 IF_PRESENT = r"(foranyvalue:)?(?!null|for|.*not|.*ifexists)\w+"
 AGED, AGED_OR_ABSENT = r"numeric(less|greater)than(equals)?", r"numericgreaterthan(equals)?ifexists"
 FALSE, TRUE, ANYTHING, ALL = "(?ai)false", "(?ai)true", "(?s).*", "*"
@@ -2982,7 +2976,7 @@ NEITHER_TYPE = "Account|FederatedUser|Service"
 # credentials to every service; of tags to set; of services that call for a resource.
 NEVER_SENT = (
     r"(?!aws:|iam:|saml:|sts:|ec2:role|glue:|identitystore:|\w+:source\w+arn)[a-z0-9-]+:.*"
-    r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))|iam:passedtoservice")  # fmt: skip
+    r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))")  # fmt: skip
 CONDITION_RULES = (
     # operator, key, whether any or all values must fit, value; effect on MFA and on new keys.
     # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
@@ -3028,7 +3022,7 @@ ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "
 
 
 def parse_policy(content: str) -> list[Statement]:
-    """The statements of a policy. ValueError or AttributeError if it is no service control policy."""
+    """The statements. ValueError or AttributeError for anything but a service control policy."""
     listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
     statements = []
     for members in listed if isinstance(listed, list) else [listed]:
@@ -3687,7 +3681,7 @@ DOCUMENTS = {
     "role-template": "CloudFormation template of the role, for a StackSet",
     "scp-require-mfa": "service control policy: console users need MFA to act",
     "scp-deny-access-keys": "service control policy: no new long-term credentials",
-    "alert-rule": "CloudFormation template: a message for each new access key, password, API key",
+    "alert-rule": "CloudFormation template: a message for each new credential",
 }
 DEFAULT_ROLE = "IAMAuditRole"
 SCP_LONGEST = 10_240  # characters, including white space

@@ -483,6 +483,233 @@ def test_a_condition_on_the_principal_exempts_or_narrows(
         )
 
 
+MFA_PRESENT, MFA_AGE = "aws:MultiFactorAuthPresent", "aws:MultiFactorAuthAge"
+# A condition, what it makes of a denial of everything without MFA, and of a denial of new keys
+CONDITIONS = [
+    # Only root, only roles, or only who is no IAM user
+    ({"StringLike": {"aws:PrincipalArn": ["arn:aws:iam::*:root"]}}, ABSENT, ABSENT),
+    ({"ArnEquals": {"aws:PrincipalArn": [ROLE + "Admin", ROLE + "*"]}}, ABSENT, PARTIAL),
+    ({"ForAnyValue:ArnLike": {"aws:PrincipalArn": "arn:aws:iam::*:role/*"}}, ABSENT, PARTIAL),
+    ({"StringLike": {"aws:PrincipalArn": "arn:aws:sts::*:assumed-role/Admin/*"}}, ABSENT, ABSENT),
+    ({"StringEquals": {"aws:PrincipalArn": ROLE + "*"}}, ABSENT, ABSENT),
+    ({"StringEquals": {"aws:PrincipalType": "AssumedRole"}}, ABSENT, PARTIAL),
+    ({"StringEquals": {"aws:PrincipalType": ["Account", "FederatedUser"]}}, ABSENT, ABSENT),
+    ({"StringNotEquals": {"aws:PrincipalType": "User"}}, ABSENT, PARTIAL),
+    ({"ArnNotLike": {"aws:PrincipalArn": USER + "*"}}, ABSENT, PARTIAL),
+    ({"Bool": {"aws:PrincipalIsAWSService": "true"}}, ABSENT, ABSENT),
+    ({"StringNotEquals": {"aws:PrincipalOrgID": ["o-x", "o-test123456"]}}, ABSENT, ABSENT),
+    # Only IAM users
+    ({"StringEquals": {"aws:PrincipalType": "User"}}, ENFORCED, PARTIAL),
+    ({"ArnLike": {"aws:PrincipalArn": "arn:*:iam::*:user/*"}}, ENFORCED, PARTIAL),
+    # Everybody
+    ({"StringLike": {"aws:PrincipalArn": "*"}}, ENFORCED, ENFORCED),
+    ({"StringNotEquals": {"aws:PrincipalType": "Service"}}, ENFORCED, ENFORCED),
+    ({"Bool": {"aws:PrincipalIsAWSService": "false"}}, ENFORCED, ENFORCED),
+    ({"BoolIfExists": {"aws:PrincipalIsAWSService": False}}, ENFORCED, ENFORCED),
+    ({"StringEquals": {"aws:PrincipalOrgID": "o-test123456"}}, ENFORCED, ENFORCED),
+    ({"StringLike": {"aws:PrincipalOrgID": "o-*"}}, ENFORCED, ENFORCED),
+    ({"StringEquals": {"aws:PrincipalOrgID": "o-*"}}, PARTIAL, PARTIAL),
+    ({"StringEquals": {"aws:PrincipalOrgID": "o-somebodyelse"}}, PARTIAL, PARTIAL),
+    # Regions, of which IAM's calls know one
+    ({"StringNotEquals": {"aws:RequestedRegion": ["eu-west-1", "us-east-1"]}}, PARTIAL, ABSENT),
+    ({"StringNotLike": {"aws:RequestedRegion": ["eu-*", "us-*"]}}, PARTIAL, ABSENT),
+    ({"StringNotEqualsIfExists": {"aws:RequestedRegion": "us-east-1"}}, PARTIAL, ABSENT),
+    ({"StringNotEquals": {"aws:RequestedRegion": ["eu-west-1", "us-*"]}}, PARTIAL, PARTIAL),
+    ({"StringNotEquals": {"aws:RequestedRegion": "eu-west-1"}}, PARTIAL, PARTIAL),
+    ({"StringEquals": {"aws:RequestedRegion": ["eu-west-1", "ap-south-1"]}}, PARTIAL, ABSENT),
+    ({"StringLike": {"aws:RequestedRegion": ["cn-*", "us-gov-*"]}}, PARTIAL, ABSENT),
+    ({"StringEquals": {"aws:RequestedRegion": ["eu-west-1", "us-east-1"]}}, PARTIAL, PARTIAL),
+    # Keys that a call of CreateAccessKey never carries
+    *(
+        ({"StringEquals": {key: "x"}}, PARTIAL, ABSENT)
+        for key in ("lambda:FunctionArn", "ec2:InstanceType", "aws:TagKeys", "aws:SourceArn")
+    ),
+    ({"ForAnyValue:StringLike": {"aws:RequestTag/team": "*"}}, PARTIAL, ABSENT),
+    ({"Null": {"lambda:VpcIds": "false"}}, PARTIAL, ABSENT),
+    ({"NumericGreaterThan": {"s3:max-keys": 10}}, PARTIAL, ABSENT),
+    ({"Null": {"lambda:VpcIds": "true"}}, PARTIAL, PARTIAL),
+    ({"StringNotEquals": {"lambda:VpcIds": "x"}}, PARTIAL, PARTIAL),
+    ({"StringEqualsIfExists": {"lambda:VpcIds": "x"}}, PARTIAL, PARTIAL),
+    ({"ForAllValues:StringEquals": {"aws:TagKeys": "x"}}, PARTIAL, PARTIAL),
+    # Keys that it may carry: of a role's credentials, of the user
+    *(
+        ({"StringEquals": {key: "x"}}, PARTIAL, PARTIAL)
+        for key in (
+            "lambda:SourceFunctionArn",
+            "ec2:SourceInstanceARN",
+            "ec2:RoleDelivery",
+            "saml:sub",
+            "glue:RoleAssumedBy",
+            "identitystore:UserId",
+            "cognito-identity.amazonaws.com:aud",
+            "aws:PrincipalTag/team",
+            "aws:SourceVpc",
+            "iam:ResourceTag/team",
+        )
+    ),
+    # MFA: beside the test, by itself, and where it cannot hold
+    ({"Null": {MFA_AGE: "true"}}, ENFORCED, PARTIAL),
+    ({"Null": {MFA_PRESENT: "false"}}, ENFORCED, PARTIAL),
+    ({"Null": {MFA_PRESENT: "true"}}, PARTIAL, PARTIAL),
+    ({"NumericLessThan": {MFA_AGE: "3600"}}, ABSENT, PARTIAL),
+    ({"NumericGreaterThanEquals": {MFA_AGE: "3600"}}, ABSENT, PARTIAL),
+    ({"NumericGreaterThanIfExists": {MFA_AGE: "3600"}}, ENFORCED, PARTIAL),
+    ({"ForAllValues:NumericLessThan": {MFA_AGE: "3600"}}, PARTIAL, PARTIAL),
+    ({"ForAllValues:Bool": {MFA_PRESENT: "false"}}, ENFORCED, PARTIAL),
+]
+
+
+@pytest.mark.parametrize(("condition", "on_mfa", "on_keys"), CONDITIONS, ids=str)
+def test_what_a_condition_makes_of_a_denial(
+    condition: dict[str, Any], on_mfa: str, on_keys: str
+) -> None:
+    without_mfa = {"BoolIfExists": {MFA_PRESENT: "false"}}
+    if "BoolIfExists" in condition:
+        without_mfa = {"Bool": {MFA_PRESENT: "false"}}
+    [(operator, keys)] = condition.items()
+    text = [f"{operator} {key} {', '.join(audit.texts(value))}" for key, value in keys.items()]
+    for control, statement, verdict in (
+        ("mfa-required", deny("*", {**without_mfa, **condition}), on_mfa),
+        ("new-keys-prevented", deny(KEY, condition), on_keys),
+    ):
+        found = judged(policy(statement), control)
+        assert found == audit.Judgement(verdict, (), tuple(text) if verdict == PARTIAL else ())
+
+
+@pytest.mark.parametrize(
+    ("condition", "verdict"),
+    [
+        ({"NumericGreaterThanIfExists": {MFA_AGE: 3600}}, ENFORCED),
+        ({"ForAllValues:Bool": {MFA_PRESENT: "false"}}, ENFORCED),
+        ({"Null": {MFA_AGE: "true"}}, ENFORCED),
+        ({"NumericLessThan": {MFA_AGE: 3600}}, ABSENT),
+        ({"Null": {MFA_PRESENT: "true"}}, PARTIAL),
+        ({"StringEquals": {MFA_PRESENT: "false"}}, PARTIAL),
+    ],
+    ids=str,
+)
+def test_mfa_is_tested_by_one_condition_alone(condition: dict[str, Any], verdict: str) -> None:
+    assert judged(policy(deny("*", condition)), "mfa-required").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("operator", "values", "exemptions"),
+    [
+        # a vendor's roles, whose common prefix has no hyphen
+        ("ArnNotLike", [ROLE + "AWSAccelerator*"], [ROLE + "AWSAccelerator*"]),
+        ("StringNotLike", [ROLE + "path/Cloudability*"], [ROLE + "path/Cloudability*"]),
+        ("ArnNotLike", [ROLE + "Eight888*"], [ROLE + "Eight888*"]),
+        ("ArnNotLike", [ROLE + "Seven77*"], None),
+        ("ArnNotLike", [ROLE + "path/*"], None),
+        ("ArnNotLike", [ROLE + "*Accelerator*"], None),
+        ("ArnNotLike", [ROLE + "aws-service-role/*"], None),
+        ("ArnNotLike", [ROLE + "aws-reserved/sso.amazonaws.com/AWSReserved*"], None),
+        ("ArnNotLike", [ROLE + "AWSReservedSS*"], None),
+        ("ArnNotLike", [ROLE + "${aws:PrincipalTag/team}*"], None),
+        # a session's ARN is nobody's aws:PrincipalArn
+        ("ArnNotLike", ["arn:aws:sts::*:assumed-role/Admin/*"], []),
+        ("StringNotLike", ["arn:aws:sts::*:assumed-role/Admin/*", ROLE + "Ops"], [ROLE + "Ops"]),
+        # without Like, * is a character, which no such name has
+        ("StringNotEquals", [ROLE + "Pipeline*"], []),
+        ("StringNotEqualsIfExists", [ROLE + "Ops", USER + "break?glass"], []),
+        ("StringNotEquals", ["arn:aws:iam::111122223333:role/Ops", ROLE + "X"],
+         ["arn:aws:iam::111122223333:role/Ops"]),
+        ("StringNotEquals", [ROLE + "${aws:username}"], None),
+        ("ArnNotEquals", [ROLE + "Pipeline-*"], [ROLE + "Pipeline-*"]),
+        # with Like a crafted path could match; published policies do it everywhere
+        ("StringNotLike", ["arn:aws:iam::*:role/Pipeline"], [ROLE + "Pipeline"]),
+    ],
+)  # fmt: skip
+def test_whom_an_exemption_names(
+    operator: str, values: list[str], exemptions: list[str] | None
+) -> None:
+    found = judged(
+        policy(deny(KEY, {operator: {"aws:PrincipalArn": values}})), "new-keys-prevented"
+    )
+    named = audit.Judgement(ENFORCED, tuple(exemptions or ()))
+    narrowed = (f"{operator} aws:PrincipalArn {', '.join(values)}",)
+    assert found == (audit.Judgement(PARTIAL, (), narrowed) if exemptions is None else named)
+
+
+def test_a_user_name_with_an_asterisk_is_nobodys() -> None:
+    exempt = {"StringNotEquals": {"aws:username": ["ci", "*"]}}
+    found = judged(policy(deny(KEY, exempt)), "new-keys-prevented")
+    assert found == audit.Judgement(ENFORCED, ("ci",))
+
+
+@pytest.mark.parametrize(
+    ("elements", "exemptions"),
+    [
+        ({"Resource": "arn:aws:iam::*:user/*"}, ("root",)),
+        ({"Resource": "arn:aws:iam::*:*"}, ()),
+        ({"Resource": ["arn:aws:iam::*:user/*", "arn:*:iam::*:root"]}, ()),
+        ({"NotResource": "arn:aws:iam::*:role/*"}, ()),
+        ({"NotResource": "arn:aws:iam::111122223333:root"}, ("root",)),
+        ({"NotResource": "arn:aws:iam::*:r*"}, ("root",)),
+    ],
+)
+def test_roots_own_keys_are_exempt_where_the_resource_leaves_them_out(
+    elements: dict[str, Any], exemptions: tuple[str, ...]
+) -> None:
+    found = judged(policy(deny(KEY, **elements)), "new-keys-prevented")
+    assert found == audit.Judgement(ENFORCED, exemptions)
+
+
+def test_a_denial_of_roots_own_keys_alone_prevents_nothing() -> None:
+    assert (
+        judged(policy(deny(KEY, Resource="arn:aws:iam::*:root")), "new-keys-prevented").verdict
+        == ABSENT
+    )
+
+
+TOGETHER = [
+    ([{"NotAction": "iam:*"}, {"action": "iam:*"}], True),
+    ([{"NotAction": ["iam:*", *SETUP]}, {"NotAction": ["ec2:*", "STS:GetSessionToken"]}], True),
+    ([{"NotAction": ["ec2:*", *SETUP]}, {"NotAction": ["iam:*"]}], True),
+    ([{"NotAction": ["s3:*", "ec2:*"]}, {"action": "s3:*"}, {"action": ["EC2:*"]}], True),
+    ([{"NotAction": "s3:*"}, {"action": "s3:Get*"}], False),
+    ([{"NotAction": "iam:*Key"}, {"NotAction": "iam:Create*"}], False),
+    ([{"NotAction": "iam:CreateAccessKey"}, {"NotAction": "i*:*"}], False),
+    ([{"NotAction": "i*:*"}, {"NotAction": "*m:CreateUser"}], False),
+    ([{"action": "s3:*"}, {"action": "iam:*"}], False),
+]
+
+
+@pytest.mark.parametrize(("parts", "whole"), TOGETHER)
+def test_statements_that_deny_everything_only_together(parts: list[Any], whole: bool) -> None:
+    admin, ci = ROLE + "Admin", USER + "ci"
+    exempt = [{"ArnNotLike": {"aws:PrincipalArn": each}} for each in (admin, ROLE + "Ops", admin)]
+    statements = [
+        deny(condition={**NO_MFA, **named}, **part)
+        for part, named in zip(parts, exempt, strict=False)
+    ]
+    for listed in (statements, statements[::-1]):
+        found = judged(policy(*listed), "mfa-required")
+        assert found.verdict == (ENFORCED if whole else PARTIAL)
+        if whole:
+            assert (set(found.exemptions), found.conditions) == ({admin, ROLE + "Ops"}, ())
+    # one of them is no full denial of its part
+    statements[0]["Condition"] = {**NO_MFA, "ArnLike": {"aws:PrincipalArn": ci}}
+    assert judged(policy(*statements), "mfa-required").verdict == PARTIAL
+
+
+@pytest.mark.parametrize("actions", [SETUP, "iam:EnableMFADevice", ["iam:List*", "IAM:GetUser"]])
+def test_a_denial_of_the_set_up_alone_requires_nothing(actions: Any) -> None:
+    assert judged(policy(deny(actions, NO_MFA)), "mfa-required").verdict == ABSENT
+    assert judged(policy(deny([*SETUP, "s3:*"], NO_MFA)), "mfa-required").verdict == PARTIAL
+
+
+@pytest.mark.parametrize(
+    ("partition", "region"),
+    [("aws", "us-east-1"), ("aws-us-gov", "us-gov-west-1"), ("aws-cn", "cn-north-1")],
+)
+def test_iam_is_in_one_region_of_the_partition(partition: str, region: str) -> None:
+    for allowed, verdict in ((region, ABSENT), ("eu-west-1", PARTIAL)):
+        region_denial = deny("*", {"StringNotEquals": {"aws:RequestedRegion": [allowed]}})
+        found = judged(policy(region_denial), "new-keys-prevented", partition)
+        assert found.verdict == verdict
+
+
 # Service control policies that AWS documents, with the names of its pages and of its samples repository.
 AWS_EXAMPLES = [
     ("FullAWSAccess", {"Effect": "Allow", "Action": "*", "Resource": "*"}, ABSENT, ABSENT),
@@ -586,6 +813,47 @@ AWS_EXAMPLES = [
         ),
         ABSENT,
         PARTIAL,
+    ),
+    (
+        "Control Tower: GRRESTRICTROOTUSER",
+        deny("*", {"StringLike": {"aws:PrincipalArn": ["arn:aws:iam::*:root"]}}, Resource=["*"]),
+        ABSENT,
+        ABSENT,
+    ),
+    (
+        "Control Tower: GRRESTRICTROOTUSERACCESSKEYS",
+        deny(KEY, {"ArnLike": {"aws:PrincipalArn": ["arn:aws:iam::*:root"]}}, Resource=["*"]),
+        ABSENT,
+        ABSENT,
+    ),
+    (
+        "Control Tower: GRREGIONDENY, with us-east-1",
+        deny(
+            NotAction=["a4b:*", "cloudfront:*", "sts:*"],
+            condition={
+                "StringNotEquals": {"aws:RequestedRegion": ["us-east-1", "eu-west-1"]},
+                "ArnNotLike": {"aws:PrincipalARN": ["arn:*:iam::*:role/AWSControlTowerExecution"]},
+            },
+        ),
+        ABSENT,
+        ABSENT,
+    ),
+    (
+        "Landing Zone Accelerator: IAM users and keys",
+        deny(
+            ["iam:CreateAccessKey", "iam:CreateUser"],
+            {
+                "ArnNotLike": {
+                    "aws:PrincipalARN": [
+                        "arn:aws:iam::*:role/AWSAccelerator*",
+                        "arn:aws:iam::*:role/aws-controltower-CloudWatchLogsRole",
+                        "arn:aws:iam::*:role/AWSControlTowerExecution",
+                    ]
+                }
+            },
+        ),
+        ABSENT,
+        ENFORCED,
     ),
     (
         "Allows MFA-authenticated IAM users to manage their own MFA device (its Deny)",

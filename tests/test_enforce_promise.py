@@ -152,7 +152,7 @@ def check_mfa(control: audit.Control, levels: list[list[dict[str, Any]]]) -> Non
 @pytest.mark.parametrize("worker", range(WORKERS))
 def test_the_judge_keeps_its_promise(worker: int) -> None:
     """Split for the sake of pytest-xdist; Hypothesis takes other policies each time."""
-    verdicts = set()
+    verdicts = set[tuple[str, str]]()
 
     @settings(max_examples=POLICIES // WORKERS, database=None)
     @given(POLICY)
