@@ -44,7 +44,7 @@ PRINCIPALS = [
     IAM + "role/*/Other", IAM + "role/aws-reserved/*", IAM + "role/AWSReserved*", f"arn:aws:iam::{ACCOUNT}:user/x",
 ]  # fmt: skip
 LIKE = ["StringLike", "StringNotLike", "StringEquals", "StringNotEquals"]
-ANY = ["{}", "{}", "{}IfExists", "ForAnyValue:{}", "ForAllValues:{}", "ForAnyValue:{}IfExists"]
+ANY = [*["{}"] * 8, "{}IfExists", "ForAnyValue:{}", "ForAllValues:{}", "ForAnyValue:{}IfExists"]
 KEYS: list[tuple[list[str], list[str], list[Any]]] = [
     # operators, keys, values
     (["Bool"], ["aws:MultiFactorAuthPresent"], ["false", False, "False", "true"]),
@@ -88,14 +88,14 @@ STATEMENT = st.builds(
         "Condition": {operator: {key: values} for operator, key, values in conditions},
     },
     st.sampled_from(["Deny"] * 5 + ["Allow"]),
-    st.sampled_from(["Action", "NotAction"]),
-    some(ACTIONS),
+    st.sampled_from(["Action", "Action", "NotAction"]),
+    st.sampled_from(["*", KEY, "iam:*"]) | some(ACTIONS),
     st.sampled_from(["Resource"] * 4 + ["NotResource"]),
-    some(RESOURCES),
-    st.lists(CONDITION, max_size=3),
+    st.just("*") | some(RESOURCES),
+    st.lists(CONDITION, max_size=2),
 )
 # Mostly with FullAWSAccess at the same level, as AWS attaches it
-POLICY = st.tuples(st.lists(STATEMENT, min_size=1, max_size=3), st.booleans() | st.just(True))
+POLICY = st.tuples(st.lists(STATEMENT, min_size=1, max_size=2), st.booleans() | st.just(True))
 
 
 @functools.cache
