@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""iam-audit: all passwords, access keys and MFA devices of an AWS organization, a CSV per account.
+"""iam-audit: who has which password, access key and MFA device in an AWS organization.
 
 From a profile of the management account, or of a delegated administrator, it assumes a role in
-every member account and reads the IAM credential report and when each access key was last used.
+every member account, reads the IAM credential report and when each access key was last used, and
+writes one CSV file per account. It reads no secret values.
 
 Reads   the AWS profile's credentials, as the SDK finds them;
-        CSV files and summaries of earlier runs in OUTPUT_DIR, or of the run that --previous names.
-Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv, events.csv and,
-        last, summary.json; files with mode 0600, folders 0700. The summary goes to stdout.
-        With --print, a document goes to stdout and nothing else happens.
+        in OUTPUT_DIR, the summaries of earlier runs and the CSV files of what is compared with.
+Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv (if there is an
+        earlier run), events.csv (with --cloudtrail) and, last, summary.json; files with mode 0600,
+        folders 0700. The summary goes to stdout. With --print, a document goes to stdout and
+        nothing else happens.
 
 Every AWS action that the program can call:
   with the profile's credentials
@@ -18,28 +20,32 @@ Every AWS action that the program can call:
     organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy, ListParents
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
-    sts:AssumeRole                       the role, in every account that is audited
-  with the assumed role; in the profile's own account, with the profile's credentials
+    sts:AssumeRole                       the role, in the accounts that are audited
+  with the assumed role; in the management account, if the profile belongs to it, with the
+  profile's credentials
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
     iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile;
     with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; no other call changes anything in AWS. Every
-session has a policy that allows only the role's actions above: even an administrator role is
-read-only in the hands of this program. Credentials are never written, logged or put on a command
-line. An account that cannot be read in full gets no CSV file: it is reported as failed, and why.
+session of the role has a policy that allows only the role's actions above: even an administrator
+role is read-only in the hands of this program. The profile's own credentials are not restricted in
+this way. To get and refresh them, the SDK may call other services, run a credential_process (which
+is ended if it hangs) and write its own token cache. The program itself never writes or logs
+credentials or puts them on a command line. An account that cannot be read in full gets no CSV
+file: it is reported as failed, with the reason.
 
-Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,100 lines.
+Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,450 lines.
 Nothing else opens a connection.
-  run        the story: from the command line to the files, the summary and the exit code
+  run        the story, from the command line to the files, the summary and the exit code
   data       what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
-  AWS        permissions with their reasons; every network call, its credentials and repetition
-  audit      one account from AssumeRole to its users; the organization as many of these
-  files      rows and cells, atomic writing, reading an earlier run
+  AWS        permissions with their reasons; every network call, its credentials, pace and retries
+  audit      one account, from AssumeRole to its users; all accounts concurrently
+  files      rows, cells, atomic writing, reading a run back
   assess     gaps, maturity levels, the table of finding rules
-  track      what changed since an earlier run, with CloudTrail as the witness
+  track      what changed since an account's last audit, with CloudTrail as a witness
   enforce    what the organization's service control policies already prevent
-  terminal   the summary for stdout and for mail; summary.json
+  terminal   the summary as text and as summary.json
   documents  the policies and templates that --print prints
   options    the command line, its validators and its help; the progress line
 """
@@ -86,6 +92,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar, Union
 from urllib.request import getproxies
@@ -97,7 +104,7 @@ import botocore.session
 import botocore.utils
 from botocore.config import Config
 from botocore.credentials import Credentials, RefreshableCredentials
-from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
 # --------------------------------------------------------------------------------------------------
@@ -109,9 +116,11 @@ EXIT_NOT_DONE = 1
 EXIT_USAGE = 2  # argparse's own
 EXIT_ACCOUNTS_FAILED = 3
 EXIT_FAIL_ON = 4
+EXIT_FAILED_AND_FAIL_ON = 5
 EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
-CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # without an earlier run
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account that no earlier run can tell about
+FIRST_ACCOUNTS = 20  # a role that is denied in all of these probably has another name or trust
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +152,8 @@ def run_audit(options: Any, started: datetime) -> int:
     try:
         aws = connect(open_session(options.profile), options.workers)
         organization = describe_organization(aws)
-        tracking = open_tracking(folder.parent, options.previous, organization.id)
+        history = History(finished_runs(folder.parent, started), organization.id)
+        tracking = open_tracking(history, options.previous, scope_of(options))
         plan = plan_of(options, aws.caller, organization, tracking, started)
         run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
         asyncio.run(audit_into(run, aws, options))
@@ -160,23 +170,37 @@ def run_audit(options: Any, started: datetime) -> int:
 def plan_of(
     options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
-    """What the options ask for, in this organization and since the earlier run."""
+    """The options, resolved for this organization."""
     reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
     own_account = caller.account if caller.account == organization.management_account else None
-    earlier = tracking.earlier.started if tracking.earlier else started - CLOUDTRAIL_FIRST_LOOK
-    wanted, oldest = options.since or earlier, started - CLOUDTRAIL_KEEPS
     policy = session_policy(reads)
+    asked_since = functools.partial(events_since, tracking, options.since, started)
     return Plan(
         role=Role(options.role, caller.partition, policy, options.external_id, own_account),
-        scope=Scope(options.accounts, options.exclude, options.ou, options.include_management),
+        scope=scope_of(options),
         workers=options.workers,
         report_timeout=options.report_timeout,
         production=options.production,
         max_key_age=options.max_key_age,
         event_names=EVENT_NAMES,
-        events_since=max(wanted, oldest) if options.cloudtrail else None,
-        events_out_of_reach=wanted < oldest,
+        events_since=asked_since if options.cloudtrail else None,
     )
+
+
+def events_since(
+    tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
+) -> datetime:
+    """From when on CloudTrail is asked in the account: from its baseline on, without --since."""
+    baseline = tracking.baselines[account_id] = baseline_of(tracking, account_id)
+    wanted = asked or baseline.since or now - CLOUDTRAIL_FIRST_LOOK
+    since = max(wanted, now - CLOUDTRAIL_KEEPS)
+    tracking.events_from = min(since, tracking.events_from or since)
+    tracking.events_out_of_reach |= wanted < since
+    return since
+
+
+def scope_of(options: Any) -> Scope:
+    return Scope(options.accounts, options.exclude, options.ou, options.include_management)
 
 
 async def audit_into(run: Run, aws: Aws, options: Any) -> None:
@@ -193,6 +217,8 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
         progress.failed = len(run.failed)
         progress.done = len(run.audited) + len(run.failed)
         status.log(outcome_line(outcome))
+        if isinstance(outcome, FailedAccount):
+            warn_of_role(run, status)
 
     enforcement = asyncio.create_task(read_enforcement(aws, run.organization))
     with status.drawing():
@@ -206,8 +232,10 @@ def keep(run: Run, outcome: Outcome) -> None:
     """Add an account's outcome to the run."""
     if isinstance(outcome, AuditedAccount):
         run.audited.append(assess(outcome, run.plan, run.started))
-        run.findings.extend(findings_of(outcome, run.plan, run.started))
-        track_account(run.tracking, outcome)
+        findings = list(findings_of(outcome, run.plan, run.started))
+        run.findings += findings
+        urgent = [finding for finding in findings if finding.priority == MOST_URGENT]
+        track_account(run.tracking, outcome, urgent)
         if outcome.trail is not None:
             run.trails.append((outcome.account, outcome.trail))
     elif isinstance(outcome, FailedAccount):
@@ -216,6 +244,15 @@ def keep(run: Run, outcome: Outcome) -> None:
         run.skipped.append(outcome)
     else:
         run.out_of_scope.append(outcome)
+
+
+def warn_of_role(run: Run, status: Status) -> None:
+    """If just now the first accounts have all failed with the same denial, say so at once."""
+    causes = {(one.step, one.code) for one in run.failed[:FIRST_ACCOUNTS]}
+    just_now = len(run.failed) == FIRST_ACCOUNTS and not run.audited
+    if just_now and causes == {("AssumeRole", "AccessDenied")}:
+        wrong = f"the name of role {run.plan.role.name} or its trust policy is probably wrong"
+        status.warn(f"AssumeRole was denied in the first {FIRST_ACCOUNTS} accounts alike: {wrong}")
 
 
 def raise_phase1_levels(run: Run) -> None:
@@ -233,8 +270,9 @@ def write_tables(run: Run) -> None:
     findings = (finding_row(finding, run) for finding in run.findings)
     write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, findings)
     tracking.mfa_new.sort(key=change_order)
+    tracking.urgent_new.sort(key=most_urgent_first)
     if tracking.earlier is not None:
-        tracking.changes += accounts_that_came_or_left(run)
+        tracking.changes += accounts_that_came_or_left(run, tracking.earlier)
         tracking.changes.sort(key=change_order)
         write_csv(run.folder / "changes.csv", CHANGES_COLUMNS, map(change_row, tracking.changes))
     if run.plan.events_since is not None:
@@ -242,13 +280,12 @@ def write_tables(run: Run) -> None:
 
 
 def exit_code(run: Run, fail_on: FailOn) -> int:
+    found = any(finding.priority <= fail_on.priority for finding in run.findings)
+    if fail_on.new_keys and (new_keys(run) or run.tracking.blind):
+        found = True  # where no earlier run can be read, new keys cannot be ruled out
     if run.failed:
-        return EXIT_ACCOUNTS_FAILED
-    if any(finding.priority <= fail_on.priority for finding in run.findings):
-        return EXIT_FAIL_ON
-    if fail_on.new_keys and new_keys(run):
-        return EXIT_FAIL_ON
-    return EXIT_OK
+        return EXIT_FAILED_AND_FAIL_ON if found else EXIT_ACCOUNTS_FAILED
+    return EXIT_FAIL_ON if found else EXIT_OK
 
 
 def what_stopped_it(error: Exception) -> str:
@@ -263,7 +300,9 @@ def what_stopped_it(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {message} (--verbose shows where)"
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    SIGNALS.append(signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -301,7 +340,7 @@ def interruptible() -> Iterator[None]:
     except asyncio.CancelledError:
         raise Interrupted(received[0]) from None
     finally:
-        if not received:  # otherwise both stay ignored while the interpreter shuts down
+        if not received:  # otherwise all stay ignored while the interpreter shuts down
             for each, handler in handlers.items():
                 signal.signal(each, handler)
 
@@ -327,7 +366,7 @@ def show(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: what several sections share, in AWS's words
+# Data: what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
 # --------------------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
@@ -335,7 +374,10 @@ TERMINAL_WIDTH = 100
 MOST_URGENT, LEAST_URGENT = 1, 7  # priorities of findings
 
 ROOT = "<root_account>"  # its name in the credential report
-ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # the report has no IDs of them
+ROOT_ACCESS_KEYS = (
+    "<root_access_key_1>",
+    "<root_access_key_2>",
+)  # the report does not give their IDs
 NOT_APPLICABLE = "N/A"
 
 CLOUDTRAIL_KEEPS = timedelta(days=90)
@@ -380,7 +422,8 @@ class User:
 
 
 class Event(NamedTuple):
-    """A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set."""
+    """A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set,
+    `new_name` what UpdateUser did."""
 
     time: datetime
     name: str
@@ -391,6 +434,7 @@ class Event(NamedTuple):
     source_ip: str
     user_agent: str
     id: str
+    new_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -470,7 +514,8 @@ class Scope:
 
 @dataclass(frozen=True)
 class Role:
-    """The role to assume. `own_account` is read with the profile's own credentials instead."""
+    """The role to assume. `own_account`, the management account if the profile belongs to it, is
+    read with the profile's own credentials instead."""
 
     name: str
     partition: str
@@ -492,9 +537,9 @@ class Plan:
     report_timeout: float  # seconds
     production: re.Pattern[str]
     max_key_age: timedelta
-    event_names: tuple[str, ...]
-    events_since: datetime | None  # None: CloudTrail is not asked
-    events_out_of_reach: bool  # CloudTrail no longer keeps the oldest events that were wanted
+    event_names: tuple[str, ...]  # what CloudTrail is asked for
+    # From when on CloudTrail is asked in the account of that ID; None: it is not asked
+    events_since: Callable[[str], datetime] | None
 
 
 @dataclass
@@ -564,6 +609,11 @@ def iso(moment: datetime) -> str:
     return to_second(moment).isoformat()
 
 
+def is_active(status: str) -> bool:
+    """Whether an access key can be used; a status that AWS adds counts as active."""
+    return status not in ("Inactive", "Expired")
+
+
 def days_between(earlier: datetime, later: datetime) -> int:
     """Whole days; 0 for a key that was created after the run began."""
     return max(0, (later - earlier).days)
@@ -586,14 +636,14 @@ def clock(span: timedelta) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# AWS: permissions with their reasons; every network call, its credentials, pace and repetition
+# AWS: permissions with their reasons; every network call, its credentials, pace and retries
 # --------------------------------------------------------------------------------------------------
 
 # Each action with the reason for it, as in README.md
 ROLE_READS = {
     "iam:GenerateCredentialReport": "has IAM prepare the credential report; not a pure read",
     "iam:GetCredentialReport": "passwords, their last use, and the root user",
-    "iam:ListUsers": "the users there are now; the report may be four hours old",
+    "iam:ListUsers": "the current users; the report may be four hours old",
     "iam:ListAccessKeys": "each user's access keys, their status and creation date",
     "iam:GetAccessKeyLastUsed": "when and for which service each access key was last used",
     "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
@@ -639,13 +689,12 @@ GUESS_TIMEOUT = 3  # seconds to connect to a partition that may not be the profi
 READ_TIMEOUT = 30  # seconds
 REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
 ASSUME_ROLE_AT_ONCE = 4  # one call per account needs few connections, and each costs CPU
+PARENTS_AT_ONCE = 4
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
-# So that no request can be signed with the profile's credentials by mistake
-PLACEHOLDERS: Any = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
 
 
 def open_session(profile: str | None) -> boto3.Session:
-    """The SDK's session, its credentials resolved, so that a prompt for an MFA code comes first.
+    """The SDK's session, its credentials resolved, so that it asks for an MFA code before all else.
 
     Raises AuditError where nobody can type that code: botocore would wait on a pipe forever.
     """
@@ -710,19 +759,18 @@ def connect(session: boto3.Session, workers: int) -> Aws:
     for region in regions:
         config = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=3)
         if refusal is not None:  # a guess, perhaps behind a firewall
-            config = config.merge(
-                Config(connect_timeout=GUESS_TIMEOUT, retries={"max_attempts": 0})
-            )
-        sts = session.client("sts", region, config=config, **PLACEHOLDERS)
-        sts.meta.events.register("before-sign.sts", sign_as_set)
+            once: Any = {"max_attempts": 0}
+            config = config.merge(Config(connect_timeout=GUESS_TIMEOUT, retries=once))
+        sts = signed_client(session, "sts", region, config)
         try:
             caller = call_as(credentials, get_caller_identity, {"sts": sts, "region": region})
             return Aws(session, sts, caller, workers)
         except SDK_ERRORS as error:
+            known = isinstance(error, ClientError) and error_code(error) not in UNKNOWN_KEY
+            if known or (refusal is None and not isinstance(error, ClientError)):
+                raise
             refusal = refusal or error
-            if not isinstance(error, ClientError) or error_code(error) not in UNKNOWN_KEY:
-                break
-    raise refusal or AuditError("No Region to ask.")
+    raise refusal or AuditError("There is no Region to ask.")
 
 
 def get_caller_identity(sts: Any, region: str) -> Caller:
@@ -733,9 +781,21 @@ def get_caller_identity(sts: Any, region: str) -> Caller:
 
 def frozen_credentials(session: boto3.Session) -> Credentials:
     """The profile's own credentials. If necessary the SDK refreshes them, which may take long."""
-    found = session.get_credentials()
-    frozen: Any = found.get_frozen_credentials() if found else None
+    found: Any = session.get_credentials()  # open_session has found some
+    frozen = found.get_frozen_credentials()
     return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+
+def signed_client(session: boto3.Session, service: Any, region: Any, config: Config) -> Any:
+    """A client that can make calls only inside `call_as`, which signs them.
+
+    It has placeholders for credentials, so that nothing is signed with the profile's by mistake.
+    """
+    client: Any = session.client(
+        service, region, config=config, aws_access_key_id="none", aws_secret_access_key="none"
+    )
+    client.meta.events.register(f"before-sign.{service}", sign_as_set)
+    return client
 
 
 def client_config(*, connections: int, attempts: int) -> Config:
@@ -751,32 +811,26 @@ class Aws:
     """The SDK's clients, created once for all accounts, and the threads that make their calls.
 
     All accounts share one IAM client: a client and TLS connections for each would cost more than
-    the calls. AccountSession signs and repeats its calls; botocore makes one attempt only, because
-    its retry quota belongs to the client, and one account would use up another's.
+    the calls. AccountSession retries its calls; botocore itself does not, because its retry quota
+    belongs to the client, and one account would use up another's.
     """
 
     def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
         self.caller = caller
         self.threads = Threads(workers)
         self.sts = sts
-        config = client_config(connections=2, attempts=10)
-        self.organizations = session.client(
-            "organizations", caller.region, config=config, **PLACEHOLDERS
-        )
-        self.organizations.meta.events.register("before-sign.organizations", sign_as_set)
+        few = client_config(connections=PARENTS_AT_ONCE, attempts=10)
+        self.organizations = signed_client(session, "organizations", caller.region, few)
         shared = client_config(connections=workers, attempts=1)
-        self.iam = session.client("iam", caller.region, config=shared, **PLACEHOLDERS)
-        self.iam.meta.events.register("before-sign.iam", sign_as_set)
+        self.iam = signed_client(session, "iam", caller.region, shared)
         self.session, self._workers, self._shared = session, workers, shared
-        self._not_refreshed = ""
+        self._refresh_failure = ""
 
     @functools.cached_property
     def cloudtrail(self) -> Any:
         """The CloudTrail client, created on first use, in the partition's Region for IAM."""
-        region = IAM_REGIONS.get(self.caller.partition)
-        client = self.session.client("cloudtrail", region, config=self._shared, **PLACEHOLDERS)
-        client.meta.events.register("before-sign.cloudtrail", sign_as_set)
-        return client
+        region = IAM_REGIONS.get(self.caller.partition, self.caller.region)
+        return signed_client(self.session, "cloudtrail", region, self._shared)
 
     @functools.cached_property
     def assume_role_gate(self) -> asyncio.Semaphore:
@@ -794,16 +848,17 @@ class Aws:
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
             return get()
         answer: Future[Credentials] = Future()
-        if not self._not_refreshed:
+        if not self._refresh_failure:
             threading.Thread(target=settle, args=(answer, get), daemon=True).start()
             try:
                 return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
             except SDK_ERRORS as error:
-                raise step_failed(PROFILE_CREDENTIALS, error) from None
+                if not self._refresh_failure:  # else its process was ended for another account
+                    raise step_failed(PROFILE_STEP, error) from None
             except asyncio.TimeoutError:
                 end_child_processes()
-                self._not_refreshed = f"no answer to the refresh within {REFRESH_TIMEOUT:g} s"
-        raise StepFailed(PROFILE_CREDENTIALS, "RefreshTimeout", self._not_refreshed)
+                self._refresh_failure = f"no answer to the refresh within {REFRESH_TIMEOUT:g} s"
+        raise StepFailed(PROFILE_STEP, "RefreshTimeout", self._refresh_failure)
 
     async def ask(self, operation: Callable[..., T], *arguments: Any) -> T:
         """Run one of the operations on the organization in a thread, or raise StepFailed."""
@@ -824,24 +879,41 @@ def end_child_processes() -> None:
                 os.kill(int(process_id), signal.SIGTERM)
 
 
-# --- one call: credentials, pace, repetition ---
+async def side_by_side(most: int, items: Sequence[T], work: Callable[[T], Awaitable[None]]) -> None:
+    """Do the work for each item, for at most so many at a time. After an error, no more is done."""
+    remaining = iter(items)
+
+    async def one_after_another() -> None:
+        for item in remaining:
+            await work(item)
+
+    tasks = [asyncio.create_task(one_after_another()) for _ in range(min(most, len(items)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# --- one call: credentials, pace, retries ---
 
 # The credentials that sign the current thread's request
 SIGNING: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING")
 # The operation that the current task began last: the step that failed if its answer is unexpected
 STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
 
-FIRST = (False, 0)  # the highest place in the queue for threads
+FIRST = (False, 0)  # the rank of what goes before all else
 # Steps that jump the queue, so that all reports are generated in parallel
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
-PROFILE_CREDENTIALS = "profile credentials"  # the step in place of AssumeRole, in its own account
+PROFILE_STEP = "profile credentials"  # the step before AssumeRole
 SESSION_EXPIRED = {"ExpiredToken", "ExpiredTokenException"}
-TRANSIENT_ATTEMPTS = 6  # 5xx, dropped connections and time-outs, in a row
+TRANSIENT_ATTEMPTS = 6  # after 5xx, dropped connections and time-outs
+FIRST_PAUSE = (0.5, 1.0)  # seconds, at random between these; doubled for each further attempt
 CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls: AWS allows two per second and account
 
 
 class AccountSession:
-    """The calls for one account: their credentials, their pace, their repetition.
+    """The calls for one account: their credentials, their pace, their retries.
 
     `turn` is the account's place in the queue for threads: urgent steps first, then the accounts in
     the order in which they were begun.
@@ -859,13 +931,13 @@ class AccountSession:
 
     async def sign_in(self) -> None:
         """Get credentials: the role's or, in the profile's own account, the profile's."""
-        STEP.set(PROFILE_CREDENTIALS)
+        STEP.set(PROFILE_STEP)
         credentials = await self.aws.profile_credentials()
         if self.role.own_account != self.account.id:
             arguments = {"aws": self.aws, "role": self.role, "account_id": self.account.id}
             assume = functools.partial(call_as, credentials, assume_role, arguments)
             gate = self.aws.assume_role_gate
-            credentials = await self._repeat("AssumeRole", assume, self._pace, gate)
+            credentials = await self._retry("AssumeRole", assume, self._pace, gate)
         self._credentials = credentials
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
@@ -879,7 +951,7 @@ class AccountSession:
         used = self._credentials
         try:
             request = functools.partial(call_as, used, operation, parameters)
-            return await self._repeat(step, request, pace)
+            return await self._retry(step, request, pace)
         except StepFailed as failure:
             if failure.code not in SESSION_EXPIRED:
                 raise
@@ -887,12 +959,12 @@ class AccountSession:
             if self._credentials is used:  # no other call of this account has renewed it meanwhile
                 await self.sign_in()
         request = functools.partial(call_as, self._credentials, operation, parameters)
-        return await self._repeat(step, request, pace)
+        return await self._retry(step, request, pace)
 
-    async def _repeat(
+    async def _retry(
         self, step: str, request: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
     ) -> T:
-        """Make a request in a thread until it is answered or a repetition cannot help.
+        """Make a request in a thread until it is answered or a retry cannot help.
 
         Only the attempts pass the gate, not the pauses: a throttled account holds up no other.
         """
@@ -900,13 +972,13 @@ class AccountSession:
         if step not in self._logged:
             self._logged.add(step)
             self.log(f"{self.account.id} {self.account.name}: {step}")
-        urgency = (step not in URGENT_STEPS, self._turn)
+        rank = (step not in URGENT_STEPS, self._turn)
         attempts = 0
         while True:
-            await pace.turn()
+            await pace.wait()
             try:
                 async with gate or contextlib.AsyncExitStack():
-                    answer = await self.aws.threads.run(urgency, request)
+                    answer = await self.aws.threads.run(rank, request)
             except SDK_ERRORS as error:
                 failure = step_failed(step, error)
             else:
@@ -917,7 +989,7 @@ class AccountSession:
             attempts += 1
             if failure.kind != "transient" or attempts == TRANSIENT_ATTEMPTS:
                 raise failure
-            await asyncio.sleep(random.uniform(0.25, 0.5) * 2**attempts)
+            await asyncio.sleep(random.uniform(*FIRST_PAUSE) * 2 ** (attempts - 1))
 
 
 def call_as(
@@ -954,7 +1026,7 @@ class Pace:
         self._next = 0.0
         self._throttled_since: float | None = None
 
-    async def turn(self) -> None:
+    async def wait(self) -> None:
         """Wait until this account may be called again."""
         start = max(time.monotonic(), self._next)
         self._next = start + self._gap
@@ -989,10 +1061,10 @@ class Threads:
         for _ in range(size):
             threading.Thread(target=self._work, daemon=True).start()
 
-    async def run(self, urgency: tuple[bool, int], call: Callable[[], T]) -> T:
-        """Make a call in a thread when its turn has come; the lowest `urgency` goes first."""
+    async def run(self, rank: tuple[bool, int], call: Callable[[], T]) -> T:
+        """Make a call in a thread when its turn has come; the lowest rank goes first."""
         answer: Future[T] = Future()
-        self._calls.put((urgency, next(self._order), call, answer))
+        self._calls.put((rank, next(self._order), call, answer))
         return await asyncio.wrap_future(answer)
 
     def _work(self) -> None:
@@ -1020,7 +1092,7 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
 
 
-# --- operations with the profile's credentials ---
+# --- operations with the profile's credentials, signed by `Aws.ask` or by themselves ---
 
 SESSION_NAME = "iam-audit"
 
@@ -1053,6 +1125,8 @@ async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
 def account_of(entry: Mapping[str, Any]) -> Account:
     """An entry of ListAccounts. State replaces Status, which AWS retired on 2026-09-09."""
     state = entry.get("State") or entry.get("Status")
+    if not re.fullmatch("[0-9]{12}", entry["Id"]):  # it becomes the name of a file
+        raise AuditError(f"ListAccounts gave {entry['Id']!r}, not an account ID of 12 digits.")
     if not state:
         raise sdk_too_old(f"State for account {entry['Id']}")
     paths = entry.get("Paths") or [None]
@@ -1073,7 +1147,7 @@ def list_policies(aws: Aws) -> list[tuple[str, str]]:
 
 def describe_policy(aws: Aws, policy_id: str) -> str:
     """The policy's JSON text."""
-    return aws.organizations.describe_policy(PolicyId=policy_id)["Policy"]["Content"]
+    return str(aws.organizations.describe_policy(PolicyId=policy_id)["Policy"]["Content"])
 
 
 def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
@@ -1084,13 +1158,21 @@ def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
 
 
 def list_parents(aws: Aws, child_id: str) -> str:
-    """The root or organizational unit directly above an account or organizational unit."""
-    return aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"]
+    """The root or OU directly above an account or OU; empty if that has left the organization."""
+    try:
+        return str(aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"])
+    except aws.organizations.exceptions.ChildNotFoundException:
+        return ""
 
 
 def list_organizations_features(aws: Aws) -> bool:
     """Whether root credentials of member accounts are managed centrally."""
-    features = aws.iam.list_organizations_features()
+    try:
+        features = aws.iam.list_organizations_features()
+    except ClientError as error:
+        if error_code(error) == "ServiceAccessNotEnabledException":
+            return False  # IAM has never had trusted access in this organization
+        raise
     return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
 
 
@@ -1116,7 +1198,8 @@ LastUsed = tuple[Union[datetime, None], str]
 
 async def generate_credential_report(session: AccountSession) -> bool:
     """Whether the report is complete."""
-    return (await session.call(session.aws.iam.generate_credential_report))["State"] == "COMPLETE"
+    answer: Any = await session.call(session.aws.iam.generate_credential_report)
+    return bool(answer["State"] == "COMPLETE")
 
 
 async def get_credential_report(session: AccountSession) -> tuple[bytes, datetime]:
@@ -1135,7 +1218,7 @@ async def get_login_profile(session: AccountSession, user_name: str) -> bool:
         await session.call(session.aws.iam.get_login_profile, UserName=user_name)
         return True
     except StepFailed as failure:
-        if failure.code == "NoSuchEntity":
+        if failure.code == NO_SUCH_ENTITY:
             return False
         raise
 
@@ -1192,12 +1275,19 @@ async def lookup_events(session: AccountSession, name: str, since: datetime) -> 
     while True:
         answer = await session.call(session.aws.cloudtrail.lookup_events, **request)
         for entry in answer["Events"]:
-            event = event_of(json.loads(entry["CloudTrailEvent"]))
+            record = json.loads(entry["CloudTrailEvent"])
+            if record.get("recipientAccountId", session.account.id) != session.account.id:
+                raise StepFailed("LookupEvents", "WrongAccount", "an event is of another account")
+            event = event_of(record)
             if event is not None and event.time >= since:
                 found.append(event)
         if "NextToken" not in answer:
             return found
         request["NextToken"] = answer["NextToken"]
+
+
+# Somebody in the management account who uses AssumeRoot; the record does not say who.
+ASSUMED_ROOT = "root session (AssumeRoot)"
 
 
 def event_of(record: Mapping[str, Any]) -> Event | None:
@@ -1213,6 +1303,9 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     created_key = (record.get("responseElements") or {}).get("accessKey") or {}
     named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
     actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
+    context = identity.get("sessionContext") or {}
+    if "true" in (context.get("assumedRoot"), (context.get("attributes") or {}).get("assumedRoot")):
+        actor = ASSUMED_ROOT
     the_caller = ROOT if identity.get("type") == "Root" else identity.get("userName")
     return Event(
         time=to_second(parse_time(record["eventTime"])),
@@ -1224,18 +1317,22 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
         source_ip=str(record.get("sourceIPAddress") or ""),
         user_agent=str(record.get("userAgent") or ""),
         id=str(record.get("eventID") or ""),
+        new_name=str(request.get("newUserName") or ""),
     )
 
 
 # --- errors ---
 
 SDK_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
+TRANSIENT_ERRORS = (ResponseParserError, HTTPClientError, botocore.exceptions.ConnectionError)
 # fmt: off
 THROTTLED = {
     "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
     "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
 }
 # fmt: on
+DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
+NO_SUCH_ENTITY = "NoSuchEntity"
 # As is every HTTP status from 500
 TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
 # botocore's own text quotes the answer, which may hold credentials.
@@ -1265,7 +1362,7 @@ def step_failed(step: str, error: Exception) -> StepFailed:
     code, message = type(error).__name__, without_secrets(str(error))
     if isinstance(error, ResponseParserError):
         message = NOT_UNDERSTOOD
-    if isinstance(error, (ResponseParserError, HTTPClientError, ConnectionError)):
+    if isinstance(error, TRANSIENT_ERRORS):
         kind = "transient"
     return StepFailed(step, code, message, kind)
 
@@ -1312,7 +1409,7 @@ def frames_of(error: BaseException) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Audit: one account from AssumeRole to its users; the organization as many of these side by side
+# Audit: one account, from AssumeRole to its users; all accounts concurrently
 # --------------------------------------------------------------------------------------------------
 
 ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
@@ -1336,8 +1433,8 @@ async def audit_organization(
             session = AccountSession(aws, account, plan.role, turn, log)
             finish(await audit_account(session, plan))
 
-    async for account in accounts_in_question(aws, organization, plan.scope, progress):
-        left_out = leave_out(account, organization, plan.scope)
+    async for account in accounts_to_consider(aws, organization, plan.scope, progress):
+        left_out = left_out_outcome(account, organization, plan.scope)
         if left_out is not None:
             finish(left_out)
         else:
@@ -1345,20 +1442,20 @@ async def audit_organization(
     await asyncio.gather(*audits)
 
 
-async def accounts_in_question(
+async def accounts_to_consider(
     aws: Aws, organization: Organization, scope: Scope, progress: Progress
 ) -> AsyncIterator[Account]:
     """The accounts as they are listed; all at the end if the scope must be checked first."""
-    listed, by_name = [], bool(scope.accounts or scope.ous)
+    listed, must_check = [], bool(scope.accounts or scope.ous)
     async for account in list_accounts(aws):
-        if leave_out(account, organization, scope) is None:
+        if left_out_outcome(account, organization, scope) is None:
             progress.listed += 1
-        if by_name:
+        if must_check:
             listed.append(account)
         else:
             yield account
     progress.all_listed = True
-    if by_name:
+    if must_check:
         check_scope(scope, organization, listed)
     for account in listed:
         yield account
@@ -1393,7 +1490,7 @@ def is_below(account: Account, ous: frozenset[str]) -> bool:
     return not ous.isdisjoint((account.path or "").split("/"))
 
 
-def leave_out(
+def left_out_outcome(
     account: Account, organization: Organization, scope: Scope
 ) -> SkippedAccount | OutOfScopeAccount | None:
     """The outcome of an account that is not audited; None if it is."""
@@ -1447,13 +1544,14 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
             users = await read_changed_users(session, users, listed, report)
     finally:
         report.cancel()
-        await asyncio.gather(report, return_exceptions=True)  # what it raises now comes second
+        await asyncio.gather(report, return_exceptions=True)  # an earlier error takes precedence
     in_order = [users[name] for name in sorted(users)]
     if ROOT in rows:
         in_order.insert(0, await read_root(session, rows[ROOT]))
     trail = None
     if plan.events_since is not None:
-        trail = await read_trail(session, plan.event_names, plan.events_since)
+        since = plan.events_since(session.account.id)
+        trail = await read_trail(session, plan.event_names, since)
     return AuditedAccount(session.account, to_second(generated), tuple(in_order), trail)
 
 
@@ -1584,15 +1682,13 @@ def has_password(row: ReportRow) -> bool:
 CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger difference to its clock
 # NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
-DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
-NO_SUCH_ENTITY = "NoSuchEntity"
 
 
 def has_unlisted_user(
     rows: Mapping[str, ReportRow], listed: Sequence[UserEntry], asked: datetime
 ) -> bool:
-    """Whether the report has a name, or a new bearer of a name, that the list lacks."""
+    """Whether the report has a name, or a new user with an old name, that the list lacks."""
     created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in listed}
     for name, row in rows.items():
         if name == ROOT:
@@ -1628,22 +1724,13 @@ async def read_users(
 ) -> dict[str, User]:
     """The users of these entries of ListUsers by name, a few read at a time."""
     users: dict[str, User] = {}
-    remaining = iter(entries)
 
-    async def read_one_after_another() -> None:
-        for entry in remaining:
-            user = await read_user(session, entry, report)
-            if user is not None:
-                users[user.name] = user
+    async def read(entry: UserEntry) -> None:
+        work = functools.partial(read_user, session, entry, report)
+        if user := await naming_the_step(session, work):
+            users[user.name] = user
 
-    size = min(READERS_PER_ACCOUNT, len(entries))
-    works = [naming_the_step(session, read_one_after_another) for _ in range(size)]
-    readers = [asyncio.create_task(work) for work in works]
-    try:
-        await asyncio.gather(*readers)
-    finally:  # after an error, nothing more is read
-        for task in readers:
-            task.cancel()
+    await side_by_side(READERS_PER_ACCOUNT, entries, read)
     return users
 
 
@@ -1682,7 +1769,7 @@ async def find_user(session: AccountSession, entry: UserEntry) -> UserEntry | No
 async def read_user_once(
     session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
 ) -> User:
-    """One user, from live answers and their row of the report; StepFailed with NoSuchEntity."""
+    """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
     name, created = entry["UserName"], to_second(entry["CreateDate"])
     check_account(entry["Arn"], session.account.id, "ListUsers")
     keys = await read_access_keys(session, name)
@@ -1747,8 +1834,11 @@ def mfa_kind(serial: str) -> str:
 
 
 async def read_root(session: AccountSession, row: ReportRow) -> User:
-    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA."""
-    password = has_password(row)
+    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA.
+
+    In AWS GovCloud (US), root can neither sign in to the console nor have MFA.
+    """
+    password = session.role.partition != "aws-us-gov" and has_password(row)
     last_used = report_date(row, "password_last_used") if password else None
     mfa: tuple[str, ...] = ()
     if report_flag(row, "mfa_active"):
@@ -1777,7 +1867,7 @@ def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
 
 
 async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
-    """CloudTrail's events of the account. A refusal costs the changes their witness, no more."""
+    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
     events = []
     try:
         for name in names:
@@ -1802,7 +1892,8 @@ AccountRow = namedtuple(
     "created_date last_used_date service_name mfa_status",
 )
 CSV_COLUMNS = AccountRow._fields
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell starts that a spreadsheet runs as a formula
+# Where a spreadsheet may begin a formula: in many countries it splits rows at semicolons.
+CELL_START, FORMULA = r"(?<![^;,\t\r\n])", r"(?='*[=+\-@\t\r])"
 
 
 def make_run_folder(output_dir: Path, started: datetime) -> Path:
@@ -1845,30 +1936,26 @@ def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The rows end in LF, as grep and awk expect."""
     with atomic_file(path) as file:
-        writer = csv.writer(LineFeeds(file), lineterminator="\r\n")
-        writer.writerow(columns)
-        writer.writerows(map(neutral, row) for row in rows)
+        for row in itertools.chain([columns], rows):
+            file.write(",".join(map(quoted, row)) + "\n")
 
 
-class LineFeeds(NamedTuple):
-    """Ends the rows of csv.writer in LF, as grep and awk expect. The writer itself must end them in
-    CRLF: only then does every version of Python quote both CR and LF inside a cell."""
-
-    file: TextIO
-
-    def write(self, row: str) -> None:
-        self.file.write(row[:-2] + "\n")
+def quoted(cell: str) -> str:
+    """The cell, neutral and, if anybody may split it, in quotes. csv.writer ignores semicolons."""
+    cell = neutral(cell)
+    return '"' + cell.replace('"', '""') + '"' if re.search('[;,\t\r\n"]', cell) else cell
 
 
 def neutral(cell: str) -> str:
-    """The cell, with an apostrophe before what a spreadsheet would run as a formula. A cell that
-    has such an apostrophe of its own gets another one, so that `original` gives it back."""
-    return "'" + cell if FORMULA.match(cell) else cell
+    """The cell, with an apostrophe before what a spreadsheet would run as a formula. Where it has
+    such an apostrophe of its own, it gets another one, so that `original` gives it back."""
+    return re.sub(CELL_START + FORMULA, "'", cell)
 
 
 def original(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+    return re.sub(f"{CELL_START}'{FORMULA}", "", cell) if "'" in cell else cell
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -1912,17 +1999,28 @@ class UserState(NamedTuple):
 
 Keys = Mapping[str, KeyState]  # by access key ID
 States = Mapping[str, UserState]  # by user name
-KEY_STATUSES = ("Active", "Inactive", "Expired", NOT_APPLICABLE)
-SUMMARY_FORMAT = 1  # of summary.json; goes up with each change that a reader must know about
-DAMAGE = (OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError)
+SUMMARY_FORMAT = 2  # of summary.json; goes up with each change that a reader must know about
+LOOK_BACK = timedelta(days=400)  # earlier runs that are older do not count
+# fmt: off
+DAMAGE = (
+    OSError, csv.Error, KeyError, TypeError, ValueError, AttributeError, OverflowError,
+    RecursionError,
+)
+# fmt: on
 
 
-def finished_runs(output_dir: Path) -> list[Path]:
-    """The folders of finished runs, newest first. A run that has finished has a summary.json."""
-    runs = []
+def finished_runs(output_dir: Path, now: datetime) -> list[Path]:
+    """The folders of the finished runs of the last 400 days, newest first, readable or not."""
+    runs, oldest = [], f"{now - LOOK_BACK:%Y%m%dT%H%M%SZ}"
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
-        if name and os.path.exists(folder / "summary.json"):
+        if name and name[1] >= oldest:
+            try:
+                os.lstat(folder / "summary.json")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                pass  # it is there, and whoever reads it will hear why not
             runs.append((name[1], int(name[2] or 1), folder))
     return [folder for *_, folder in sorted(runs, reverse=True)]
 
@@ -1943,17 +2041,24 @@ def reading(path: Path) -> Iterator[None]:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary.json of a finished run; to be called in `reading`."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if summary["tool"] != "iam-audit" or summary["format"] != SUMMARY_FORMAT:
-        raise ValueError(f"it is not of format {SUMMARY_FORMAT}")
+    summary: dict[str, Any] = json.loads(read_regular(folder / "summary.json"))
+    if summary["tool"] != "iam-audit" or summary["format"] not in (1, SUMMARY_FORMAT):
+        raise ValueError(f"it is not of format 1 or {SUMMARY_FORMAT}")
     return summary
+
+
+def read_regular(path: Path) -> str:
+    """A file's text. Opening a FIFO would hang, and a device may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a regular file")
+    return path.read_bytes().decode("utf-8")
 
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
     """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
     found = []
     with reading(path):
-        text = path.read_bytes().decode("utf-8")
+        text = read_regular(path)
         if not text.endswith("\n"):
             raise ValueError("it does not end with a line feed")
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -1964,7 +2069,7 @@ def read_states(path: Path, account_id: str) -> dict[str, UserState]:
                 raise ValueError(f"row {number} is not one of account {account_id}")
             row = AccountRow(*map(original, cells))
             known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
-            if not known or row.status not in KEY_STATUSES or not row.mfa_status:
+            if not known or not row.status or not row.mfa_status:
                 raise ValueError(f"row {number} has words that no such CSV has")
             found.append(row)
     return states_of(found)
@@ -2020,10 +2125,10 @@ class Gaps:
         return Gaps(**numbers, oldest_active_key=oldest)
 
     @property
-    def mfa_coverage_percent(self) -> float:
-        """Console users with MFA, in percent of all, rounded down so that 100 means all."""
+    def mfa_coverage_percent(self) -> float | None:
+        """Console users with MFA, rounded down so that 100 means all; None if there are none."""
         covered = self.console_users - self.console_users_without_mfa
-        return 1000 * covered // self.console_users / 10 if self.console_users else 100.0
+        return 1000 * covered // self.console_users / 10 if self.console_users else None
 
 
 GAP_COUNTS = tuple(each.name for each in fields(Gaps) if each.name != "oldest_active_key")
@@ -2067,7 +2172,7 @@ def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
 
 def gaps_of(account: Account, user: User, max_key_age: timedelta, now: datetime) -> Gaps:
     """What one user adds to the account's gaps."""
-    active = [key for key in user.keys if key.status == "Active"]
+    active = [key for key in user.keys if is_active(key.status)]
     statuses = Counter(key.status for key in user.keys)
     ages = [now - key.created for key in active]
     unused = [now - key.last_used for key in active if key.last_used is not None]
@@ -2125,7 +2230,6 @@ FINDINGS_COLUMNS = (
     *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
 )
 USER, ACTIVE_KEY, INACTIVE_KEY, EXPIRED_KEY = "user", "active key", "inactive key", "expired key"
-KEY_KINDS = {"Active": ACTIVE_KEY, "Expired": EXPIRED_KEY}  # all others are inactive
 NEVER = timedelta.max
 
 
@@ -2184,8 +2288,10 @@ RULES = (
          "not used for 90 days", DEACTIVATE_UNUSED),
     Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
          "older than {max_key_age} days"),
-    Rule("inactive-key", 7, INACTIVE_KEY, lambda it: True, "inactive", DELETE),
-    Rule("inactive-key", 7, EXPIRED_KEY, lambda it: True, "expired", DELETE),
+    Rule("inactive-root-access-key", 2, INACTIVE_KEY, lambda it: it.root, "inactive root key"),
+    Rule("inactive-root-access-key", 2, EXPIRED_KEY, lambda it: it.root, "expired root key"),
+    Rule("inactive-key", 7, INACTIVE_KEY, lambda it: not it.root, "inactive", DELETE),
+    Rule("inactive-key", 7, EXPIRED_KEY, lambda it: not it.root, "expired", DELETE),
 )
 # fmt: on
 
@@ -2211,7 +2317,7 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
         for key in (None, *user.keys):
             case = whose
             if key:
-                about = KEY_KINDS.get(key.status, INACTIVE_KEY)
+                about = ACTIVE_KEY if is_active(key.status) else f"{key.status.lower()} key"
                 unused = now - key.last_used if key.last_used else NEVER
                 case = whose._replace(about=about, age=now - key.created, unused=unused)
             rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
@@ -2243,7 +2349,10 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
 
 
 def reasons_of(finding: Finding, plan: Plan) -> list[str]:
-    return [rule.reason.format(max_key_age=plan.max_key_age.days) for rule in finding.rules]
+    reasons = [rule.reason.format(max_key_age=plan.max_key_age.days) for rule in finding.rules]
+    if (key := finding.key) and is_active(key.status) and key.status != "Active":
+        reasons.append(f"status {key.status}")
+    return reasons
 
 
 def recommendation(finding: Finding, run: Run) -> str:
@@ -2254,6 +2363,7 @@ def recommendation(finding: Finding, run: Run) -> str:
     advised = [rule.advice for rule in finding.rules if rule.advice]
     advised.append(FIND_OUT if key and key.last_used else ASK_OWNER)
     user = f"--user-name={shlex.quote(printable(finding.user))}"
+    user = re.sub(",(?=[=+@-])", r",\\", user)  # else `neutral` puts an apostrophe into a command
     key_id = f"--access-key-id={shlex.quote(printable(key.id))}" if key else ""
     return advised[0].format(user=user, key=key_id, account=finding.account.id)
 
@@ -2281,19 +2391,21 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Track: each account against an earlier run, with CloudTrail as a witness
+# Track: each account against the newest run that audited it, with CloudTrail as a witness
 # --------------------------------------------------------------------------------------------------
 
 CHANGES_COLUMNS = (
     *("account_id", "account_name", "username", "access_key_id", "change", "before", "after"),
-    *("witness", "event_name", "event_time", "actor", "source_ip"),
+    *("witness", "event_name", "event_time", "actor", "source_ip", "since"),
 )
 EVENTS_COLUMNS = (
     *("account_id", "account_name", "event_time", "event_name", "username", "access_key_id"),
     *("actor", "source_ip", "user_agent", "event_id"),
 )
-CAME_AND_WENT = "access-key-came-and-went"
+CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-went"
 RUNS_SHOWN = 12  # in the table of runs, this one included
+RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
+RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
 
 
 class Change(NamedTuple):
@@ -2308,132 +2420,233 @@ class Change(NamedTuple):
     after: str = ""
     witness: str = ""  # confirmed, contradicted, not found, unavailable; "" without --cloudtrail
     event: Event | None = None
-
-
-@dataclass(frozen=True)
-class RunFigures:
-    """A finished run in the table of runs."""
-
-    started: datetime
-    audited: int
-    console_users_without_mfa: int
-    active_keys: int
-    active_keys_older_than_max_age: int
+    since: datetime | None = None  # when the run began that the account is compared with
 
 
 class EarlierAccount(NamedTuple):
+    """An account in an earlier run. Its CSV has so many `users`, root too, and `keys`."""
+
     name: str
     result: str  # audited, failed, skipped or out of scope
+    production: bool = False
+    users: int = 0
+    keys: int = 0
+    levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """The run to compare with. Levels are by phase, accounts by ID."""
-
+class EarlierRun(NamedTuple):
     folder: Path
     started: datetime
+    organization_id: str
+    scope: Any  # as in summary.json
     max_key_age_days: int
-    accounts: Mapping[str, EarlierAccount]
-    levels: Mapping[str, str]
-    account_levels: Mapping[str, Mapping[str, str]]
+    figures: dict[str, Any]  # as in the table of runs
+    accounts: dict[str, EarlierAccount]  # the whole organization, in scope or not
+
+
+class History:
+    """The earlier runs of an organization, newest first. Each summary is read once, if at all; in
+    place of a run that cannot be read there is the AuditError that says why."""
+
+    def __init__(self, folders: Sequence[Path] = (), organization_id: str = "") -> None:
+        self.folders, self.organization_id = folders, organization_id
+        self._unread, self._read = iter(folders), list[Union[EarlierRun, AuditError]]()
+        self.held: dict[str, States] = {}  # of the run that --previous names, by account ID
+
+    def __iter__(self) -> Iterator[EarlierRun | AuditError]:
+        yield from self._read
+        for folder in self._unread:
+            try:
+                run: EarlierRun | AuditError = earlier_run(folder)
+            except AuditError as error:
+                run = error
+            if isinstance(run, AuditError) or run.organization_id == self.organization_id:
+                self._read.append(run)
+                yield run
+
+    def name_one(self, folder: Path) -> None:
+        """Have this run alone. Raises AuditError if any of its files is damaged."""
+        run = earlier_run(folder)
+        if run.organization_id != self.organization_id:
+            other = run.organization_id
+            raise AuditError(f"--previous: {folder} is a run of organization {other}.")
+        for account_id, account in run.accounts.items():
+            if account.result == "audited":
+                self.held[account_id] = states_before(run, account_id)
+        self.folders, self._unread, self._read = [], iter(()), [run]
+
+
+class Baseline(NamedTuple):
+    """What an account is compared with. Without a run, keys created from `since` on are new."""
+
+    run: EarlierRun | None
+    states: States
+    since: datetime | None
+    passed_over: Sequence[str]  # messages on files that cannot be read
 
 
 @dataclass
 class Tracking:
-    """What has changed since the earlier run, if there is one."""
+    """What has changed, each account compared with the newest run that audited it."""
 
-    earlier: EarlierRun | None = None
-    runs: list[RunFigures] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    earlier: EarlierRun | None = None  # the newest one: since it began, accounts have come and left
+    runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope
+    unreadable: list[str] = field(default_factory=list)  # what the table of runs may lack
+    baselines: dict[str, Baseline] = field(default_factory=dict)  # of accounts in hand
+    compared: dict[str, EarlierRun] = field(default_factory=dict)  # by account ID
+    passed_over: dict[str, None] = field(default_factory=dict)  # messages
+    blind: list[Account] = field(default_factory=list)  # where new keys cannot be ruled out
     changes: list[Change] = field(default_factory=list)
-    compared: set[str] = field(default_factory=set)  # the IDs of accounts that both runs audited
     new_keys_elsewhere: list[Change] = field(default_factory=list)  # by their creation dates
     mfa_fixed: int = 0
     mfa_new: list[Change] = field(default_factory=list)
+    urgent_new: list[Finding] = field(default_factory=list)
+    events_from: datetime | None = None  # the earliest date from which CloudTrail was asked
+    events_out_of_reach: bool = False  # CloudTrail no longer has the oldest of some account
 
 
-def open_tracking(output_dir: Path, named: Path | None, organization_id: str) -> Tracking:
-    """The last runs and the one to compare with, checked in full before hours of auditing."""
-    tracking = Tracking()
-    if named is not None:
-        with reading(named / "summary.json"):
-            summary = read_summary(named)
-            if (other_id := summary["organization"]["id"]) != organization_id:
-                raise AuditError(f"--previous: {named} is a run of organization {other_id}.")
-            tracking.earlier = earlier_run(named, summary)
-    for folder in finished_runs(output_dir):
-        try:
-            with reading(folder / "summary.json"):
-                summary = read_summary(folder)
-                if summary["organization"]["id"] == organization_id:
-                    tracking.runs.insert(0, run_figures(summary))
-                    tracking.earlier = tracking.earlier or earlier_run(folder, summary)
-        except AuditError:
-            if tracking.earlier is None:
-                raise
-            tracking.unreadable.append(folder.name)  # costs a line in the table of runs
+def open_tracking(history: History, named: Path | None, scope: Scope) -> Tracking:
+    """The last runs of this scope, and the newest of all or the named one."""
+    tracking = Tracking(history)
+    for run in itertools.islice(history, RUNS_SEARCHED):
+        if isinstance(run, AuditError):
+            tracking.unreadable.append(str(run))
+        elif run.scope == scope_document(scope):
+            tracking.runs.insert(0, run.figures)
         if len(tracking.runs) == RUNS_SHOWN - 1:
             break
+    if named is not None:
+        history.name_one(named)
+    tracking.earlier = next((run for run in history if isinstance(run, EarlierRun)), None)
     return tracking
 
 
-def run_figures(summary: Mapping[str, Any]) -> RunFigures:
-    gaps = summary["gaps"]["organization"]
-    names = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
-    numbers = {name: gaps[name] for name in names}
-    return RunFigures(parse_time(summary["started"]), summary["totals"]["audited"], **numbers)
+def scope_document(scope: Scope) -> dict[str, Any]:
+    """The scope as summary.json has it."""
+    names, ids = ("accounts", "exclude", "ous"), (scope.accounts, scope.exclude, scope.ous)
+    return {**dict(zip(names, map(sorted, ids))), "include_management": scope.include_management}
 
 
-def earlier_run(folder: Path, summary: Mapping[str, Any]) -> EarlierRun:
-    """The earlier run, once each of its CSVs has been seen to hold what its summary counts."""
-    accounts, levels, maturity = {}, {}, summary["maturity"]
-    for entry in summary["accounts"]:
-        accounts[entry["id"]] = EarlierAccount(entry["name"], entry["result"])
-        if entry["result"] == "audited":
-            path, users = account_csv(folder, entry["id"]), entry["users"] + entry["root"]
-            states = read_states(path, entry["id"])
-            keys = sum(len(state.keys) for state in states.values())
-            if len(states) != users or keys != entry["gaps"]["access_keys"]:
-                why = "it lacks rows that summary.json counts"
-                raise AuditError(f"Cannot read the earlier run's {path}: {why}")
-            levels[entry["id"]] = {phase: level_of(entry["maturity"][phase]) for phase in PHASES}
-    for entry in summary["out_of_scope"]:
-        accounts[entry["id"]] = EarlierAccount(entry["name"], "out of scope")
-    return EarlierRun(
-        folder=folder,
-        started=parse_time(summary["started"]),
-        max_key_age_days=timedelta(days=summary["max_key_age_days"]).days,  # refuses non-numbers
-        accounts=accounts,
-        levels={phase: level_of(maturity[phase]["level"]) for phase in PHASES},
-        account_levels=levels,
-    )
+def earlier_run(folder: Path) -> EarlierRun:
+    """A finished run by its summary. Raises AuditError if anything there is not what it must be."""
+    with reading(folder / "summary.json"):
+        summary, accounts = read_summary(folder), {}
+        organization, gaps = summary["organization"], summary["gaps"]["organization"]
+        for entry in [*summary["accounts"], *summary["out_of_scope"]]:
+            if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
+                raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
+            accounts[sys.intern(entry["id"])] = earlier_account(entry)  # most runs have the same
+        started, scope = parse_time(summary["started"]), summary.get("scope")
+        if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
+            included = organization["management_account_included"]
+            scope = scope_document(Scope(include_management=included))
+        figures = {"started": iso(started), "audited": typed(int, summary["totals"]["audited"])}
+        for name in RUN_GAPS:
+            figures[name] = typed(int, gaps[name])
+        organization_id, days = typed(str, organization["id"]), summary["max_key_age_days"]
+        of_run = (folder, started, organization_id, scope, typed(int, days), figures)
+        return EarlierRun(*of_run, accounts)
 
 
-def level_of(text: str) -> str:
-    if text not in LEVELS:
-        raise ValueError(f"{text!r} is not a level")
-    return text
+def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
+    """An account in scope, or one out of scope, which has an ID and a name alone. Many runs have
+    the same texts: interned, a year of them fits into memory."""
+    name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
+    if result != "audited":
+        return EarlierAccount(name, result)
+    levels = tuple(LEVELS.index(entry["maturity"][phase]) for phase in PHASES)
+    users = typed(int, entry["users"]) + typed(bool, entry["root"])
+    keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
+    return EarlierAccount(name, result, production, users, keys, levels)
 
 
-def track_account(tracking: Tracking, audited: AuditedAccount) -> None:
-    """Compare an account with the earlier run. Had that not audited it, dates tell the new keys."""
-    account, trail, earlier = audited.account, audited.trail, tracking.earlier
-    if earlier is None:
-        return
-    if trail is not None:  # --since may ask for older events, which explain nothing
-        events = tuple(event for event in trail.events if event.time >= earlier.started)
+def typed(kind: type[T], value: Any) -> T:
+    """The value, if it is of exactly this type: a bool is not a number."""
+    if type(value) is not kind:
+        raise ValueError(f"{value!r:.40} is not of type {kind.__name__}")
+    return value
+
+
+def states_before(run: EarlierRun, account_id: str) -> States:
+    """The account's users in the earlier run, all that its summary counts, or AuditError."""
+    path, counted = account_csv(run.folder, account_id), run.accounts[account_id]
+    states = read_states(path, account_id)
+    keys = sum(len(state.keys) for state in states.values())
+    with reading(path):
+        if (len(states), keys) != (counted.users, counted.keys):
+            raise ValueError("it lacks rows that summary.json counts")
+    return states
+
+
+def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
+    """The newest run that audited the account and can be read. Without one, its keys' dates tell
+    which are new: those created since it first failed, or else since the newest run."""
+    history, passed_over = tracking.history, list[str]()
+    since = tracking.earlier.started if tracking.earlier else None
+    for run in history:
+        try:
+            if isinstance(run, AuditError):
+                raise run
+            account = run.accounts.get(account_id)
+            if account and account.result == "audited":
+                held = account_id in history.held
+                states = history.held.pop(account_id) if held else states_before(run, account_id)
+                return Baseline(run, states, run.started, passed_over)
+        except AuditError as error:
+            passed_over.append(str(error))
+            continue
+        if account is None:  # it joined later, unless it was here before
+            csvs = (account_csv(folder, account_id) for folder in history.folders)
+            if not any(map(os.path.exists, csvs)):
+                break
+        elif account.result == "failed":
+            since = run.started
+    return Baseline(None, {}, since, passed_over)
+
+
+def track_account(
+    tracking: Tracking, audited: AuditedAccount, urgent: Sequence[Finding] = ()
+) -> None:
+    """Compare an account, and its findings of priority 1, with its baseline."""
+    account, trail = audited.account, audited.trail
+    baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)
+    run, before, since, passed_over = baseline
+    tracking.passed_over.update(dict.fromkeys(passed_over))
+    if trail is not None and since is not None:
+        # --since may ask for older events, which explain nothing
+        events = tuple(event for event in trail.events if event.time >= since)
         trail = replace(trail, events=events)
-    if account.id not in earlier.account_levels:  # the earlier run did not audit it
-        found = keys_created_since(audited, earlier.started)
-        tracking.new_keys_elsewhere += [with_witness(change, trail) for change in found]
+    if run is None:
+        tracking.urgent_new += urgent
+        if passed_over:
+            tracking.blind.append(account)
+        for change in keys_created_since(audited, since) if since else ():
+            tracking.new_keys_elsewhere.append(with_witness(change, trail)._replace(since=since))
         return
-    before = read_states(account_csv(earlier.folder, account.id), account.id)
     after = states_of(rows_of(audited))
-    tracking.compared.add(account.id)
-    changes = [*changes_between(account, before, after)]
-    changes += came_and_went(account, before, after, trail)
-    tracking.changes += [with_witness(change, trail) for change in changes]
-    track_mfa(tracking, account, before, after)
+    events = trail.events if trail else ()
+    persons = [*persons_of(before, after, events)]
+    tracking.compared[account.id] = run
+    changes = [*changes_between(account, persons)]
+    changes += came_and_went(account, before, after, events)
+    tracking.changes += [with_witness(change, trail)._replace(since=since) for change in changes]
+    track_mfa(tracking, account, persons)
+    was_production = run.accounts[account.id].production
+    tracking.urgent_new += newly_urgent(urgent, persons, was_production)
+
+
+def newly_urgent(
+    urgent: Sequence[Finding], persons: Sequence[Person], was_production: bool
+) -> Iterator[Finding]:
+    """The findings of priority 1 that the baseline had not, or could not have."""
+    states = {person.name: person.then for person in persons if person.now}
+    for finding in urgent:
+        state, key = states.get(finding.user), finding.key
+        if state is None or (key is None and not (was_production and state.lacks_mfa)):
+            yield finding
+        elif key and KeyState(key.status, iso(key.created)) not in state.keys.values():
+            yield finding  # a key of root, which has no ID
 
 
 def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
@@ -2444,55 +2657,81 @@ def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Ch
                 yield of_user._replace(key_id=key.id, change="access-key-created", after=key.status)
 
 
-def track_mfa(tracking: Tracking, account: Account, before: States, after: States) -> None:
+class Person(NamedTuple):
+    """A user then and now (None: not there). `name` is the present one, or the last one."""
+
+    name: str
+    old_name: str
+    then: UserState | None
+    now: UserState | None
+
+
+def persons_of(before: States, after: States, events: Sequence[Event] = ()) -> Iterator[Person]:
+    """All users; root only if both credential reports had it: root neither comes nor goes."""
+    names = before.keys() | after.keys()
+    renamed = {**renamed_by_events(before, after, events), **renamed_users(before, after)}
+    if ROOT not in before or ROOT not in after:
+        names.discard(ROOT)
+    moved = set(renamed.values())
+    for name in sorted(names):
+        if name in after:
+            old_name = renamed.get(name, name)
+            is_other = name in moved and name not in renamed  # who had the name has another now
+            yield Person(name, old_name, None if is_other else before.get(old_name), after[name])
+        if name in before and name not in moved and (name not in after or name in renamed):
+            yield Person(name, name, before[name], None)
+
+
+def renamed_users(before: States, after: States) -> dict[str, str]:
+    """The old name by the new one, as far as keys tell: they stay with their user."""
+    owners: dict[str, set[str]] = {}
+    for name, state in sorted(before.items()):
+        for key_id in state.keys:
+            owners.setdefault(key_id, set()).add(name)
+    renamed = {}
+    for name, state in after.items():
+        had = set[str]().union(*(owners.get(key_id, ()) for key_id in state.keys))
+        if had and name not in had and ROOT not in (name, *had):
+            renamed[name] = min(had)
+    return renamed
+
+
+def renamed_by_events(before: States, after: States, events: Iterable[Event]) -> dict[str, str]:
+    """The old name by the new one, as CloudTrail tells. IAM knows a name in any letter case."""
+    current = {name: name.lower() for name in before}
+    for event in events:
+        for name, now in current.items():
+            if event.new_name and now == event.user.lower():
+                current[name] = event.new_name.lower()
+    present = {name.lower(): name for name in after}
+    renamed = {}
+    for name, now in current.items():
+        if now != name.lower() and now in present:
+            renamed[present[now]] = name
+    return renamed
+
+
+def track_mfa(tracking: Tracking, account: Account, persons: Iterable[Person]) -> None:
     """Count the console users without MFA who have it now or are gone, and keep the new ones."""
-    renamed = renamed_users(before, after)
-    for name in names_to_compare(before, after):
-        then, now = before.get(renamed.get(name, name)), after.get(name)
+    for name, _old_name, then, now in persons:
         lacked = then is not None and then.lacks_mfa
         lacks = now is not None and now.lacks_mfa
-        if lacked and not lacks and name not in renamed.values():
-            tracking.mfa_fixed += 1
+        tracking.mfa_fixed += lacked and not lacks
         if lacks and not lacked:
             new = Change(account.id, account.name, name, change="console-without-mfa")
             tracking.mfa_new.append(new)
 
 
-def changes_between(account: Account, before: States, after: States) -> Iterator[Change]:
-    """The users' changes. A rename deletes a user and creates one; their keys stay the same."""
-    renamed = renamed_users(before, after)
-    for name in names_to_compare(before, after):
-        then, now = before.get(name), after.get(name)
+def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Change]:
+    for name, old_name, then, now in persons:
         of_user = Change(account.id, account.name, name)
-        if then is None:
-            yield of_user._replace(change="user-created")
-        elif now is None:
-            yield of_user._replace(change="user-deleted")
+        if then is None or now is None:
+            yield of_user._replace(change="user-created" if now else "user-deleted")
         else:
+            if old_name != name:
+                yield of_user._replace(change="user-renamed", before=old_name, after=name)
             yield from sign_in_changes(of_user, then, now)
-        if name not in renamed.values():  # else their keys are compared under the new name
-            owner = before.get(renamed.get(name, name))
-            yield from key_changes(of_user, owner.keys if owner else {}, now.keys if now else {})
-
-
-def names_to_compare(before: States, after: States) -> list[str]:
-    """All users; root only if both credential reports had it: root neither comes nor goes."""
-    names = before.keys() | after.keys()
-    if ROOT not in before or ROOT not in after:
-        names.discard(ROOT)
-    return sorted(names)
-
-
-def renamed_users(before: States, after: States) -> dict[str, str]:
-    """The old name by the new one, as far as keys tell: they stay with their user."""
-    owners = {}
-    for name in sorted(before.keys() - after.keys()):
-        owners.update(dict.fromkeys(before[name].keys, name))
-    renamed = {}
-    for name in sorted(after.keys() - before.keys()):
-        for key_id in after[name].keys.keys() & owners.keys():
-            renamed[name] = owners[key_id]
-    return renamed
+        yield from key_changes(of_user, then.keys if then else {}, now.keys if now else {})
 
 
 def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
@@ -2518,8 +2757,8 @@ def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
                 yield of_key._replace(change="access-key-deleted", before=then.status)
             if now is not None:
                 yield of_key._replace(change="access-key-created", after=now.status)
-        elif (then.status == "Active") != (now.status == "Active"):
-            what = "access-key-activated" if now.status == "Active" else "access-key-deactivated"
+        elif is_active(then.status) != is_active(now.status):
+            what = "access-key-activated" if is_active(now.status) else "access-key-deactivated"
             yield of_key._replace(change=what, before=then.status, after=now.status)
 
 
@@ -2534,16 +2773,22 @@ def in_their_slots(before: Keys, after: Keys) -> Keys:
 
 
 def came_and_went(
-    account: Account, before: States, after: States, trail: Trail | None
+    account: Account, before: States, after: States, events: Sequence[Event]
 ) -> Iterator[Change]:
-    """Access keys that were created and deleted between the runs, which only CloudTrail shows."""
-    seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
-    events = trail.events if trail else ()
-    created = {event.key_id for event in events if event.name == "CreateAccessKey"}
+    """Access keys and console users that came and went between the runs: only events show them."""
+    keys_seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
+    done: dict[str, set[str]] = {"CreateAccessKey": set(), "CreateLoginProfile": set()}
     for event in events:
-        if event.name == "DeleteAccessKey" and event.key_id in created - seen:
-            who = (account.id, account.name, event.user)
-            yield Change(*who, key_id=event.key_id, change=CAME_AND_WENT, event=event)
+        done.setdefault(event.name, set()).add(event.key_id or event.user.lower())
+    keys = done["CreateAccessKey"] - keys_seen
+    users = done["CreateLoginProfile"] & done.get("CreateUser", set())
+    users -= {name.lower() for name in (*before, *after)}
+    for event in events:
+        of_user = Change(account.id, account.name, event.user, event=event)
+        if event.name == "DeleteAccessKey" and event.key_id in keys:
+            yield of_user._replace(key_id=event.key_id, change=CAME_AND_WENT)
+        elif event.name == "DeleteUser" and event.user.lower() in users:
+            yield of_user._replace(change=USER_CAME_AND_WENT)
 
 
 # The CloudTrail events that confirm a change or else contradict it; after "=", the status they set
@@ -2559,6 +2804,7 @@ EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
     "console-disabled": ({"DeleteLoginProfile"}, {"CreateLoginProfile"}),
     "user-created": ({"CreateUser"}, {"DeleteUser"}),
     "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
+    "user-renamed": ({"UpdateUser"}, set()),
 }
 CONFIRMING = set[str]().union(*(confirming for confirming, _ in EXPLAINED_BY.values()))
 EVENT_NAMES = tuple(sorted({event.partition("=")[0] for event in CONFIRMING}))
@@ -2570,24 +2816,31 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
         return change
     if trail.error:
         return change._replace(witness="unavailable")
-    if change.change == CAME_AND_WENT:
+    if change.change in (CAME_AND_WENT, USER_CAME_AND_WENT):
         return change._replace(witness="confirmed")
-    of_key = change.key_id and change.user != ROOT  # root's keys have no IDs in the report
     for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
         for event in reversed(trail.events):
-            about = event.key_id == change.key_id if of_key else event.user == change.user
-            if about and (event.name in names or f"{event.name}={event.status}" in names):
+            told = event.name in names or f"{event.name}={event.status}" in names
+            if told and is_about(event, change):
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
 
 
-def accounts_that_came_or_left(run: Run) -> Iterator[Change]:
-    """One change for each account that joined or left the organization since the earlier run."""
-    then, now = run.tracking.earlier.accounts if run.tracking.earlier else {}, accounts_now(run)
+def is_about(event: Event, change: Change) -> bool:
+    """Whether the event acted on what has changed; root's keys have no IDs in the report."""
+    if change.key_id and change.user != ROOT:
+        return event.key_id == change.key_id
+    name = event.new_name if change.change == "user-renamed" else event.user
+    return name.lower() == change.user.lower()
+
+
+def accounts_that_came_or_left(run: Run, earlier: EarlierRun) -> Iterator[Change]:
+    """One change for each account that joined or left the organization since the newest run."""
+    then, now, since = earlier.accounts, accounts_now(run), earlier.started
     for account_id in now.keys() - then.keys():
-        yield Change(account_id, now[account_id].name, change="account-joined")
+        yield Change(account_id, now[account_id].name, change="account-joined", since=since)
     for account_id in then.keys() - now.keys():
-        yield Change(account_id, then[account_id].name, change="account-left")
+        yield Change(account_id, then[account_id].name, change="account-left", since=since)
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -2607,7 +2860,7 @@ def change_row(change: Change) -> tuple[str, ...]:
     seen = ("", "", "", "")
     if event := change.event:
         seen = (event.name, iso(event.time), event.actor, event.source_ip)
-    return (*change_order(change), *seen)
+    return (*change_order(change), *seen, iso(change.since) if change.since else "")
 
 
 def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
@@ -2673,11 +2926,9 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
     asking = aws.ask(list_organizations_features)
     root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
     if organization.feature_set != "ALL":
-        why_not = "the organization has consolidated billing only, "
-        why_not += "service control policies need all features"
+        why_not = "the organization has consolidated billing only, and policies need all features"
     elif not why_not and not any(policy.targets for policy in policies):
-        why_not = "service control policies are off: "
-        why_not += "none is attached to anything, not even FullAWSAccess"
+        why_not = "service control policies are off: none is attached, not even FullAWSAccess"
     return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
 
@@ -2708,39 +2959,44 @@ async def read_policies(aws: Aws, organization: str) -> list[Policy]:
 
 async def apply_enforcement(aws: Aws, run: Run) -> None:
     """Decide the controls of each account, audited or failed."""
-    accounts = [figures.account for figures in run.audited]
-    accounts += [failed.account for failed in run.failed]
-    why_not = run.enforcement.why_not
-    parents: dict[str, str] = {}
-    paths: dict[str, Sequence[str] | None] = {}
-    for account in accounts:
-        if account.id == run.organization.management_account:
-            paths[account.id] = ()  # no service control policy applies to it
-        elif not why_not:
-            question = path_of(aws, account, parents)
-            paths[account.id], why_not = await best_effort("ListParents", question, None)
+    everyone: list[Any] = [*run.audited, *run.failed]
+    management, unknown = run.organization.management_account, []
+    for one in everyone:
+        if one.account.path is None and one.account.id != management:
+            unknown.append(one.account.id)
+    why_not, parents = run.enforcement.why_not, dict[str, str]()
+    if not why_not:
+        parents, why_not = await best_effort("ListParents", read_parents(aws, unknown), parents)
     run.enforcement = run.enforcement._replace(why_not=why_not)
-    for account in accounts:
-        path = None if why_not else paths[account.id]
-        run.controls[account.id] = controls_of_account(path, run.enforcement.judged)
+    for one in everyone:
+        path = None if why_not else path_of(one.account, management, parents)
+        run.controls[one.account.id] = controls_of_account(path, run.enforcement.judged)
 
 
-async def path_of(aws: Aws, account: Account, parents: dict[str, str]) -> Sequence[str] | None:
-    """The IDs of the account, its OUs and the root; None if it left since it was listed. Where
-    ListAccounts does not tell the path, each parent is asked for once and kept in `parents`."""
+async def read_parents(aws: Aws, account_ids: Sequence[str]) -> dict[str, str]:
+    """What is above these accounts, up to the root; each account and OU is asked about once."""
+    parents: dict[str, str] = {}
+
+    async def read(child_id: str) -> None:
+        parents[child_id] = await aws.ask(list_parents, child_id)
+
+    level = account_ids
+    while level:
+        await side_by_side(PARENTS_AT_ONCE, level, read)
+        level = sorted({up for up in parents.values() if up.startswith("ou-")} - parents.keys())
+    return parents
+
+
+def path_of(account: Account, management: str, parents: Mapping[str, str]) -> Sequence[str] | None:
+    """The IDs of the account, its OUs and the root; None if it left since it was listed."""
+    if account.id == management:
+        return ()  # no service control policy applies to it
     if account.path is not None:
         return account.path.split("/")
     ids = [account.id]
-    try:
-        while not ids[-1].startswith("r-"):
-            if ids[-1] not in parents:
-                parents[ids[-1]] = await aws.ask(list_parents, ids[-1])
-            ids.append(parents[ids[-1]])
-    except StepFailed as failure:
-        if failure.code == "ChildNotFoundException":
-            return None
-        raise
-    return ids
+    while ids[-1] and not ids[-1].startswith("r-"):
+        ids.append(parents[ids[-1]])
+    return ids if ids[-1] else None
 
 
 def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
@@ -3062,10 +3318,12 @@ def parse_conditions(block: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
 
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(each, (str, int, float)) for each in values):
-        raise ValueError("not a string, boolean or number, nor a list of them")
-    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
+    found = []
+    for each in value or [None] if isinstance(value, list) else [value]:
+        if not isinstance(each, (str, int, float)):
+            raise ValueError("not a string, boolean or number, nor a list of them")
+        found.append(each if isinstance(each, str) else json.dumps(each))
+    return tuple(found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3075,7 +3333,6 @@ def texts(value: Any) -> tuple[str, ...]:
 FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
 LINES_SHOWN = 10  # of other lists
-RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 
 
@@ -3083,16 +3340,19 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
     summary = summary_document(run, finished)
     if quiet:
-        return fitted(quiet_lines(run, summary))
+        lines = quiet_lines(run, summary)
+        title = f"Organization {run.organization.id}, {summary['started']}: {run.folder}"
+        return f"{printable(title)}\n{fitted(lines)}" if lines else ""
     heading = audited_lines(run, summary, finished)
     heading += failed_lines(run, summary) + left_out_lines(run, summary)
+    unreadable = [*run.tracking.unreadable, *run.tracking.passed_over]
     blocks = [
         heading,
         maturity_lines(run, summary) + held_back_lines(run, summary),
         gap_lines(run, summary),
         finding_lines(run, run.findings[:FINDINGS_SHOWN]),
         enforcement_lines(run, summary),
-        change_lines(run, summary),
+        change_lines(run, summary) + damage_lines(run, unreadable),
         witness_lines(run, summary),
         run_lines(run, summary),
     ]
@@ -3101,25 +3361,24 @@ def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
 
 
 def quiet_lines(run: Run, summary: Summary) -> list[str]:
-    """Failed accounts, the most urgent findings, and the changes for the worse."""
-    lines, since = failed_lines(run, summary), "since the earlier run"
-    if urgent := [finding for finding in run.findings if finding.priority == MOST_URGENT]:
-        if lines:
-            lines.append("")
-        lines += finding_lines(run, urgent)
-    removed = [change for change in run.tracking.changes if change.change == "mfa-removed"]
-    unseen = []  # what is new there is hardly known
-    for one in accounts_of(summary, "audited"):
-        if run.tracking.earlier and one["id"] not in run.tracking.compared:
-            unseen.append(f"{one['id']} {one['name']}")
-    not_compared = "Not compared, because the earlier run had not audited them: "
-    return [
-        *lines,
+    """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
+    tracking, urgent = run.tracking, run.tracking.urgent_new
+    removed = [change for change in tracking.changes if change.change == "mfa-removed"]
+    lines = [
+        *failed_lines(run, summary),
+        *(skipped_lines(summary) if run.plan.scope.accounts else ()),
+        *root_lines(run),
+        *listed_findings(run, urgent, "New findings of priority 1"),
         *new_key_lines(run),
-        *titled(f"New console users without MFA {since}", map(change_line, run.tracking.mfa_new)),
-        *titled(f"MFA removed {since}", map(change_line, removed)),
-        *titled(not_compared + count(len(unseen), "account"), unseen[:ACCOUNTS_SHOWN]),
+        *titled("New console users without MFA", map(change_line, tracking.mfa_new)),
+        *titled("MFA removed", map(change_line, removed)),
+        *damage_lines(run, tracking.passed_over),
     ]
+    standing = summary["findings"][str(MOST_URGENT)] - len(urgent)
+    if lines and standing:
+        verb = "stands" if standing == 1 else "stand"
+        lines.append(f"{count(standing, 'finding')} of priority 1 {verb} unchanged")
+    return lines
 
 
 def accounts_of(summary: Summary, result: str) -> list[Summary]:
@@ -3137,25 +3396,30 @@ def audited_lines(run: Run, summary: Summary, finished: datetime) -> list[str]:
     if run.audited:
         span = age(finished - min(one.report_generated for one in run.audited))
         lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
-    if rootless := sum(not one.has_root for one in run.audited):
-        number = count(rootless, "account")
-        lines.append(f"Root is missing from the credential report of {number}: not covered there")
-    return lines
+    return lines + root_lines(run)
+
+
+def root_lines(run: Run) -> list[str]:
+    """For how many accounts root is not covered, if there are any."""
+    number = sum(not one.has_root for one in run.audited)
+    words = f"Root is missing from the credential report of {count(number, 'account')}"
+    return [f"{words}: not covered there"] if number else []
 
 
 def failed_lines(run: Run, summary: Summary) -> list[str]:
     """The failed accounts, grouped by step and error code, with the next step for each group."""
-    failed = accounts_of(summary, "failed")
-    production = sum(one["production"] for one in failed)
+    failed, production = accounts_of(summary, "failed"), 0
+    groups: dict[tuple[str, str], list[str]] = {}
+    for one in failed:
+        told = groups.setdefault((one["step"], one["error"]["code"]), [])
+        told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
+        production += one["production"]
     number = f"{count(len(failed), 'account')} ({production:,} production)"
     lines = [f"Failed: {number}, of which nothing is known"] if failed else []
-    groups: dict[tuple[str, str], list[Summary]] = {}
-    for one in failed:
-        groups.setdefault((one["step"], one["error"]["code"]), []).append(one)
-    for (step, code), members in groups.items():
+    for (step, code), told in groups.items():
         lines.append(f"  {step}: {code}")
-        for one in members:
-            lines += wrapped(f"    {one['id']} {one['name']}: {one['error']['message']}")
+        for line in shortened(told):
+            lines += wrapped(f"    {line}")
         for at_step, codes, advice in NEXT_STEPS:
             if at_step in ("", step) and re.search(codes, code):
                 words = advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
@@ -3171,6 +3435,9 @@ NEXT_STEPS = (
     ("AssumeRole", ACCESS_DENIED,
      "does role {role} exist in the account, does its trust policy trust {caller} and the external "
      "ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."),
+    ("profile credentials", "",
+     "the profile's credentials could not be renewed: sign in again (aws sso login, for one), or "
+     "mend its credential_process, which must not wait for anybody, then run the audit again."),
     ("AssumeRole", "Token|Credential|MFA",
      "the profile's own session has ended: sign in again (aws sso login, for one), then run the "
      "audit again."),
@@ -3185,14 +3452,19 @@ NEXT_STEPS = (
 # fmt: on
 
 
+def skipped_lines(summary: Summary) -> list[str]:
+    lines = []
+    for one in accounts_of(summary, "skipped"):
+        lines.append(f"{one['id']} {one['name']}: {one['state']}")
+    return titled(f"Skipped, because not ACTIVE: {count(len(lines), 'account')}", lines)
+
+
 def left_out_lines(run: Run, summary: Summary) -> list[str]:
-    skipped = accounts_of(summary, "skipped")
-    title = f"Skipped, because not ACTIVE: {count(len(skipped), 'account')}"
-    lines = titled(title, (f"{one['id']} {one['name']}: {one['state']}" for one in skipped))
-    management, left_out = run.organization.management_account, summary["out_of_scope"]
-    others = sum(one["id"] != management for one in left_out)
-    if others < len(left_out):
+    lines, others = skipped_lines(summary), len(summary["out_of_scope"])
+    management = run.organization.management_account
+    if management in map(itemgetter("id"), summary["out_of_scope"]):
         lines.append(f"Not included: the management account, {management} (--include-management)")
+        others -= 1
     if others:
         lines.append(f"Out of scope: {count(others, 'account')}")
     return lines
@@ -3204,7 +3476,7 @@ def maturity_lines(run: Run, summary: Summary) -> list[str]:
     mfa, keys = "no console users", "no active keys"
     if gaps["console_users"]:
         users = count(gaps["console_users"], "console user")
-        mfa = f"{gaps['console_users_without_mfa']:,} of {users} without MFA"
+        mfa = f"{gaps['console_users_without_mfa']:,} of {users} without MFA, root included"
     if gaps["active_keys"]:
         active = count(gaps["active_keys"], "active key")
         keys = f"{gaps['active_keys_older_than_max_age']:,} of {active} older than {days} days"
@@ -3228,13 +3500,14 @@ def held_back_lines(run: Run, summary: Summary) -> list[str]:
         old = f"{count(keys, 'active key')} older than {run.plan.max_key_age.days} days"
         if users + keys:
             sized.append((-users - keys, f"{label(one)} {users:,} without MFA, {old}"))
-    lines = [line for _size, line in sorted(sized)]  # of the same size: by ID
-    lines += [f"{label(one)} not audited" for one in accounts_of(summary, "failed")]
-    return titled("Held back most by", lines[:ACCOUNTS_SHOWN])
+    sized.sort()  # of the same size: by ID
+    for one in accounts_of(summary, "failed"):
+        sized.append((0, f"{label(one)} not audited"))
+    return titled("Held back most by", map(itemgetter(1), sized[:ACCOUNTS_SHOWN]))
 
 
 GAP_LABELS = {
-    "console_users": "console users",
+    "console_users": "console users, root included",
     "console_users_without_mfa": "  without MFA",
     "mfa_coverage_percent": "  MFA coverage",
     "access_keys": "access keys (long-term credentials)",
@@ -3257,9 +3530,12 @@ def gap_lines(run: Run, summary: Summary) -> list[str]:
     for name, words in GAP_LABELS.items():
         line = f"{words.format(days=run.plan.max_key_age.days):<38}"
         for gaps in summary["gaps"].values():
-            cell = f"{gaps[name]:,}"
-            if name == "mfa_coverage_percent":
-                cell = f"{gaps[name]:.1f} %" if gaps["console_users"] else "no console users"
+            if gaps[name] is None:
+                cell = "no console users"
+            else:
+                cell = (
+                    f"{gaps[name]:.1f} %" if name == "mfa_coverage_percent" else f"{gaps[name]:,}"
+                )
             line += f"{cell:>18}"
         lines.append(line)
     if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
@@ -3276,7 +3552,12 @@ def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
     if not findings:
         return [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
     number = f"{len(findings):,} of {len(run.findings):,}"
-    lines = [f"What to fix first ({number}; all are in findings.csv)"]
+    title = f"What to fix first ({number}; all are in findings.csv)"
+    return listed_findings(run, findings, title)
+
+
+def listed_findings(run: Run, findings: Sequence[Finding], title: str) -> list[str]:
+    lines = [title] if findings else []
     for one in findings:
         whose = f"{label(vars(one.account), 20)} {one.user}"
         lines.append(f"  {one.priority}  {one.finding:<23}{whose}")
@@ -3328,34 +3609,55 @@ def control_remarks(run: Run, control: str) -> list[str]:
 
 
 def change_lines(run: Run, summary: Summary) -> list[str]:
-    """What has changed since the earlier run, for better and for worse."""
+    """What has changed since the accounts' baselines, for better and for worse."""
     changes, earlier, days = summary["changes"], run.tracking.earlier, run.plan.max_key_age.days
     if earlier is None:
-        return ["No earlier run of this organization: this one is the baseline."]
+        return ["No earlier run of this organization to compare with: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
     deleted, deactivated = counts["access-key-deleted"], counts["access-key-deactivated"]
     keys = f"{deleted:,} deleted, {deactivated:,} deactivated"
     lines = [
         f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
-        f"  console users without MFA: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
+        f"  console users without MFA, root included: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
         f"  access keys: {keys}, {counts['access-key-created']:,} created",
     ]
     for phase, levels in zip(("phase 1", "phase 2"), changes["maturity"].values()):
-        then, now = levels["then"], levels["now"]
-        compared = (levels["compared_then"], levels["compared_now"])
-        differs = compared not in ((None, None), (then, now))
-        words = " (the accounts compared: {}, now {})".format(*compared) if differs else ""
-        lines.append(f"  {phase}: {then}, now {now}{words}")
-    if earlier.max_key_age_days != days:
-        was = f"  --max-key-age was {earlier.max_key_age_days:,}, now {days:,}"
+        now, compared = levels["now"], levels["compared_now"]
+        words = f" (the accounts compared: {compared})" if compared not in (None, now) else ""
+        lines.append(f"  {phase}: {levels['then'] or 'not compared'}, now {now}{words}")
+    compared_with = run.tracking.compared.values()
+    if others := sorted({run.max_key_age_days for run in compared_with} - {days}):
+        was = f"  --max-key-age was {' or '.join(map(str, others))}, now {days:,}"
         lines.append(f"{was}: phase 2 and the number of old keys do not compare")
+    older = [run.started for run in compared_with if run is not earlier]
+    if older:
+        first = iso(min(older))
+        lines.append(f"  {count(len(older), 'account')} compared with older runs, from {first} on")
     joined, left = counts["account-joined"], counts["account-left"]
     if joined or left:
         lines.append(f"  accounts: {joined:,} joined, {left:,} left")
     if changes["accounts_not_compared"]:
         number = count(changes["accounts_not_compared"], "account")
-        lines.append(f"  not compared: {number}, not audited in this run or the earlier one")
+        lines.append(f"  not compared: {number}, not audited in this run or in any earlier one")
     return lines + new_key_lines(run)
+
+
+def damage_lines(run: Run, messages: Iterable[str]) -> list[str]:
+    """Earlier files that could not be read, and the accounts that lack a baseline for it."""
+    lines, output_dir = list[str](), f"{run.folder.parent}{os.sep}"
+    for message in dict.fromkeys(messages):
+        lines += wrapped(f"  {message.replace(output_dir, '')}")
+    if lines:
+        lines.insert(0, "Earlier files that cannot be read, and so were passed over")
+    if blind := run.tracking.blind:
+        number = count(len(blind), "account")
+        lines.append(f"New access keys cannot be ruled out in {number}: no earlier run can be read")
+        lines += [f"  {one.id} {one.name}" for one in blind[:ACCOUNTS_SHOWN]]
+        lines += wrapped(
+            "  Next: let the user who runs the audit read the earlier runs, or restore the files; "
+            "otherwise this run is the baseline, and the keys there are in the accounts' CSVs."
+        )
+    return lines
 
 
 def new_key_lines(run: Run) -> list[str]:
@@ -3363,7 +3665,7 @@ def new_key_lines(run: Run) -> list[str]:
     for key in new_keys(run):
         where = "" if key.account_id in run.tracking.compared else " (account not compared)"
         lines.append(change_line(key) + where)
-    return titled("New access keys since the earlier run", shortened(lines))
+    return titled("New access keys since the last audit of their account", shortened(lines))
 
 
 def change_line(change: Change) -> str:
@@ -3380,17 +3682,18 @@ def change_line(change: Change) -> str:
 
 def witness_lines(run: Run, summary: Summary) -> list[str]:
     """What CloudTrail says about the changes, and where it could not be asked."""
-    trail, earlier, since = summary["cloudtrail"], run.tracking.earlier, run.plan.events_since
-    if since is None:
+    trail, since = summary["cloudtrail"], run.tracking.events_from
+    if trail is None or since is None:
         return []
     lines = [f"CloudTrail since {iso(since)}: {count(trail['events'], 'IAM event')}, in events.csv"]
+    baselines = [earlier.started for earlier in run.tracking.compared.values()]
     if trail["out_of_reach"]:
         kept = f"CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days"
         lines.append(f"  {kept}: what happened before has no witness.")
-    elif earlier and earlier.started < since:
-        before = "The earlier run began before that"
+    elif baselines and min(baselines) < since:
+        before = "An earlier run began before that"
         lines.append(f"  {before}: what happened in between has no witness.")
-    if earlier and (witnesses := sorted(summary["changes"]["witnesses"].items())):
+    if baselines and (witnesses := sorted(summary["changes"]["witnesses"].items())):
         lines.append(f"  changes: {numbers_in_words(dict(witnesses))}")
     groups: dict[str, list[str]] = {}
     for account_id, error in sorted(trail["unavailable"].items()):
@@ -3402,9 +3705,7 @@ def witness_lines(run: Run, summary: Summary) -> list[str]:
             shown += ", ..."
         lines += wrapped(f"  no witness in {count(len(account_ids), 'account')} ({shown}): {cause}")
     if re.search(ACCESS_DENIED, " ".join(groups)):
-        lines.append(
-            "    Next: the role must allow cloudtrail:LookupEvents, and no SCP may deny it."
-        )
+        lines.append("    Next: the role must allow cloudtrail:LookupEvents, and no SCP deny it.")
     return lines
 
 
@@ -3418,8 +3719,6 @@ def run_lines(run: Run, summary: Summary) -> list[str]:
         for name in RUN_GAPS:
             line += f"{one[name]:>13,}"
         lines.append(line)
-    if run.tracking.unreadable:
-        lines += wrapped(f"not readable, and so left out: {', '.join(run.tracking.unreadable)}")
     return lines
 
 
@@ -3493,13 +3792,14 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     gaps = {}
     for name, accounts in (("organization", run.audited), ("production", production)):
         gaps[name] = gaps_document(total_gaps(accounts), run.started)
-    runs = [vars(one) | {"started": iso(one.started)} for one in run.tracking.runs]
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
     for name in RUN_GAPS:
         this_run[name] = gaps["organization"][name]
     maturity = maturity_document(run)
     priorities = map(str, range(MOST_URGENT, LEAST_URGENT + 1))
-    left_out = sorted((one.account.id, one.account.name) for one in run.out_of_scope)
+    left_out = []
+    for outside in run.out_of_scope:
+        left_out.append({"id": outside.account.id, "name": outside.account.name})
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
@@ -3509,6 +3809,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "role": run.plan.role.name,
         "production_pattern": run.plan.production.pattern,
         "max_key_age_days": run.plan.max_key_age.days,
+        "scope": scope_document(run.plan.scope),
         "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
         "organization": {
             "id": run.organization.id,
@@ -3519,12 +3820,14 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "gaps": gaps,
         "maturity": maturity,
         "changes": changes_document(run, maturity),
-        "runs": [*runs, this_run],
+        "new_keys_not_ruled_out": sorted(one.id for one in run.tracking.blind),
+        "earlier_files_passed_over": list(run.tracking.passed_over),
+        "runs": [*run.tracking.runs, this_run],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
         "findings": tally(priorities, (str(finding.priority) for finding in run.findings)),
         "accounts": account_entries(run),
-        "out_of_scope": [{"id": account_id, "name": name} for account_id, name in left_out],
+        "out_of_scope": sorted(left_out, key=itemgetter("id")),
     }
 
 
@@ -3553,38 +3856,37 @@ def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
-    """What has changed since the earlier run; None without one."""
+    """What has changed since the accounts' baselines; None without an earlier run."""
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
-    kinds = (*EXPLAINED_BY, CAME_AND_WENT, "account-joined", "account-left")
+    kinds = (*EXPLAINED_BY, CAME_AND_WENT, USER_CAME_AND_WENT, "account-joined", "account-left")
     stayed = earlier.accounts.keys() & accounts_now(run).keys()
-    for one in run.out_of_scope:
-        if one.account.id in stayed and earlier.accounts[one.account.id].result == "out of scope":
-            stayed.remove(one.account.id)  # out of scope of both runs
+    stayed -= {one.account.id for one in run.out_of_scope}
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": len(stayed - tracking.compared),
+        "accounts_not_compared": len(stayed - tracking.compared.keys()),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
         "counts": tally(kinds, (change.change for change in tracking.changes)),
         "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
-        "maturity": {phase: level_changes(run, earlier, phase, maturity) for phase in PHASES},
+        "maturity": {phase: level_changes(run, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
     }
 
 
-def level_changes(run: Run, earlier: EarlierRun, phase: str, maturity: Summary) -> dict[str, Any]:
-    """The organization's levels then and now, and those of the accounts that both runs audited."""
-    both = [figures for figures in run.audited if figures.account.id in run.tracking.compared]
-    then = (earlier.account_levels[figures.account.id][phase] for figures in both)
-    now = (getattr(figures, phase) for figures in both)
+def level_changes(run: Run, phase: str, maturity: Summary) -> dict[str, Any]:
+    """The level of the accounts compared at their baselines, the organization's, and theirs now."""
+    then, now = [], []
+    for figures in run.audited:
+        if earlier := run.tracking.compared.get(figures.account.id):
+            then.append(earlier.accounts[figures.account.id].levels[PHASES.index(phase)])
+            now.append(getattr(figures, phase))
     return {
-        "then": earlier.levels[phase],
+        "then": LEVELS[min(then)] if then else None,
         "now": maturity[phase]["level"],
-        "compared_then": min(then, key=LEVELS.index, default=None),
         "compared_now": min(now, key=LEVELS.index, default=None),
     }
 
@@ -3597,6 +3899,7 @@ def new_key_document(key: Change, run: Run) -> dict[str, Any]:
         "access_key_id": key.key_id,
         "change": key.change,
         "account_compared": key.account_id in run.tracking.compared,
+        "since": iso(key.since) if key.since else None,
         "witness": key.witness,
         "event_name": key.event.name if key.event else None,
         "event_time": iso(key.event.time) if key.event else None,
@@ -3608,9 +3911,10 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
     """How many events CloudTrail returned, and where it failed and why; None if not asked."""
     if run.plan.events_since is None:
         return None
+    since = run.tracking.events_from
     return {
-        "since": iso(run.plan.events_since),
-        "out_of_reach": run.plan.events_out_of_reach,
+        "since": iso(since) if since else None,
+        "out_of_reach": run.tracking.events_out_of_reach,
         "events": sum(len(trail.events) for _account, trail in run.trails),
         "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
     }
@@ -3647,8 +3951,10 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
         entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
         entry["controls"] = controls_document(run.controls[figures.account.id])
         entry["gaps"] = gaps_document(figures.gaps, run.started)
+        earlier = run.tracking.compared.get(figures.account.id)
+        entry["since"] = iso(earlier.started) if earlier else None
         entries.append(entry)
-    return sorted(entries, key=lambda entry: str(entry["id"]))
+    return sorted(entries, key=itemgetter("id"))
 
 
 def account_entry(one: Account, result: str) -> dict[str, Any]:
@@ -3846,12 +4152,13 @@ exit codes:
   2    the command line is wrong
   3    some accounts in scope could not be audited; all others were written
   4    what --fail-on names was found
-  130  interrupted (SIGINT); 143: terminated (SIGTERM)
+  5    both 3 and 4
+  130  interrupted (SIGINT); 143: terminated (SIGTERM); 129: hung up (SIGHUP)
 """
 
 
 class FailOn(NamedTuple):
-    """What ends with exit code 4: findings of `priority` or more urgent (0: none), new keys."""
+    """What ends with exit code 4 or 5: findings of `priority` or worse (0: none), new keys."""
 
     priority: int = 0
     new_keys: bool = False
@@ -3919,18 +4226,19 @@ def argument_parser() -> argparse.ArgumentParser:
         help="older active access keys are a gap (default: %(default)s)")
     add = parser.add_argument_group("what has changed").add_argument
     add("--previous", metavar="DIR", type=parse_folder, help="folder of the run to compare with "
-        "(default: the newest finished one of this organization in --output-dir)")
+        "(default: for each account, the newest finished one in --output-dir that audited it)")
     add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
         "changes; the role then needs cloudtrail:LookupEvents")
     add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on, "
-        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the earlier run began, or 30 days)")
+        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the run began that the account is "
+        "compared with, or 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="where the run's own folder is made (default: %(default)s)")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
-        help="end with exit code 4 if there are `findings`, or with findings:N any of priority N "
-            f"or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or with new-keys any access key "
-             "created since the earlier run")
+        help="end with exit code 4 (5 if accounts failed too) if there are `findings`, or with "
+             f"findings:N any of priority N or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or "
+             "with new-keys any access key created since the last audit of its account")
     add("-q", "--quiet", action="store_true",
         help="print nothing unless something needs attention (an account failed, say)")
     add("-v", "--verbose", action="store_true",
@@ -4039,6 +4347,10 @@ class Status:
     def log(self, line: str) -> None:
         if self._verbose:
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
+
+    def warn(self, line: str) -> None:
+        if self._out is not None:
+            self._write(f"iam_audit.py: {printable(line)}; the run goes on.\n")
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:

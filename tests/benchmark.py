@@ -21,6 +21,7 @@ import pty
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +57,33 @@ before = time.process_time()
 for _ in range(calls):
     client.list_access_keys(UserName=user)
 print((time.process_time() - before) / calls)
+"""
+# What looking back costs, in seconds: before the audit, the same in a scope that no run had, the CSVs of all accounts,
+# and all summaries, as for an account that failed in every run.
+HISTORY_LOOP = """
+import importlib, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+program = importlib.import_module(sys.argv[2])
+reports, organization = Path(sys.argv[3]), sys.argv[4]
+
+def opened(scope):
+    before = time.monotonic()
+    folders = program.finished_runs(reports, program.utc_now())
+    tracking = program.open_tracking(program.History(folders, organization), None, scope)
+    print(time.monotonic() - before)
+    return tracking
+
+tracking = opened(program.Scope())
+opened(program.Scope(accounts=frozenset(["1" * 12])))
+before = time.monotonic()
+for account_id, account in tracking.earlier.accounts.items():
+    if account.result == "audited":
+        program.baseline_of(tracking, account_id)
+print(time.monotonic() - before)
+before = time.monotonic()
+found = len(list(tracking.history))
+print(time.monotonic() - before, found)
 """
 VERSIONS = "import sys, boto3, botocore; print(sys.version.split()[0], boto3.__version__, botocore.__version__)"
 
@@ -650,6 +679,37 @@ def scenario_first_account(bench: Bench) -> list[Verdict]:
     return [not_later(f"first of {many} accounts, and of 20", firsts[1], firsts[0], 1.25)]
 
 
+def scenario_history(bench: Bench) -> list[Verdict]:
+    """365 earlier runs of 1,000 accounts: what is read of them before the first account is entered."""
+    accounts, runs = bench.size(1000, 100), bench.size(365, 40)
+    with bench.endpoint(bench.plan(accounts, 3)) as endpoint:
+        made = run(bench, endpoint)
+        show(f"{accounts} accounts of 3 users", made)
+    assert made.folder is not None
+    assert made.summary is not None
+    started = datetime.fromisoformat(made.summary["started"])
+    for number in range(1, runs):
+        folder = made.folder.with_name(f"{started - timedelta(days=number):%Y%m%dT%H%M%SZ}")
+        folder.mkdir()
+        shutil.copy(made.folder / "summary.json", folder)
+        (folder / "accounts").symlink_to(made.folder / "accounts")
+    program, organization = bench.options.program, made.summary["organization"]["id"]
+    where = [str(program.parent), program.stem, str(made.folder.parent), organization]
+    command = [bench.options.python, "-c", HISTORY_LOOP, *where]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    before, other_scope, csvs_read, the_rest = map(float, printed[:4])
+    size = (made.folder / "summary.json").stat().st_size / 2**20
+    print(
+        f"\n  {runs} runs with summaries of {size:.1f} MB; CSVs of all accounts: {csvs_read:.2f} s"
+    )
+    print(f"  all summaries, once in a run for an account that always failed: {the_rest:.1f} s")
+    return [
+        at_most("before the audit", before, 3.0, " s"),
+        at_most("the same in a scope that no run had", other_scope, 3.0, " s"),
+        Verdict("runs read in the end", printed[4], str(runs), printed[4] == str(runs)),
+    ]
+
+
 SCENARIOS: dict[str, Callable[[Bench], list[Verdict]]] = {
     "floor": scenario_floor,
     "connections": scenario_connections,
@@ -659,6 +719,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Verdict]]] = {
     "faults": scenario_faults,
     "many": scenario_many,
     "first-account": scenario_first_account,
+    "history": scenario_history,
 }
 
 

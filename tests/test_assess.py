@@ -62,6 +62,7 @@ from iam_audit import (
     findings_of,
     is_production,
     most_urgent_first,
+    neutral,
     organization_level,
     phase1_level,
     reasons_of,
@@ -220,6 +221,7 @@ KEY_GAPS: dict[str, tuple[AccessKey, dict[str, int]]] = {
         {"access_keys": 1, "inactive_keys": 1},
     ),
     "expired": (key(800 * DAY, DAY, status="Expired"), {"access_keys": 1, "expired_keys": 1}),
+    "of a status that AWS added": (key(800 * DAY, timedelta(0), status="New"), {**RECENT, **YEAR}),
 }
 
 
@@ -250,7 +252,7 @@ def test_max_key_age_decides_which_keys_are_old(days: str, old: timedelta, expec
     assert level == (IN_PROGRESS if expected else COMPLETE)
 
 
-CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
+CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float | None]] = {
     "password and MFA": (
         user("alice", password=True, mfa=["Virtual"]),
         {"console_users": 1},
@@ -261,9 +263,9 @@ CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
         {"console_users": 1, "console_users_without_mfa": 1},
         0.0,
     ),
-    "no password": (user("alice"), {}, 100.0),
-    "no password, MFA": (user("alice", mfa=["Hardware", "Virtual"]), {}, 100.0),
-    "root without credentials": (user(ROOT), {}, 100.0),
+    "no password": (user("alice"), {}, None),
+    "no password, MFA": (user("alice", mfa=["Hardware", "Virtual"]), {}, None),
+    "root without credentials": (user(ROOT), {}, None),
     "root with password, no MFA": (
         user(ROOT, password=True),
         {"console_users": 1, "console_users_without_mfa": 1},
@@ -274,11 +276,11 @@ CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
         {"console_users": 1},
         100.0,
     ),
-    "root with a key": (user(ROOT, key(DAY)), {**NEVER, "root_access_keys": 1}, 100.0),
+    "root with a key": (user(ROOT, key(DAY)), {**NEVER, "root_access_keys": 1}, None),
     "root with an inactive key": (
         user(ROOT, key(DAY, status="Inactive")),
         {"access_keys": 1, "inactive_keys": 1, "root_access_keys": 1},
-        100.0,
+        None,
     ),
     "two active keys": (
         user("alice", key(DAY), key(DAY)),
@@ -288,18 +290,20 @@ CONSOLE_GAPS: dict[str, tuple[User, dict[str, int], float]] = {
             "active_keys_never_used": 2,
             "users_with_two_active_keys": 1,
         },
-        100.0,
+        None,
     ),
     "one of two keys active": (
         user("alice", key(DAY), key(DAY, status="Inactive")),
         {**NEVER, "access_keys": 2, "inactive_keys": 1},
-        100.0,
+        None,
     ),
 }
 
 
 @pytest.mark.parametrize(("one", "expected", "coverage"), CONSOLE_GAPS.values(), ids=CONSOLE_GAPS)
-def test_what_a_user_adds_to_the_gaps(one: User, expected: dict[str, int], coverage: float) -> None:
+def test_what_a_user_adds_to_the_gaps(
+    one: User, expected: dict[str, int], coverage: float | None
+) -> None:
     found = gaps(one)
     assert counted(found) == expected
     assert found.mfa_coverage_percent == coverage
@@ -309,7 +313,7 @@ def test_an_account_without_users_has_no_gaps() -> None:
     figures = assess(audited(), plan(), NOW)
     assert counted(figures.gaps) == {}
     assert figures.gaps.oldest_active_key is None
-    assert figures.gaps.mfa_coverage_percent == 100.0
+    assert figures.gaps.mfa_coverage_percent is None
     assert (figures.users, figures.has_root) == (0, False)
 
 
@@ -384,6 +388,16 @@ LEVEL_CASES: dict[str, tuple[list[User], str, str]] = {
         [user("alice", key(800 * DAY, status="Inactive"), key(800 * DAY, status="Expired"))],
         COMPLETE,
         ADVANCED,
+    ),
+    "an old key of a status that AWS added": (
+        [user("alice", key(91 * DAY, status="New"))],
+        COMPLETE,
+        IN_PROGRESS,
+    ),
+    "a young key of a status that AWS added": (
+        [user("alice", key(DAY, status="New"))],
+        COMPLETE,
+        COMPLETE,
     ),
     "root's young key": ([user(ROOT, key(DAY))], COMPLETE, COMPLETE),
     "root's old key": ([user(ROOT, key(91 * DAY))], COMPLETE, IN_PROGRESS),
@@ -480,6 +494,11 @@ KEY_FINDINGS: dict[str, tuple[AccessKey, tuple[int, str, set[str]] | None]] = {
     "inactive": (key(DAY, status="Inactive"), (7, "inactive-key", {"inactive"})),
     "inactive and old": (key(800 * DAY, DAY, status="Inactive"), (7, "inactive-key", {"inactive"})),
     "expired": (key(800 * DAY, status="Expired"), (7, "inactive-key", {"expired"})),
+    "of a status that AWS added": (
+        key(365 * DAY, DAY, status="New"),
+        (3, "key-in-use", {IN_USE, MAX_AGE, "status New"}),
+    ),
+    "young, of a status that AWS added": (key(60 * DAY, 31 * DAY, status="New"), None),
 }
 
 
@@ -500,19 +519,21 @@ def test_what_is_found_about_a_key(
 
 
 @pytest.mark.parametrize(("one", "expected"), KEY_FINDINGS.values(), ids=KEY_FINDINGS)
-def test_an_active_key_of_root_is_always_most_urgent(
+def test_a_key_of_root_is_urgent_whatever_its_status(
     one: AccessKey, expected: tuple[int, str, set[str]] | None
 ) -> None:
     """Whatever else holds for it stays among the reasons."""
     (found,) = findings(audited(user(ROOT, one)))
-    if one.status == "Active":
+    if one.status in ("Active", "New"):
         assert (found.priority, found.finding) == (1, "root-access-key")
         assert set(reasons_of(found, plan())) == {
             "active root access key",
+            *({"status New"} if one.status == "New" else ()),
             *(expected[2] if expected else ()),
         }
     else:
-        assert (found.priority, found.finding, set(reasons_of(found, plan()))) == expected
+        assert (found.priority, found.finding) == (2, "inactive-root-access-key")
+        assert reasons_of(found, plan()) == [f"{one.status.lower()} root key"]
 
 
 USER_FINDINGS: dict[str, tuple[User, Account, tuple[int, set[str]] | None]] = {
@@ -699,6 +720,8 @@ PLAIN_NAMES = [
         "=cmd",
         "@SUM(A1)",
         "+1",
+        "smith,-john",
+        "a,=1,+2,@3",
         "a b",
         "'",
         '"',
@@ -808,7 +831,9 @@ def test_a_shell_hands_the_aws_cli_the_name_as_it_is(shell: Shell, name: str) ->
         "--access-key-id": "AKIA0000000000000001",
         "--status": "Inactive",
     }
-    command = command_of(only_row(audited(user(name, key(91 * DAY))))["recommendation"])
+    cell = only_row(audited(user(name, key(91 * DAY))))["recommendation"]
+    assert neutral(cell) == cell  # as it is in findings.csv
+    command = command_of(cell)
     words = shell(command)
     assert words == shlex.split(command)[1:]
     assert words[:2] == ["iam", "update-access-key"]

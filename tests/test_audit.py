@@ -7,16 +7,31 @@ import io
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from builders import FIVE, FOUR, MANAGEMENT, ONE, THREE, TWO, in_units, summary_of
+from builders import (
+    FIVE,
+    FOUR,
+    MANAGEMENT,
+    ONE,
+    THREE,
+    TWO,
+    again,
+    changes,
+    in_units,
+    lines,
+    summary_of,
+)
 from conftest import Program, Result, Serve
 from endpoint import (
     ACCOUNT_DEFAULTS,
     Json,
     account,
     credential_report,
+    event,
     key,
     root,
     root_key,
@@ -388,7 +403,45 @@ def test_a_report_without_root_is_told(roots: Result) -> None:
     assert [row["username"] for row in roots.rows(ROOT_ACCOUNTS["missing from the report"])] == [
         "only"
     ]
-    assert "root is missing" in roots.stdout.lower()
+    said = "Root is missing from the credential report of 1 account: not covered there\n"
+    assert said in roots.stdout
+
+
+def test_quiet_says_where_root_is_missing_from_the_report(
+    serve: Serve, run_program: Program
+) -> None:
+    without = []
+    for one in (ONE, TWO):
+        without.append(retold(account(one, "one", users=[user("ana")]), lambda rows: rows[1:]))
+    result = run_program(serve(*without, account(THREE, "three")).env(), "--quiet")
+    said = "Root is missing from the credential report of 2 accounts: not covered there\n"
+    assert (result.exit_code, result.stdout) == (0, said)
+
+
+# --- a status that AWS adds -------------------------------------------------------------------------------------------
+
+
+def test_a_key_of_a_status_that_aws_added_counts_as_active(
+    serve: Serve, program: Program, tmp_path: Path
+) -> None:
+    """Also where a later run reads it back: it is neither damage nor a change."""
+    strange = key("AKIA0000000000000NEW", status="Restricted", created="2020-01-01T00:00:00Z")
+    endpoint = serve(account(ONE, "one", users=[user("ana", keys=[strange])]))
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    for _ in range(2):
+        result = again(program, endpoint.env(), reports)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.accounts[ONE]["maturity"]["phase2"] == "In Progress"
+        gaps = summary_of(result)["gaps"]["organization"]
+        assert (gaps["active_keys"], gaps["inactive_keys"], gaps["expired_keys"]) == (1, 0, 0)
+        assert gaps["active_keys_older_than_1_year"] == 1
+        [row] = [row for row in result.rows(ONE) if row["username"] == "ana"]
+        assert row["status"] == "Restricted"
+        [_, finding] = lines(result.folder / "findings.csv")
+        assert "|key-older-than-1-year|" in finding
+        assert "; status Restricted|" in finding
+    assert changes(result) == []
 
 
 # --- which accounts ---------------------------------------------------------------------------------------------------
@@ -476,6 +529,32 @@ def test_accounts_that_are_not_active_are_listed_with_their_state(
     for one, state in states.items():
         assert re.search(f"{one}.*not-{state}.*{state}", result.stdout)
     assert not set(states).intersection(endpoint.stats()["by_account"])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["../../etc/cron", "11111111111", "1111111111111", "1" * 11 + "\N{ARABIC-INDIC DIGIT ONE}"],
+)
+def test_what_is_no_account_id_stops_the_run(serve: Serve, run_program: Program, bad: str) -> None:
+    """It would become the name of a file."""
+    entry = {"Id": bad, "Name": "odd", "State": "ACTIVE"}
+    listed = rule("ListAccounts", raw=json.dumps({"Accounts": [entry]}))
+    result = run_program(serve(rules=[listed]).env())
+    assert (result.exit_code, result.csvs) == (1, set())
+    assert result.stderr == (
+        f"iam_audit.py: ListAccounts gave {bad!r}, not an account ID of 12 digits.\n"
+    )
+
+
+def test_quiet_says_that_an_account_that_was_asked_for_is_not_active(
+    serve: Serve, run_program: Program
+) -> None:
+    """Whoever names it expects it to be audited; of all others nothing is said."""
+    endpoint = serve(*ORGANIZATION)
+    result = run_program(endpoint.env(), "--quiet", "--accounts", f"{ONE},{FIVE}")
+    assert result.exit_code == 0
+    assert result.stdout == f"Skipped, because not ACTIVE: 1 account\n  {FIVE} five: SUSPENDED\n"
+    assert run_program(endpoint.env(), "--quiet").stdout == ""
 
 
 def test_status_is_read_where_there_is_no_state(serve: Serve, run_program: Program) -> None:
@@ -596,3 +675,36 @@ def test_every_list_is_read_to_its_end(serve: Serve, run_program: Program) -> No
         "ListMFADevices": 3,
         "ListVirtualMFADevices": 2,
     }
+
+
+def test_root_in_govcloud_is_no_console_user_and_its_keys_are_reported(
+    serve: Serve, run_program: Program
+) -> None:
+    """There root can neither sign in to the console nor have MFA, whatever the report says."""
+    boss = root(password="not_supported", keys=[root_key(last_rotated="2019-01-01T00:00:00Z")])
+    endpoint = serve(account(ONE, "one", root=boss), partition="aws-us-gov")
+    result = run_program(endpoint.env())
+    assert result.exit_code == 0
+    [row] = result.rows(ONE)
+    assert (row["password_status"], row["access_key_id"]) == (
+        "No configurada",
+        "<root_access_key_1>",
+    )
+    entry = result.accounts[ONE]
+    assert (entry["gaps"]["console_users"], entry["maturity"]["phase1"]) == (0, "Complete")
+    findings = (result.folder / "findings.csv").read_text(encoding="utf-8")
+    assert "root-access-key" in findings
+    assert "console-without-mfa" not in findings
+
+
+def test_an_event_of_another_account_is_no_witness(serve: Serve, run_program: Program) -> None:
+    """All accounts share one client: nothing of another account may pass unnoticed."""
+    now = datetime.now(timezone.utc)
+    strange = event("CreateUser", now, user="ana", recipientAccountId=TWO)
+    own = event("CreateUser", now, user="ana", recipientAccountId=TWO)
+    accounts = [account(ONE, "one", events=[strange]), account(TWO, "two", events=[own])]
+    result = run_program(serve(*accounts).env(), "--cloudtrail")
+    assert result.summary is not None
+    assert (result.exit_code, result.summary["cloudtrail"]["events"]) == (0, 1)
+    unavailable = result.summary["cloudtrail"]["unavailable"]
+    assert unavailable == {ONE: "LookupEvents: WrongAccount: an event is of another account"}

@@ -82,16 +82,16 @@ def allowed() -> set[str]:
 
 
 def services() -> set[str]:
-    """The services that the program makes clients of."""
-    made = set()
+    """The services that the program creates clients of; `signed_client` alone creates one."""
+    created, plain = set(), 0
     for node in ast.walk(TREE):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             assert node.func.attr != "resource"
-            if node.func.attr == "client":
-                name = ast.literal_eval(node.args[0])  # it must be named where its client is made
-                assert isinstance(name, str)
-                made.add(name)
-    return made
+            plain += node.func.attr in ("client", "create_client")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "signed_client":
+            created.add(ast.literal_eval(node.args[1]))  # it must be named in the call
+    assert plain == 1, "a client is created that could sign with the profile's credentials"
+    return created
 
 
 def callable_actions() -> dict[str, set[str]]:
@@ -205,7 +205,7 @@ def test_help_shows_two_examples_and_the_exit_codes(program: Program) -> None:
     shown = help_text(program)
     assert shown.startswith("usage: iam_audit.py")
     assert shown.count("  python iam_audit.py --") >= 2
-    for code in ("0", "1", "2", "3", "4", "130", "143"):
+    for code in ("0", "1", "2", "3", "4", "129", "130", "143"):
         assert re.search(rf"\b{code}\b.*[a-z]{{4}}", shown)
 
 

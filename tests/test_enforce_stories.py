@@ -8,7 +8,18 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import pytest
-from builders import ABSENT, ENFORCED, NOT_CHECKED, ONE, PARTIAL, THREE, TWO, in_units, summary_of
+from builders import (
+    ABSENT,
+    ENFORCED,
+    NOT_CHECKED,
+    ONE,
+    PARTIAL,
+    THREE,
+    TWO,
+    in_units,
+    released,
+    summary_of,
+)
 from conftest import Program, Result, Serve
 from endpoint import Json, key, policy, rule, user
 from organization import (
@@ -160,6 +171,25 @@ def test_without_paths_each_parent_is_asked_once(serve: Serve, run_program: Prog
     result = run_program(endpoint.env())
     assert [controls(result, one)[0] for one in (ONE, TWO, THREE)] == [ENFORCED, ENFORCED, ABSENT]
     assert endpoint.stats()["requests"]["ListParents"] == 3 + 2  # each account, each unit
+
+
+def test_without_paths_four_parents_are_asked_at_a_time(serve: Serve, run_program: Program) -> None:
+    """The first four are held until all of them are in flight; no fifth one is then."""
+    units = ("ou-test-aaaaaaaa", "ou-test-bbbbbbbb")
+    accounts = [placed(f"1000000000{n:02}", *units) for n in range(10)]
+    hold = rule("ListParents", hold=True, times=4)
+    endpoint = serve(
+        *accounts,
+        policies=[policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, [units[0]])],
+        omit=["Paths"],
+        rules=[hold],
+    )
+    with released(endpoint, lambda: endpoint.stats()["held"] == 4):
+        result = run_program(endpoint.env())
+    assert {controls(result, one)[0] for one in result.accounts} == {ENFORCED}
+    stats = endpoint.stats()
+    assert stats["requests"]["ListParents"] == 10 + 2  # each account, each unit
+    assert stats["connections_peak"]["organizations"] == 4
 
 
 def test_a_parent_that_is_denied_leaves_every_account_unchecked(
@@ -323,6 +353,19 @@ def test_root_credentials_are_not_checked_where_that_is_denied(
     found = summary_of(result)["enforcement"]
     assert (result.exit_code, found["root_credentials_managed_centrally"]) == (0, None)
     assert "AccessDenied" in found["root_credentials_why_not_checked"]
+
+
+def test_an_organization_that_never_gave_iam_trusted_access_manages_no_root_credentials(
+    serve: Serve, run_program: Program
+) -> None:
+    """That is an answer, and not "not checked"."""
+    code = "ServiceAccessNotEnabledException"
+    never = rule("ListOrganizationsFeatures", error=code, message="not enabled", status=400)
+    policies = [policy("p-fullawsaccess", "FullAWSAccess", FULL, ["r-test"])]
+    result = run_program(serve(placed(ONE), policies=policies, rules=[never]).env())
+    found = summary_of(result)["enforcement"]
+    assert (result.exit_code, found["root_credentials_managed_centrally"]) == (0, False)
+    assert found["root_credentials_why_not_checked"] is None
 
 
 def test_the_accounts_with_neither_control_and_most_keys_come_first(

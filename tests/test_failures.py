@@ -104,6 +104,72 @@ def test_a_denied_action_fails_its_account_and_is_named(serve: Serve, run_progra
         assert f"iam:{action}" in result.stdout
 
 
+def denied(number: int, *, first: int = 0) -> list[Json]:
+    accounts = []
+    for n in range(first, first + number):
+        accounts.append(account(numbered(n), f"no-role-{n}", role="denied"))
+    return accounts
+
+
+def test_ten_accounts_of_a_cause_are_listed_and_the_others_counted(
+    serve: Serve, run_program: Program
+) -> None:
+    unlisted = [account(numbered(n), "no-list", deny=["ListUsers"]) for n in range(20, 30)]
+    result = run_program(serve(*denied(13), *unlisted).env())
+    assert len(result.failures) == 23
+    shown = re.findall(r"^    (\d{12}) (no-[a-z]+)", result.stdout, re.MULTILINE)
+    assert len(set(shown)) == len(shown)
+    assert [name for _, name in shown].count("no-role") == 10
+    assert [name for _, name in shown].count("no-list") == 10
+    assert re.findall("^    and .*", result.stdout, re.MULTILINE) == [
+        "    and 3 more, in summary.json"
+    ]
+
+
+PROBABLY_WRONG = (
+    "iam_audit.py: AssumeRole was denied in the first 20 accounts alike: the name of role Audit or "
+    "its trust policy is probably wrong; the run goes on.\n"
+)
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]], ids=["loud", "quiet"])
+def test_a_role_denied_in_the_first_20_accounts_is_said_at_once_and_once(
+    serve: Serve, program: Program, options: list[str]
+) -> None:
+    endpoint = serve(*denied(25), account(ONE, "one", report_delay=None))
+    with program.start(endpoint.env(), *options) as (process, output_dir):
+        assert process.stderr is not None
+        assert process.stderr.readline() == PROBABLY_WRONG  # while the run waits for a report
+        endpoint.update({"accounts": [*denied(25), account(ONE, "one")]})
+        result = program.finish(process, output_dir, endpoint.env())
+    assert (result.exit_code, len(result.failures), result.csvs) == (3, 25, {ONE})
+    assert result.stderr == ""  # nothing more
+
+
+def other_denial(account_id: str) -> Json:
+    role = f"arn:aws:iam::{account_id}:role/Audit"
+    return rule("AssumeRole", fields={"RoleArn": role}, error="RegionDisabledException", status=403)
+
+
+@pytest.mark.parametrize(
+    ("accounts", "rules"),
+    [
+        (denied(19), []),
+        ([account(ONE, "one"), *denied(25)], []),
+        (denied(25), [other_denial(numbered(0))]),
+        (denied(25), [rule("AssumeRole", error="ValidationError")]),
+        ([account(numbered(n), "one", deny=["ListUsers"]) for n in range(25)], []),
+    ],
+    ids=["fewer", "one audited", "another cause", "no denial", "another step"],
+)
+def test_nothing_is_said_of_the_role_where_it_may_be_right(
+    serve: Serve, run_program: Program, accounts: list[Json], rules: list[Json]
+) -> None:
+    """One worker: the first account is done before the others are begun."""
+    result = run_program(serve(*accounts, rules=rules).env(), "--workers", "1")
+    assert (result.exit_code, result.stderr) == (3, "")
+
+
 def test_an_error_nobody_has_thought_of_fails_its_account_at_once(
     serve: Serve, run_program: Program
 ) -> None:
@@ -266,6 +332,17 @@ def test_a_report_that_is_never_ready_is_given_up_at_the_deadline(
     assert all(pause > 0.9 * least for pause, least in zip(pauses[:-1], (2, 2.2, 2.42, 2.66)))
     assert asked[-2] - asked[0] < 10
     assert asked[-1] - asked[0] > 9.5
+
+
+def test_the_time_for_a_report_begins_with_the_first_answer_that_is_not_throttling(
+    serve: Serve, run_program: Program
+) -> None:
+    """Twelve throttled calls take more than a second, whatever the machine."""
+    throttled = rule("GenerateCredentialReport", ONE, error="Throttling", times=12)
+    endpoint = serve(account(ONE, "one", report_delay=0.1), rules=[throttled])
+    result = run_program(endpoint.env(), "--report-timeout", "0.5")
+    assert (result.exit_code, result.csvs) == (0, {ONE})
+    assert endpoint.stats()["throttled"] == 12
 
 
 def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
@@ -1117,7 +1194,9 @@ def test_credentials_whose_refresh_hangs_fail_the_accounts_that_need_them(
     assert result.exit_code == 3, result
     assert set(result.failures.values()) == {("profile credentials", "RefreshTimeout")}
     assert 0 < len(result.failures) < 40
-    assert "no answer to the refresh within 3 s" in " ".join(stdout.split())
+    said = " ".join(stdout.split())
+    assert "no answer to the refresh within 3 s" in said
+    assert "sign in again (aws sso login, for one), or mend its credential_process" in said
     until(lambda: not is_running(int((tmp_path / "process_id").read_text())))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iam_audit
-from iam_audit import ROOT, Account, Change, Event, KeyState, Trail, UserState
+from iam_audit import ROOT, Account, Change, Event, KeyState, Scope, Tracking, Trail, UserState
 
 ELEVEN = "110000000000"
 ALICE = "arn:aws:sts::999999999999:assumed-role/Admin/alice"
@@ -110,6 +112,17 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana": state(K="Expired")},
         ["ana|K|access-key-deactivated|Active|Expired"],
     ),
+    "activated to a status that AWS added": (
+        {"ana": state(K="Inactive")},
+        {"ana": state(K="New")},
+        ["ana|K|access-key-activated|Inactive|New"],
+    ),
+    "deactivated from a status that AWS added": (
+        {"ana": state(K="New")},
+        {"ana": state(K="Expired")},
+        ["ana|K|access-key-deactivated|New|Expired"],
+    ),
+    "active in another way": ({"ana": state(K="Active")}, {"ana": state(K="New")}, []),
     "inactive key expired": ({"ana": state(K="Inactive")}, {"ana": state(K="Expired")}, []),
     "MFA added": ({"ana": state()}, {"ana": state(mfa_status="SMS")}, ["ana||mfa-added|None|SMS"]),
     "MFA removed": (
@@ -155,8 +168,7 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana": state(K="Active", L="Active")},
         {"ana.b": state(K="Active", M="Active")},
         [
-            "ana||user-deleted||",
-            "ana.b||user-created||",
+            "ana.b||user-renamed|ana|ana.b",
             "ana.b|L|access-key-deleted|Active|",
             "ana.b|M|access-key-created||Active",
         ],
@@ -165,8 +177,7 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {"ana": state(K="Inactive")},
         {"ana.b": state(K="Active")},
         [
-            "ana||user-deleted||",
-            "ana.b||user-created||",
+            "ana.b||user-renamed|ana|ana.b",
             "ana.b|K|access-key-activated|Inactive|Active",
         ],
     ),
@@ -185,10 +196,36 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         {ROOT: state(K="Active/02")},
         [f"{ROOT}|K|access-key-deleted|Inactive|", f"{ROOT}|K|access-key-created||Active"],
     ),
-    "key of another user": (
-        {"ana": state(K="Active"), "bob": state()},
-        {"ana": state(), "bob": state(K="Active")},
-        ["ana|K|access-key-deleted|Active|", "bob|K|access-key-created||Active"],
+    "user renamed, and another created under the old name": (
+        {"ana": state(ON, "Virtual", K="Active")},
+        {"ana": state(ON, L="Active"), "ana.b": state(ON, "Virtual", K="Active")},
+        [
+            "ana||user-created||",
+            "ana|L|access-key-created||Active",
+            "ana.b||user-renamed|ana|ana.b",
+        ],
+    ),
+    "user renamed to the name of one who left": (
+        {"ana": state(K="Active"), "bob": state(L="Active")},
+        {"bob": state(K="Active")},
+        [
+            "bob||user-renamed|ana|bob",
+            "bob||user-deleted||",
+            "bob|L|access-key-deleted|Active|",
+        ],
+    ),
+    "two users who exchanged their names": (
+        {"ana": state(K="Active"), "bob": state(L="Active")},
+        {"ana": state(L="Active"), "bob": state(K="Active")},
+        [
+            "ana||user-renamed|bob|ana",
+            "bob||user-renamed|ana|bob",
+        ],
+    ),
+    "user renamed, and without MFA since": (
+        {"ana": state(ON, "Virtual", K="Active")},
+        {"ana.b": state(ON, K="Active")},
+        ["ana.b||user-renamed|ana|ana.b", "ana.b||mfa-removed|Virtual|None"],
     ),
     "users by name": ({"b": state(), "a": state()}, {}, ["a||user-deleted||", "b||user-deleted||"]),
     "names in upper and lower case": (
@@ -224,9 +261,10 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_what_counts_as_a_change_between_two_states(name: str) -> None:
     before, after, expected = TRANSITIONS[name]
-    found = list(iam_audit.changes_between(ACCOUNT, before, after))
+    persons = iam_audit.persons_of(before, after)
+    found = list(iam_audit.changes_between(ACCOUNT, persons))
     assert ["|".join(change[2:7]) for change in found] == expected
-    assert all(change[:2] == (ONE, "one") and change[7:] == ("", None) for change in found)
+    assert all(change[:2] == (ONE, "one") and change[7:] == ("", None, None) for change in found)
 
 
 names = st.text(st.sampled_from("='+-@,.\"\\\t abC"), min_size=1, max_size=6).filter(
@@ -259,7 +297,8 @@ def test_what_is_written_compares_as_unchanged(tmp_path: Path, users: list[iam_a
     iam_audit.write_csv(path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(found))
     read = iam_audit.read_states(path, ONE)
     after = iam_audit.states_of(iam_audit.rows_of(found))
-    assert list(iam_audit.changes_between(ACCOUNT, read, after)) == []
+    persons = iam_audit.persons_of(read, after)
+    assert list(iam_audit.changes_between(ACCOUNT, persons)) == []
     assert set(read) == {one.name for one in users}
 
 
@@ -398,7 +437,8 @@ def test_a_key_that_came_and_went_shows_in_the_events_alone(
     trail: Trail | None,
     expected: list[Event],
 ) -> None:
-    found = list(iam_audit.came_and_went(ACCOUNT, before, after, trail))
+    events = trail.events if trail else ()
+    found = list(iam_audit.came_and_went(ACCOUNT, before, after, events))
     assert found == [
         Change(ONE, "one", "ana", "K", "access-key-came-and-went", event=each) for each in expected
     ]
@@ -469,7 +509,7 @@ RECORDS: dict[str, tuple[Json, dict[str, str]]] = {
             "requestParameters": None,
             "userIdentity": {**OF_ROOT, "sessionContext": {"assumedRoot": "true"}},
         },
-        {"user": ROOT, "actor": ROOT_ARN},
+        {"user": ROOT, "actor": "root session (AssumeRoot)"},
     ),
     "AWS's name for root": (
         {
@@ -563,6 +603,16 @@ def without_accounts(folder: Path) -> None:
     path.write_text(json.dumps(summary), "utf-8")
 
 
+def in_its_place(name: str, make: Callable[[Path], object]) -> Damage:
+    """Something else where that file was."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
 CSV, SUMMARY = f"accounts/{ONE}.csv", "summary.json"
 DAMAGES: dict[str, tuple[str, Damage]] = {
     "header": (CSV, rewritten(CSV, replaced(b"username", b"user"))),
@@ -583,7 +633,8 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "empty": (CSV, rewritten(CSV, lambda _: b"")),
     "zeros": (CSV, rewritten(CSV, lambda text: b"\0" * len(text))),
     "a cell more": (CSV, rewritten(CSV, replaced(b",Active,", b",Active,x,"))),
-    "unknown word": (CSV, rewritten(CSV, replaced(b",Active,", b",Activo,"))),
+    "no status": (CSV, rewritten(CSV, replaced(b",Active,", b",,"))),
+    "unknown word": (CSV, rewritten(CSV, replaced(b",Configurada,", b",Configured,"))),
     "not UTF-8": (CSV, rewritten(CSV, replaced(b"payments", b"pa\xffyments"))),
     "missing": (CSV, lambda folder: (folder / CSV).unlink()),
     "no JSON": (SUMMARY, rewritten(SUMMARY, lambda text: text[:-20])),
@@ -593,15 +644,42 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "another format": (SUMMARY, lambda folder: edit_summary(folder, format=999)),
     "of another tool": (SUMMARY, lambda folder: edit_summary(folder, tool="other")),
     "no date": (SUMMARY, lambda folder: edit_summary(folder, started="yesterday")),
-    "an unknown level": (
-        SUMMARY,
-        rewritten(SUMMARY, replaced(b'"level": "In Progress"', b'"level": "Foo"')),
-    ),
     "an account's unknown level": (
         SUMMARY,
         rewritten(SUMMARY, replaced(b'"phase2": "Advanced"', b'"phase2": "Foo"')),
     ),
-    "a number that is none": (SUMMARY, lambda folder: edit_summary(folder, max_key_age_days="90")),
+    "text for a number": (SUMMARY, lambda folder: edit_summary(folder, max_key_age_days="90")),
+    "null for a number": (SUMMARY, rewritten(SUMMARY, replaced(b'"users": 2', b'"users": null'))),
+    "true for a number": (SUMMARY, lambda folder: edit_summary(folder, max_key_age_days=True)),
+    "a number for true": (SUMMARY, rewritten(SUMMARY, replaced(b'"root": true', b'"root": 1'))),
+    "text for a figure": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(b'"active_keys": 5', b'"active_keys": "5"')),
+    ),
+    "null for a key count": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(b'"access_keys": 2', b'"access_keys": null')),
+    ),
+    "null for a name": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(b'"name": "payments"', b'"name": null')),
+    ),
+    "an ID of 11 digits": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(f'"id": "{FIVE}"'.encode(), f'"id": "{FIVE[1:]}"'.encode())),
+    ),
+    "a path for an ID": (
+        SUMMARY,
+        rewritten(SUMMARY, replaced(f'"id": "{FIVE}"'.encode(), b'"id": "../../11111"')),
+    ),
+    "an ID out of scope": (
+        SUMMARY,
+        lambda folder: edit_summary(folder, out_of_scope=[{"id": "1", "name": "x"}]),
+    ),
+    "nested too deep": (SUMMARY, rewritten(SUMMARY, lambda _: b"[" * 100_000)),
+    "a folder in its place": (SUMMARY, in_its_place(SUMMARY, Path.mkdir)),
+    "a FIFO for the summary": (SUMMARY, in_its_place(SUMMARY, os.mkfifo)),
+    "a FIFO for a CSV": (CSV, in_its_place(CSV, os.mkfifo)),
     "a date before the first": (
         SUMMARY,
         lambda folder: edit_summary(folder, started="0001-01-01T00:00:00+14:00"),
@@ -609,21 +687,50 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
 }
 
 
+def opened(output_dir: Path) -> Tracking:
+    history = iam_audit.History(iam_audit.finished_runs(output_dir, NOW + DAY), "o-test123456")
+    return iam_audit.open_tracking(history, None, Scope())
+
+
+def passed_over(output_dir: Path, account_id: str = ONE) -> str:
+    """What is said of the only run where it can be compared with in vain."""
+    found = iam_audit.baseline_of(opened(output_dir), account_id)
+    assert found.run is None
+    [message] = found.passed_over
+    return message
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_noticed_and_the_file_named(base: Path, tmp_path: Path, name: str) -> None:
     damaged, damage = DAMAGES[name]
     folder = spoiled(base, tmp_path, damage)
+    assert passed_over(tmp_path).startswith(f"Cannot read the earlier run's {folder / damaged}: ")
     with pytest.raises(iam_audit.AuditError, match=re.escape(str(folder / damaged))):
-        iam_audit.open_tracking(tmp_path, None, "o-test123456")
+        iam_audit.History((), "o-test123456").name_one(folder)
+
+
+@pytest.mark.parametrize("name", [name for name, (file, _) in DAMAGES.items() if file == SUMMARY])
+def test_a_damaged_summary_is_known_when_the_run_starts(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    spoiled(base, tmp_path, DAMAGES[name][1])
+    tracking = opened(tmp_path)
+    assert (tracking.earlier, tracking.runs) == (None, [])
+    assert len(tracking.unreadable) == 1
 
 
 def test_without_damage_all_is_well(base: Path, tmp_path: Path) -> None:
     """Else the tests around this one would say nothing."""
     folder = spoiled(base, tmp_path, lambda _: None)
-    tracking = iam_audit.open_tracking(tmp_path, None, "o-test123456")
+    tracking = opened(tmp_path)
     assert tracking.earlier is not None
     assert tracking.earlier.folder == folder
     assert set(tracking.earlier.accounts) >= {ONE, TWO, THREE, FOUR, FIVE}
+    for account_id in (ONE, TWO, THREE, FOUR, FIVE):
+        assert iam_audit.baseline_of(tracking, account_id).run == tracking.earlier
+    history = iam_audit.History((), "o-test123456")
+    history.name_one(folder)
+    assert set(history.held) == {ONE, TWO, THREE, FOUR, FIVE}
 
 
 @pytest.mark.parametrize("account_id", [ONE, FIVE])
@@ -633,8 +740,7 @@ def test_a_csv_cut_anywhere_is_noticed(base: Path, tmp_path: Path, account_id: s
     whole = path.read_bytes()
     for size in range(len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(iam_audit.AuditError, match=re.escape(str(path))):
-            iam_audit.open_tracking(tmp_path, None, "o-test123456")
+        assert str(path) in passed_over(tmp_path, account_id)
 
 
 @pytest.mark.parametrize("account_id", [TWO, THREE])
@@ -642,9 +748,9 @@ def test_a_missing_root_row_is_neither_fixed_nor_new(base: Path, account_id: str
     """Root has a password and no MFA in the one report (TWO's earlier, THREE's new one), and no row in the other."""
     bob = user("bob", key(DAY, key_id=key_id("BOB")), password=True)
     users = [bob] if account_id == TWO else [user(ROOT, password=True), bob]
-    tracking = iam_audit.open_tracking(base.parent, None, "o-test123456")
+    tracking = opened(base.parent)
     iam_audit.track_account(tracking, audited(*users, account=Account(account_id, "one", "ACTIVE")))
-    assert tracking.compared == {account_id}
+    assert set(tracking.compared) == {account_id}
     assert (tracking.mfa_fixed, tracking.mfa_new) == (0, [])
 
 
@@ -654,7 +760,103 @@ def test_a_renamed_user_without_mfa_is_neither_fixed_nor_new(
 ) -> None:
     """The key tells that it is the same user; whoever has another key is somebody else."""
     made = key(DAY, key_id=key_id("BOB" if name == "robert" else "NEW"))
-    tracking = iam_audit.open_tracking(base.parent, None, "o-test123456")
+    tracking = opened(base.parent)
     account = Account(THREE, "one", "ACTIVE")
     iam_audit.track_account(tracking, audited(user(name, made, password=True), account=account))
     assert (tracking.mfa_fixed, len(tracking.mfa_new)) == figures
+
+
+# --- users who were renamed, or came and went, as CloudTrail tells ----------------------------------------------------
+
+
+def renamed(old: str, new: str, day: int = 2) -> Event:
+    return happened("UpdateUser", day, old)._replace(new_name=new)
+
+
+CONSOLE = UserState(ON, "None", {})
+RENAMES: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[Event], list[str]]] = {
+    "without any key": (
+        {"ana": CONSOLE},
+        {"bea": CONSOLE},
+        [renamed("ana", "bea")],
+        ["bea||user-renamed|ana|bea"],
+    ),
+    "in two steps, typed in other letter case": (
+        {"ana": CONSOLE},
+        {"Cleo": CONSOLE},
+        [renamed("ANA", "bea", 2), renamed("Bea", "cleo", 3)],
+        ["Cleo||user-renamed|ana|Cleo"],
+    ),
+    "and another took the name": (
+        {"ana": CONSOLE},
+        {"ana": state(), "bea": CONSOLE},
+        [renamed("ana", "bea")],
+        ["ana||user-created||", "bea||user-renamed|ana|bea"],
+    ),
+    "and deleted": (
+        {"ana": CONSOLE},
+        {},
+        [renamed("ana", "bea"), happened("DeleteUser", 3, "bea")],
+        ["ana||user-deleted||"],
+    ),
+    "by a change of the path alone": (
+        {"ana": CONSOLE},
+        {"bea": CONSOLE},
+        [happened("UpdateUser", 2, "ana")],
+        ["ana||user-deleted||", "bea||user-created||"],
+    ),
+    "and the key tells": (
+        {"ana": state(K="Active")},
+        {"bea": state(K="Active")},
+        [],
+        ["bea||user-renamed|ana|bea"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RENAMES)
+def test_a_renamed_user_is_the_same_user(name: str) -> None:
+    before, after, events, expected = RENAMES[name]
+    persons = list(iam_audit.persons_of(before, after, events))
+    found = list(iam_audit.changes_between(ACCOUNT, persons))
+    assert ["|".join(change[2:7]) for change in found] == expected
+    tracking = iam_audit.Tracking()
+    iam_audit.track_mfa(tracking, ACCOUNT, persons)
+    gone = before.keys() if name in ("and deleted", "by a change of the path alone") else ()
+    assert tracking.mfa_fixed == len(gone)
+    assert len(tracking.mfa_new) == (name == "by a change of the path alone")
+
+
+def test_a_rename_confirms_itself_in_any_letter_case() -> None:
+    change = Change(ONE, "one", "bea", change="user-renamed", before="ana", after="bea")
+    event = renamed("Ana", "BEA")
+    seen = iam_audit.with_witness(change, Trail((event, happened("UpdateUser", 3, "bea"))))
+    assert (seen.witness, seen.event) == ("confirmed", event)
+    assert iam_audit.with_witness(change, Trail(())).witness == "not found"
+
+
+def test_events_tell_of_users_in_any_letter_case() -> None:
+    change = Change(ONE, "one", "Ana", change="mfa-removed")
+    event = happened("DeactivateMFADevice", 2, "ANA")
+    assert iam_audit.with_witness(change, Trail((event,))).witness == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("names", "before", "expected"),
+    [
+        (["CreateUser", "CreateLoginProfile", "DeleteUser"], {}, 1),
+        (["CreateUser", "DeleteUser"], {}, 0),
+        (["CreateLoginProfile", "DeleteUser"], {}, 0),
+        (["CreateUser", "CreateLoginProfile"], {}, 0),
+        (["CreateUser", "CreateLoginProfile", "DeleteUser"], {"EVE": state()}, 0),
+    ],
+)
+def test_a_console_user_who_came_and_went(
+    names: list[str], before: dict[str, UserState], expected: int
+) -> None:
+    events = [happened(name, day, "eve") for day, name in enumerate(names, 1)]
+    found = list(iam_audit.came_and_went(ACCOUNT, before, before, events))
+    assert [(change.user, change.change) for change in found] == [
+        ("eve", "user-came-and-went")
+    ] * expected
+    assert all(iam_audit.with_witness(each, Trail()).witness == "confirmed" for each in found)

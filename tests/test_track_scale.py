@@ -58,7 +58,8 @@ def peak_memory():
 folder, now = Path(sys.argv[1]), tuple(people())
 floors = floor()
 before = spent()
-tracking = iam_audit.open_tracking(folder, None, "o-test123456")
+history = iam_audit.History(iam_audit.finished_runs(folder, CREATED), "o-test123456")
+tracking = iam_audit.open_tracking(history, None, iam_audit.Scope())
 for number in range(1000):
     iam_audit.track_account(tracking, account(number))
 seconds = spent() - before
