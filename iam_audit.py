@@ -2881,7 +2881,8 @@ MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
 CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
 ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
 VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first one counts
-ALL_BUT_USERS = "all principals but IAM users"  # an exemption
+# FullAWSAccess was detached: then what no policy allows is denied
+NO_ALLOW = "no Allow without a condition lets iam:CreateAccessKey through"
 
 
 class Judgement(NamedTuple):
@@ -2890,11 +2891,16 @@ class Judgement(NamedTuple):
     conditions: tuple[str, ...] = ()  # one per narrowed statement
 
 
+class Judged(NamedTuple):
+    judgements: Mapping[str, Judgement]  # by control
+    allows_new_keys: bool  # whether an Allow without a condition lets everybody create them
+
+
 class Policy(NamedTuple):
     id: str
     name: str
     targets: frozenset[str]  # the IDs that it is attached to
-    judgements: Mapping[str, Judgement]  # by control
+    judged: Judged
 
 
 @dataclass(frozen=True)
@@ -2903,6 +2909,7 @@ class Control:
     policies: Mapping[str, str]  # what it rests on: the policies' names by ID
     exemptions: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
+    why_not_checked: str | None = None
 
 
 class Enforcement(NamedTuple):
@@ -2913,7 +2920,9 @@ class Enforcement(NamedTuple):
 
 
 async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
-    policies, why_not = await best_effort("service control policies", read_policies(aws), [])
+    policies, why_not = await best_effort(
+        "service control policies", read_policies(aws, organization.id), []
+    )
     asking = aws.ask(list_organizations_features)
     root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
     if organization.feature_set != "ALL":
@@ -2933,7 +2942,7 @@ async def best_effort(what: str, question: Awaitable[T], otherwise: T) -> tuple[
         return otherwise, f"{what}: {type(error).__name__}"
 
 
-async def read_policies(aws: Aws) -> list[Policy]:
+async def read_policies(aws: Aws, organization: str) -> list[Policy]:
     policies = []
     for policy_id, name in await aws.ask(list_policies):
         try:
@@ -2943,8 +2952,8 @@ async def read_policies(aws: Aws) -> list[Policy]:
             if failure.code != "PolicyNotFoundException":  # deleted since it was listed
                 raise
         else:
-            judgements = judge_policy(content, aws.caller.partition)
-            policies.append(Policy(policy_id, name, targets, judgements))
+            judged = judge_policy(content, aws.caller.partition, organization)
+            policies.append(Policy(policy_id, name, targets, judged))
     return policies
 
 
@@ -2997,13 +3006,30 @@ def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) ->
     applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
     controls = {}
     for control in CONTROLS:
-        whole = strongest([policy.judgements[control] for policy in applying])
+        whole = strongest([policy.judged.judgements[control] for policy in applying])
         names = {}
         for policy in applying:
-            if policy.judgements[control].verdict == whole.verdict != ABSENT:
+            if policy.judged.judgements[control].verdict == whole.verdict != ABSENT:
                 names[policy.id] = policy.name
         controls[control] = Control(whole.verdict, names, whole.exemptions, whole.conditions)
+    closing = without_allow(path, applying)
+    if closing and controls[NEW_KEYS_PREVENTED].verdict in (PARTIAL, ABSENT):
+        controls[NEW_KEYS_PREVENTED] = Control(NOT_CHECKED, closing, why_not_checked=NO_ALLOW)
     return controls
+
+
+def without_allow(path: Sequence[str], applying: Sequence[Policy]) -> dict[str, str]:
+    """The policies, by ID, of the first level of the path (root, OU, account) where none lets
+    everybody create access keys: one of every level has to, or else nobody may."""
+    for level in path:
+        names, allowed = dict[str, str](), False
+        for policy in applying:
+            if level in policy.targets:
+                names[policy.id] = policy.name
+                allowed |= policy.judged.allows_new_keys
+        if names and not allowed:
+            return names
+    return {}
 
 
 def strongest(judgements: Sequence[Judgement]) -> Judgement:
@@ -3012,9 +3038,14 @@ def strongest(judgements: Sequence[Judgement]) -> Judgement:
     verdict = min((each.verdict for each in judgements), key=VERDICTS.index, default=ABSENT)
     same = [each for each in judgements if each.verdict == verdict]
     if verdict == ENFORCED:
-        return min(same, key=lambda one: (ALL_BUT_USERS in one.exemptions, len(one.exemptions)))
-    exemptions, conditions = dict[str, None](), dict[str, None]()  # each once, in order
-    for each in same:
+        return min(same, key=lambda one: len(one.exemptions))
+    return together(verdict, same)
+
+
+def together(verdict: str, judgements: Iterable[Judgement]) -> Judgement:
+    """The judgements as one: the exemptions and conditions of all, once each."""
+    exemptions, conditions = dict[str, None](), dict[str, None]()
+    for each in judgements:
         exemptions.update(dict.fromkeys(each.exemptions))
         conditions.update(dict.fromkeys(each.conditions))
     return Judgement(verdict, tuple(exemptions), tuple(conditions))
@@ -3026,23 +3057,24 @@ def strongest(judgements: Sequence[Judgement]) -> Judgement:
 MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
+Known = Mapping[str, str]  # what every request has of a condition's key, as a pattern
 # The effects that a condition can have on a control
 TESTS_MFA = "holds for a console user without MFA"
 ALWAYS_HOLDS = "holds for everybody whom the control is about"
 NEVER_HOLDS = "holds for nobody whom the control is about"
-ONLY_USERS = "holds for every IAM user and for no other principal"
 EXEMPTS = "holds for everybody except the principals that it names"
 NARROWS = "holds for some, or it is not known for whom"
 
 
 class Condition(NamedTuple):
-    operator: str  # in lower case, as parse_conditions leaves it
-    key: str  # in lower case
-    values: tuple[str, ...]
+    operator: str  # in lower case, as the key
+    key: str
+    values: tuple[str, ...]  # without those that match nobody
     text: str  # the whole condition as it is written
 
 
 class Statement(NamedTuple):
+    effect: str  # Deny or Allow
     action: str  # Action or NotAction
     actions: tuple[str, ...]
     resource: str  # Resource or NotResource
@@ -3050,162 +3082,212 @@ class Statement(NamedTuple):
     conditions: tuple[Condition, ...]
 
 
-def judge_policy(content: str, partition: str = "aws") -> dict[str, Judgement]:
-    """What the Deny statements of a policy do for each control; not checked if not understood."""
-    users = f"arn:{partition}:iam::*:user/*"
+def judge_policy(content: str, partition: str, organization: str) -> Judged:
+    """What the Deny statements do for each control: not checked if the policy is not understood."""
+    known = {ARN: f"arn:{partition}:iam::*:user/*", ORGANIZATION: organization}
+    known[REGION] = IAM_REGIONS.get(partition, "")
     try:
         statements = parse_policy(content)
-    except (ValueError, RecursionError):  # RecursionError: the JSON is nested too deep
-        return dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED))
-    on_mfa, on_new_keys = [], []
+    except (ValueError, AttributeError, RecursionError):  # the last: JSON nested too deep
+        return Judged(dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED)), allows_new_keys=False)
+    on_mfa, on_new_keys, allows = list[Judgement](), list[Judgement](), False
+    in_part = dict[Statement, Judgement]()  # full denials of the actions that they name
     for statement in statements:
-        on_mfa.append(judge_mfa_required(statement, users))
-        on_new_keys.append(judge_new_keys_prevented(statement, users))
-    return {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
+        judgement = judge_new_keys(statement, known)
+        if statement.effect == "Allow":
+            allows |= judgement.verdict == ENFORCED and not statement.conditions
+            continue
+        on_new_keys.append(judgement)
+        on_mfa.append(judge_mfa(statement, undenied([statement]), known))
+        judgement = judge_mfa(statement, (), known)
+        if judgement.verdict == ENFORCED:
+            in_part[statement] = judgement
+    if not undenied(in_part):
+        on_mfa.append(together(ENFORCED, in_part.values()))
+    controls = {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
+    return Judged(controls, allows)
 
 
-def judge_mfa_required(statement: Statement, users: str) -> Judgement:
-    """Whether a Deny statement keeps console users without MFA from all but setting it up."""
-    all_actions, all_resources = any_covers(statement.actions, "*:*"), "*" in statement.resources
-    about_mfa = any(each.key.startswith("aws:multifactorauth") for each in statement.conditions)
-    denies_no_action = statement.action == "NotAction" and all_actions
-    denies_no_resource = statement.resource == "NotResource" and all_resources
-    if denies_no_action or denies_no_resource or not about_mfa:
+def judge_mfa(statement: Statement, left: Sequence[str], known: Known) -> Judgement:
+    """Whether a Deny statement keeps console users without MFA from all actions but `left`."""
+    negated, everywhere = statement.action == "NotAction", "*" in statement.resources
+    set_up_only = all(any_covers(MFA_BASICS, name) for name in statement.actions)
+    no_action = any_covers(statement.actions, "*:*") if negated else set_up_only
+    if no_action or (everywhere and statement.resource == "NotResource"):
         return Judgement(ABSENT)
-    narrowing: Sequence[str] = () if all_actions else statement.actions
-    if statement.action == "NotAction":
-        narrowing = [name for name in narrowing if not any_covers(MFA_BASICS, name.lower())]
-    narrowed = [f"{statement.action} {', '.join(narrowing)}"] if narrowing else []
-    if not all_resources:
-        narrowed.append(f"{statement.resource} {', '.join(statement.resources)}")
-    return judge_rest(MFA_REQUIRED, statement, users, narrowed)
+    shown = ", ".join(left if negated else statement.actions)
+    narrowed = [f"{statement.action} {shown}"] if left else []
+    narrowed += [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
+    return judge_conditions(MFA_REQUIRED, statement, known, [], narrowed)
 
 
-def judge_new_keys_prevented(statement: Statement, users: str) -> Judgement:
+def undenied(statements: Iterable[Statement]) -> list[str]:
+    """Patterns for all actions that no statement denies, without those of MFA_BASICS."""
+    denied, left, services = [*MFA_BASICS], ["*:*"], {"*"}
+    for statement in statements:
+        denied += statement.actions if statement.action == "Action" else ()
+    for statement in statements:
+        if statement.action == "NotAction":  # two of them leave out only what is on both lists
+            shared, services, left = services, set(), []
+            for name in statement.actions:
+                service = re.sub(r".*[*?].*", "*", name.lower().partition(":")[0])
+                if not any_covers(denied, name) and (service == "*" or {"*", service} & shared):
+                    services.add(service)
+                    left.append(name)
+    return [] if any_covers(denied, "*:*") else left
+
+
+def judge_new_keys(statement: Statement, known: Known) -> Judgement:
     """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
-    denied = any_covers(statement.actions, "iam:createaccesskey") == (statement.action == "Action")
-    resources, all_users, some_users = statement.resources, False, False
-    for pattern in resources:
-        all_users |= pattern == "*" or covers_arn(pattern, users)
-        some_users |= may_match_user(pattern, users)
-    if statement.resource == "NotResource":
-        all_users, some_users = not some_users, not all_users
+    denied = any_covers(statement.actions, "iam:CreateAccessKey") == (statement.action == "Action")
+    all_users, some_users = reach(statement, known[ARN])
     if not denied or not some_users:
         return Judgement(ABSENT)
-    narrowed = [] if all_users else [f"{statement.resource} {', '.join(resources)}"]
-    return judge_rest(NEW_KEYS_PREVENTED, statement, users, narrowed)
+    of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
+    narrowed = [] if all_users else [f"{statement.resource} {', '.join(statement.resources)}"]
+    exemptions = [] if of_root else ["root"]
+    return judge_conditions(NEW_KEYS_PREVENTED, statement, known, exemptions, narrowed)
 
 
-def judge_rest(control: str, statement: Statement, users: str, narrowed: list[str]) -> Judgement:
+def reach(statement: Statement, arns: str) -> tuple[bool, bool]:
+    """Whether a statement is about all resources with these ARNs; whether it may be about some."""
+    whole, part, kind = False, False, arns.split(":", 5)[-1].rstrip("*")
+    for pattern in statement.resources:
+        segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)  # a variable can be anything
+        start = re.split(r"[*$]", segments[-1])[0][: len(kind)]
+        of_iam = all(map(covers, segments[:4], arns.split(":")))  # in any account
+        whole |= pattern == "*" or covers(pattern, arns)
+        part |= len(segments) < 6 or (of_iam and covers(start, kind[: len(start)]))
+    return (whole, part) if statement.resource == "Resource" else (not part, not whole)
+
+
+def judge_conditions(
+    control: str, statement: Statement, known: Known, exemptions: list[str], narrowed: list[str]
+) -> Judgement:
     """Enforced, unless a condition narrows the statement or other elements have `narrowed` it."""
-    exemptions, tests_mfa = list[str](), False
+    about = control == NEW_KEYS_PREVENTED
     for condition in statement.conditions:
-        effect = effect_of(condition, control, users)
+        effect = effect_of(condition, control, known)
         if effect == NEVER_HOLDS:
             return Judgement(ABSENT)
-        if effect == EXEMPTS:
-            exemptions += condition.values
-        elif effect == ONLY_USERS:
-            exemptions.append(ALL_BUT_USERS)
-        elif effect == TESTS_MFA and not tests_mfa:
-            tests_mfa = True  # a second test may contradict the first: it narrows
-        elif effect != ALWAYS_HOLDS:
-            narrowed.append(condition.text)
+        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
+        exemptions += condition.values if effect == EXEMPTS else ()
+        narrowed += [condition.text] if effect == NARROWS else ()
+    if not about:
+        return Judgement(ABSENT)
     conditions = (" and ".join(narrowed),) if narrowed else ()
     return Judgement(PARTIAL if narrowed else ENFORCED, tuple(exemptions), conditions)
 
 
-def effect_of(condition: Condition, control: str, users: str) -> str:
+def effect_of(condition: Condition, control: str, known: Known) -> str:
     """The effect by the first of CONDITION_RULES that fits; without one, the condition narrows."""
-    values = [ANY_USER if covers_arn(value, users) else value for value in condition.values]
-    for rule in CONDITION_RULES:
-        effect = rule.on_mfa if control == MFA_REQUIRED else rule.on_new_keys
-        about = condition.operator in rule.operators and condition.key == rule.key
-        matches = (re.fullmatch(rule.value, value) for value in values)
-        if effect != NARROWS and about and rule.quantifier(matches):
+    everybody, values = known.get(condition.key, ""), [*condition.values]
+    for index, value in enumerate(values):
+        if everybody and covers(value, everybody):
+            values[index] = ANY_USER if condition.key == ARN else ALL
+    for operator, key, quantifier, value, on_mfa, on_new_keys in CONDITION_RULES:
+        effect = on_mfa if control == MFA_REQUIRED else on_new_keys
+        about = all(map(re.fullmatch, (operator, key), (condition.operator, condition.key)))
+        if effect != NARROWS and about and quantifier(map(re.compile(value).fullmatch, values)):
             return effect
     return NARROWS
 
 
 def any_covers(patterns: Iterable[str], action: str) -> bool:
-    """Whether a pattern covers the action, given in lower case: the case of actions is ignored."""
-    return any(covers(pattern.lower(), action) for pattern in patterns)
+    """Whether a pattern covers the action, upper or lower case."""
+    return any(covers(pattern.lower(), action.lower()) for pattern in patterns)
 
 
 def covers(pattern: str, other: str) -> bool:
-    """Whether an IAM pattern matches all that `other` stands for: only a * matches its *."""
+    """Whether an IAM pattern matches all that `other` stands for: only a * matches its *. ARNs are
+    compared segment by segment, as AWS does."""
+    if other.startswith("arn:"):
+        segments = pattern.split(":", 5)
+        return len(segments) == 6 and all(map(covers, segments, other.split(":", 5)))
     return fnmatchcase(other, pattern.replace("[", "[[]").replace("?", "[!*]"))
 
 
-def covers_arn(pattern: str, arns: str) -> bool:
-    """The same for ARNs, segment by segment, as AWS compares them."""
-    segments = pattern.split(":", 5)
-    return len(segments) == 6 and all(map(covers, segments, arns.split(":", 5)))
-
-
-def may_match_user(pattern: str, users: str) -> bool:
-    """Whether a resource pattern may match the ARN of some IAM user. When in doubt, it may."""
-    segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)  # a variable can be anything
-    start = re.split(r"[*$]", segments[-1])[0][: len("user/")]
-    of_iam = all(map(covers, segments[:4], users.split(":")))  # in any account
-    return len(segments) < 6 or (of_iam and covers(start, "user/"[: len(start)]))
-
-
-class ConditionRule(NamedTuple):
-    operators: tuple[str, ...]  # the rule fits a condition with one of these, and this key
-    key: str
-    quantifier: Callable[[Iterable[object]], bool]  # any or all of the values must match
-    value: str  # a regular expression
-    on_mfa: str
-    on_new_keys: str
-
-
-FALSE, TRUE, ANY_USER = "(?ai)false", "(?ai)true", "arn:*:iam::*:user/*"
-EQUALS, LIKE_ARN = ("stringequals", "stringlike"), ("arnlike", "arnequals", "stringlike")
-NOT = ("arnnotlike", "arnnotequals", "stringnotlike", "stringnotequals")
+# Where every request has the key, ForAnyValue and IfExists change nothing.
+BOOL, EQUALS = r"(for\w+:)?bool(ifexists)?", r"(foranyvalue:)?string(equals|like)(ifexists)?"
+LIKE_ARN = r"(foranyvalue:)?(arn(like|equals)|stringlike)(ifexists)?"
+UNEQUAL = r"stringnot(equals|like)(ifexists)?"
+UNLIKE_ARN = r"(arn|string)not(equals|like)(ifexists)?"
+IF_PRESENT = r"(foranyvalue:)?(?!null|for|.*not|.*ifexists)\w+"
+AGED, AGED_OR_ABSENT = r"numeric(less|greater)than(equals)?", r"numericgreaterthan(equals)?ifexists"
+FALSE, TRUE, ANYTHING, ALL = "(?ai)false", "(?ai)true", "(?s).*", "*"
+MFA_PRESENT, MFA_AGE = "aws:multifactorauthpresent", "aws:multifactorauthage"
+ARN, TYPE, REGION = "aws:principalarn", "aws:principaltype", "aws:requestedregion"
+ORGANIZATION, BY_AWS = "aws:principalorgid", "aws:principalisawsservice"
 # Roles are not console users: any may be exempt from MFA, but from new-keys-prevented only those
-# that are named. A name may end in * after - or _ (stacksets-exec-*), but not include AWS's roles,
-# except those of one permission set (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
-IAM_PRINCIPAL = r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
+# that are named. A name may end in * after - or _ (stacksets-exec-*) or eight characters or more
+# (AWSAccelerator*), but not include AWS's own roles, except those of one permission set
+# (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
+ANY_USER, IAM_PRINCIPAL = "arn:*:iam::*:user/*", r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
 ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
-OPEN_END = r"role/(?!aws-|.*AWSReservedSSO_)[^*?$]+[-_]\*"
-USER_OR_ROLE = f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})"
+OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})\*"
+NO_USER = r"(?s)arn:[^:]*:(iam::[^:]*:(root|role/.*)|sts::[^:]*:assumed-role/.*)"
+NEITHER = r"(?s)arn:[^:]*:(iam::[^:]*:root|sts::[^:]*:assumed-role/.*)"  # user nor role
+NEITHER_TYPE = "Account|FederatedUser|Service"
+# Keys that no CreateAccessKey has: of other services, but for those that go with a role's
+# credentials to every service; of tags to set; of services that call for a resource.
+NEVER_SENT = (
+    r"(?!aws:|iam:|saml:|sts:|ec2:role|glue:|identitystore:|\w+:source\w+arn)[a-z0-9-]+:.*"
+    r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))")  # fmt: skip
 CONDITION_RULES = (
+    # operator, key, whether any or all values must fit, value; effect on MFA and on new keys.
     # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
     # Null true of that key stops the first and not the second: it narrows.
-    ConditionRule(("bool",), "aws:multifactorauthpresent", all, FALSE, TESTS_MFA, NARROWS),
-    ConditionRule(("bool",), "aws:multifactorauthpresent", all, TRUE, NEVER_HOLDS, NARROWS),
-    ConditionRule(("null",), "aws:multifactorauthage", all, TRUE, TESTS_MFA, NARROWS),
-    ConditionRule(("null",), "aws:multifactorauthage", all, FALSE, NEVER_HOLDS, NARROWS),
+    (BOOL, MFA_PRESENT, all, FALSE, TESTS_MFA, NARROWS),
+    (BOOL, MFA_PRESENT, all, TRUE, NEVER_HOLDS, NARROWS),
+    ("null", MFA_PRESENT, all, FALSE, ALWAYS_HOLDS, NARROWS),
+    ("null", MFA_AGE, all, TRUE, TESTS_MFA, NARROWS),
+    ("null", MFA_AGE, all, FALSE, NEVER_HOLDS, NARROWS),
+    (AGED, MFA_AGE, all, ANYTHING, NEVER_HOLDS, NARROWS),
+    (AGED_OR_ABSENT, MFA_AGE, all, ANYTHING, TESTS_MFA, NARROWS),
     # A service's requests for a caller say MFA false even for a key. The caller's own come first.
-    ConditionRule(("bool",), "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
-    ConditionRule(EQUALS, "aws:principaltype", any, "User", ALWAYS_HOLDS, ONLY_USERS),
-    ConditionRule(LIKE_ARN, "aws:principalarn", any, re.escape(ANY_USER), ALWAYS_HOLDS, ONLY_USERS),
-    # A bare * is everybody for a string operator; no ARN operator is known to take it.
-    ConditionRule(("stringlike",), "aws:principalarn", any, r"\*", ALWAYS_HOLDS, ONLY_USERS),
-    ConditionRule(NOT, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
-    ConditionRule(NOT, "aws:principalarn", all, USER_OR_ROLE, NARROWS, EXEMPTS),
-    ConditionRule(NOT, "aws:principalarn", all, f"{IAM_PRINCIPAL}role/.+)", EXEMPTS, NARROWS),
+    (BOOL, "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
+    (BOOL, BY_AWS, all, FALSE, ALWAYS_HOLDS, ALWAYS_HOLDS),
+    (BOOL, BY_AWS, all, TRUE, NEVER_HOLDS, NEVER_HOLDS),
+    (EQUALS, ORGANIZATION, any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),  # this organization's
+    (UNEQUAL, ORGANIZATION, any, re.escape(ALL), NEVER_HOLDS, NEVER_HOLDS),
+    (EQUALS, TYPE, any, "User", ALWAYS_HOLDS, NARROWS),
+    (EQUALS, TYPE, all, NEITHER_TYPE, NEVER_HOLDS, NEVER_HOLDS),
+    (EQUALS, TYPE, all, f"{NEITHER_TYPE}|AssumedRole", NEVER_HOLDS, NARROWS),
+    (UNEQUAL, TYPE, any, "User", NEVER_HOLDS, NARROWS),
+    (UNEQUAL, TYPE, all, "Service", ALWAYS_HOLDS, ALWAYS_HOLDS),
+    (LIKE_ARN, ARN, any, re.escape(ANY_USER), ALWAYS_HOLDS, NARROWS),
+    (EQUALS, ARN, any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),  # does an ARN operator take *?
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, NEVER_HOLDS, NEVER_HOLDS),
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, NEVER_HOLDS, NARROWS),
+    (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), NEVER_HOLDS, NARROWS),
+    (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})", NARROWS, EXEMPTS),
+    (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}role/.+)", EXEMPTS, NARROWS),
+    (UNEQUAL, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
+    # "IAM calls are always made to the us-east-1 Region", as AWS's guide to global keys has it.
+    (EQUALS, REGION, all, r"[^*?$]+\*?", NARROWS, NEVER_HOLDS),
+    (UNEQUAL, REGION, any, re.escape(ALL), NARROWS, NEVER_HOLDS),
+    (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, NEVER_HOLDS),
+    ("null", NEVER_SENT, all, FALSE, NARROWS, NEVER_HOLDS),
 )
+# Without Like a string operator takes * and ? literally. An assumed role's aws:PrincipalArn is the
+# role's.
+MATCHES_NOBODY = re.compile(
+    r"(?s)\S*string(not)?equals(ifexists)? \S* [^$]*[*?][^$]*|"
+    rf"{UNLIKE_ARN} {ARN} arn:[^:]*:sts::[^:]*:assumed-role/.*")  # fmt: skip
 ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
 
 
 def parse_policy(content: str) -> list[Statement]:
-    """The Deny statements of a policy. ValueError for anything but a service control policy."""
-    document = json.loads(content, object_pairs_hook=without_repetition)
-    listed = document.get("Statement") if isinstance(document, dict) else None
-    denies = []
+    """The statements. ValueError or AttributeError for anything but a service control policy."""
+    listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
+    statements = []
     for members in listed if isinstance(listed, list) else [listed]:
-        if not isinstance(members, dict) or members.keys() - ELEMENTS:
+        if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
             raise ValueError("not a statement of a service control policy")
-        action, actions = parse_element(members, "Action")
-        resource, resources = parse_element(members, "Resource")
+        elements = *parse_element(members, "Action"), *parse_element(members, "Resource")
         conditions = parse_conditions(members.get("Condition", {}))
-        if members.get("Effect") == "Deny":
-            denies.append(Statement(action, actions, resource, resources, conditions))
-        elif members.get("Effect") != "Allow":
-            raise ValueError("neither Allow nor Deny")
-    return denies
+        statements.append(Statement(members["Effect"], *elements, conditions))
+    return statements
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3223,18 +3305,14 @@ def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str
     return given[0], texts(members[given[0]])
 
 
-def parse_conditions(block: Any) -> tuple[Condition, ...]:
-    """ForAnyValue and IfExists are dropped: every signed request has the keys judged here. Where
-    the operator negates or tests for absence, ForAnyValue stays: it fails on an absent key."""
-    if not isinstance(block, dict) or not all(isinstance(keys, dict) for keys in block.values()):
-        raise ValueError("not an object of objects")
+def parse_conditions(block: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
     conditions = []
     for operator, keys in block.items():
-        plain = re.sub(r"^foranyvalue:(?!null|\w*not)|ifexists$", "", operator.lower())
         for key, value in keys.items():
-            values = texts(value)
+            values, names = texts(value), f"{operator} {key}".lower()
+            somebody = [each for each in values if not MATCHES_NOBODY.fullmatch(f"{names} {each}")]
             text = f"{operator} {key} {', '.join(values)}"
-            conditions.append(Condition(plain, key.lower(), values, text))
+            conditions.append(Condition(operator.lower(), key.lower(), tuple(somebody), text))
     return tuple(conditions)
 
 
@@ -3523,6 +3601,8 @@ def control_remarks(run: Run, control: str) -> list[str]:
             remark += f", except {', '.join(found.exemptions)}"
         if found.conditions:
             remark += f", only if {'; or if '.join(found.conditions)}"
+        if found.why_not_checked:
+            remark += f": {found.why_not_checked}"
         if policies:
             remarks.append(remark)
     return list(dict.fromkeys(remarks))
@@ -3906,11 +3986,11 @@ DOCUMENTS = {
     "role-trust": "trust policy of the role",
     "role-template": "CloudFormation template of the role, for a StackSet",
     "scp-require-mfa": "service control policy: console users need MFA to act",
-    "scp-deny-access-keys": "service control policy: no new access keys and passwords",
-    "alert-rule": "CloudFormation template: a message for each new access key or password",
+    "scp-deny-access-keys": "service control policy: no new long-term credentials",
+    "alert-rule": "CloudFormation template: a message for each new credential",
 }
 DEFAULT_ROLE = "IAMAuditRole"
-SCP_LONGEST = 5120  # characters, including white space
+SCP_LONGEST = 10_240  # characters, including white space
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
@@ -3936,7 +4016,7 @@ def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[s
 def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
     """CloudFormation for a StackSet: the role in every account, to be assumed from one account."""
     path, name = f"/{role}".rsplit("/", 1)
-    account = {"AWS": {"Fn::Sub": "arn:${AWS::Partition}:iam::${ManagementAccountId}:root"}}
+    account = {"AWS": {"Fn::Sub": "arn:${AWS::Partition}:iam::${AuditingAccountId}:root"}}
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
     condition = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
     trust = policy_of(grant(account, "sts:AssumeRole", Condition=condition))
@@ -3953,12 +4033,28 @@ def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
             "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
-            "ManagementAccountId": parameter("Account that runs the audit", r"\d{12}"),
+            "AuditingAccountId": parameter("Account that runs the audit", r"\d{12}"),
             "ExternalId": parameter("Value of --external-id, if any", id_pattern, Default=""),
         },
         "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
         "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
     }
+
+
+NEW_KEYS = (
+    "iam:CreateAccessKey",
+    "iam:CreateServiceSpecificCredential",
+    "iam:ResetServiceSpecificCredential",
+    "iam:UploadSigningCertificate",
+    "iam:UploadSSHPublicKey",
+)
+NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
+ALERTS = (
+    "CreateAccessKey",
+    "CreateLoginProfile",
+    "CreateServiceSpecificCredential",
+    "DeactivateMFADevice",
+)
 
 
 def scp_require_mfa() -> dict[str, Any]:
@@ -3972,12 +4068,14 @@ def scp_require_mfa() -> dict[str, Any]:
 
 
 def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
-    statement: dict[str, Any] = {"Sid": "DenyNewAccessKeysAndPasswords", "Effect": "Deny"}
-    statement.update(Action=["iam:CreateAccessKey", "iam:CreateLoginProfile"], Resource="*")
-    if exempt_roles:
-        exempt = [f"arn:*:iam::*:role/{role}" for role in exempt_roles]
-        statement["Condition"] = {"ArnNotLike": {"aws:PrincipalArn": exempt}}
-    return policy_of(statement)
+    """No new keys for anybody. Passwords are denied to IAM users only: a root session recovers
+    root's password with iam:CreateLoginProfile too."""
+    exempt = [f"arn:*:iam::*:role/{role}" for role in exempt_roles]
+    condition = {"Condition": {"ArnNotLike": {"aws:PrincipalArn": exempt}}} if exempt else {}
+    return policy_of(
+        {**deny("DenyNewKeys", NEW_KEYS), **condition},
+        {**deny("DenyNewPasswords", NEW_PASSWORDS, "arn:*:iam::*:user/*"), **condition},
+    )
 
 
 def alert_rule() -> dict[str, Any]:
@@ -3989,7 +4087,7 @@ def alert_rule() -> dict[str, Any]:
     policy = {"Topics": [topic], "PolicyDocument": policy_of(publish)}
     succeeded = {
         "eventSource": ["iam.amazonaws.com"],
-        "eventName": ["CreateAccessKey", "CreateLoginProfile", "DeactivateMFADevice"],
+        "eventName": list(ALERTS),
         "errorCode": [{"exists": False}],
     }
     cloudtrail = ["AWS API Call via CloudTrail"]
@@ -3997,8 +4095,8 @@ def alert_rule() -> dict[str, Any]:
     rule = {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "A message when an access key or password is created or MFA is deactivated "
-        "(for us-east-1)",
+        "Description": "A message when an access key, password or API key is created or MFA is "
+        "deactivated (for us-east-1)",
         "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
             "Topic": {"Type": "AWS::SNS::Topic", "Properties": {"Subscription": [email]}},
@@ -4020,6 +4118,10 @@ def allow(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, A
     """A statement. IAM's reads of a user are allowed on * because a user who was just deleted has
     no ARN: IAM would answer AccessDenied where the audit expects NoSuchEntity."""
     return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resources}
+
+
+def deny(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
+    return {"Sid": sid, "Effect": "Deny", "Action": list(actions), "Resource": resources}
 
 
 def grant(principal: Mapping[str, Any], action: str, **more: Any) -> dict[str, Any]:

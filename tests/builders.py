@@ -134,9 +134,25 @@ def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER
     return found
 
 
+def judgements(content: str, partition: str = "aws") -> Mapping[str, iam_audit.Judgement]:
+    """What a policy does for each control."""
+    return iam_audit.judge_policy(content, partition, "o-test123456").judgements
+
+
 def judged(content: str, control: str, partition: str = "aws") -> iam_audit.Judgement:
     """What a policy does for a control."""
-    return iam_audit.judge_policy(content, partition)[control]
+    return judgements(content, partition)[control]
+
+
+def in_organization(*attached: tuple[str, str]) -> Mapping[str, iam_audit.Control]:
+    """The controls of the account 111122223333 at r-1/ou-1/ou-2, under these policies: target and content of each."""
+    policies = []
+    for number, (target, content) in enumerate(attached):
+        judged = iam_audit.judge_policy(content, "aws", "o-test123456")
+        name = f"p-{number}"
+        policies.append(iam_audit.Policy(name, name.upper(), frozenset([target]), judged))
+    path = ("o-test123456", "r-1", "ou-1", "ou-2", "111122223333", "")
+    return iam_audit.controls_of_account(path, policies)
 
 
 BOUNDARIES = [timedelta(days=days) for days in (0, 1, 30, 45, 90, 91, 365, 366, 2000)]

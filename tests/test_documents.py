@@ -79,7 +79,7 @@ def test_the_judge_calls_both_policies_enforced() -> None:
 
 @pytest.mark.parametrize("name", ["scp-require-mfa", "scp-deny-access-keys"])
 def test_service_control_policies_fit(name: str) -> None:
-    assert len(audit.print_document(name, exempt_roles=["x" * 64] * 20)) <= 5_120
+    assert len(audit.print_document(name, exempt_roles=["x" * 64] * 35)) <= 10_240
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,50 @@ def test_who_is_denied_without_mfa(who: str, request_: dict[str, str], denied: b
     ), who
 
 
+KEYS = ("iam:CreateAccessKey", "iam:CreateServiceSpecificCredential")
+OTHER_KEYS = (
+    "iam:ResetServiceSpecificCredential",
+    "iam:UploadSigningCertificate",
+    "iam:UploadSSHPublicKey",
+)
+PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
+
+
+@pytest.mark.parametrize("action", [*KEYS, *OTHER_KEYS, *PASSWORDS])
+def test_new_credentials_are_denied_to_all_but_the_exempt_roles(action: str) -> None:
+    statements = printed("scp-deny-access-keys", exempt_roles=["path/Vending"])["Statement"]
+    for principal in ("user/anna", "role/Admin", "root", "role/path/Vending"):
+        for target in ("user/ci", "user/team/anna"):
+            arn = f"arn:aws:iam::111122223333:{target}"
+            denied = any(denies(each, action, arn, request_of(principal)) for each in statements)
+            assert denied == (principal != "role/path/Vending"), principal
+
+
+@pytest.mark.parametrize(
+    ("action", "denied"), [(KEYS[0], True), *((one, False) for one in PASSWORDS)]
+)
+def test_roots_password_can_be_recovered_and_root_gets_no_keys(action: str, denied: bool) -> None:
+    """In a session of AssumeRoot the target is root itself."""
+    arn, request = "arn:aws:iam::111122223333:root", request_of("root")
+    statements = printed("scp-deny-access-keys")["Statement"]
+    assert any(denies(each, action, arn, request) for each in statements) is denied
+
+
+@pytest.mark.parametrize("name", ["scp-require-mfa", "scp-deny-access-keys"])
+def test_our_own_policies_compare_principals_as_arns(name: str) -> None:
+    """A string operator would take user/a:role/Vending for the role Vending."""
+    for statement in printed(name, exempt_roles=["Vending"])["Statement"]:
+        for operator, keys in statement["Condition"].items():
+            assert ("aws:PrincipalArn" in keys) == operator.startswith("Arn")
+    statement = printed("scp-deny-access-keys", exempt_roles=["Vending"])["Statement"][0]
+    user = "arn:aws:iam::111122223333:user/ci"
+    assert denies(statement, KEYS[0], user, request_of("user/a:role/Vending"))
+
+
 def test_access_keys_are_not_denied_without_mfa() -> None:
     [statement] = printed("scp-require-mfa")["Statement"]
     request = request_of("user/ci")
-    del request["aws:MultiFactorAuthPresent"]  # long-term credentials do not carry it
+    del request["aws:multifactorauthpresent"]  # long-term credentials do not carry it
     assert not denies(statement, "s3:GetObject", "arn:aws:s3:::bucket/object", request)
 
 
@@ -179,7 +219,7 @@ def create_stack(name: str, parameters: dict[str, str], **options: Any) -> None:
 @pytest.mark.parametrize("external_id", ["", "ex:42"])
 def test_the_role_template_makes_the_role(external_id: str) -> None:
     with mock_aws():
-        parameters = {"ManagementAccountId": "444455556666", "ExternalId": external_id}
+        parameters = {"AuditingAccountId": "444455556666", "ExternalId": external_id}
         create_stack("role-template", parameters, role="audit/Reader")
         iam: Any = boto3.client("iam", "us-east-1")
         role = iam.get_role(RoleName="Reader")["Role"]
@@ -219,6 +259,7 @@ def test_the_alert_rule_sends_what_succeeded_to_the_topic() -> None:
         events.put_targets(Rule=rule["Name"], Targets=[{"Id": "seen", "Arn": arn}])
         for detail in (
             {"eventName": "CreateAccessKey", "eventID": "made"},
+            {"eventName": "CreateServiceSpecificCredential", "eventID": "API key"},
             {"eventName": "CreateAccessKey", "eventID": "denied", "errorCode": "AccessDenied"},
             {"eventName": "ListAccessKeys", "eventID": "read"},
         ):
@@ -228,7 +269,8 @@ def test_the_alert_rule_sends_what_succeeded_to_the_topic() -> None:
         seen = sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10)["Messages"]
     assert (subscription["Protocol"], subscription["Endpoint"]) == ("email", "security@example.com")
     assert (target["Arn"], subscription["TopicArn"]) == (topic["TopicArn"], topic["TopicArn"])
-    assert [json.loads(message["Body"])["detail"]["eventID"] for message in seen] == ["made"]
+    ids = {json.loads(message["Body"])["detail"]["eventID"] for message in seen}
+    assert ids == {"made", "API key"}
 
 
 def test_only_eventbridge_may_publish_to_the_topic() -> None:

@@ -222,7 +222,10 @@ def test_an_account_that_has_left_meanwhile_is_unchecked_alone(
 def test_accounts_that_could_not_be_audited_are_under_policies_too(
     serve: Serve, run_program: Program
 ) -> None:
-    policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
+    policies = [
+        policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"]),
+        policy("p-FullAWSAccess", "FullAWSAccess", FULL, ["r-test"]),
+    ]
     result = run_program(serve(placed(ONE), placed(TWO, role="denied"), policies=policies).env())
     assert result.failures.keys() == {TWO}
     assert {controls(result, one) for one in (ONE, TWO)} == {(ENFORCED, PARTIAL)}
@@ -251,7 +254,7 @@ def test_few_of_many_policies_are_shown(serve: Serve, run_program: Program) -> N
         policy(
             f"p-narrow{n:05}",
             f"Narrow{n}",
-            {"Version": "2012-10-17", "Statement": narrow},
+            {"Version": "2012-10-17", "Statement": [narrow, FULL["Statement"]]},
             [f"1000000000{n:02}"],
         )
         for n in range(13)
@@ -295,6 +298,48 @@ def test_a_policy_that_is_not_understood_is_named(serve: Serve, run_program: Pro
         [{"id": "p-strange0001", "name": "Strange one"}],
     )
     assert "Strange one" in result.stdout
+
+
+def test_an_allow_list_is_not_checked_and_says_why(serve: Serve, run_program: Program) -> None:
+    """FullAWSAccess is at the root and was detached from the OU, where a list of services took its place."""
+    s3 = {
+        "Version": "2012-10-17",
+        "Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"},
+    }
+    policies = [
+        policy("p-FullAWSAccess", "FullAWSAccess", FULL, ["r-test", ONE, TWO]),
+        policy("p-allowlist1", "OnlyS3", s3, ["ou-test-aaaaaaaa"]),
+    ]
+    accounts = [placed(ONE, "ou-test-aaaaaaaa"), placed(TWO)]
+    result = run_program(serve(*accounts, policies=policies).env())
+    assert [controls(result, one) for one in (ONE, TWO)] == [
+        (ABSENT, NOT_CHECKED),
+        (ABSENT, ABSENT),
+    ]
+    why = "no Allow without a condition lets iam:CreateAccessKey through"
+    control = result.accounts[ONE]["controls"]["new-keys-prevented"]
+    assert (control["policies"], control["why_not_checked"]) == (
+        [{"id": "p-allowlist1", "name": "OnlyS3"}],
+        why,
+    )
+    assert result.accounts[TWO]["controls"]["new-keys-prevented"]["why_not_checked"] is None
+    assert f"not checked by OnlyS3 (p-allowlist1): {why}" in " ".join(result.stdout.split())
+
+
+def test_the_judge_knows_this_organization(serve: Serve, run_program: Program) -> None:
+    deny = json.loads(DENY_KEYS)["Statement"][0]
+    by_organization = {}
+    for policy_id, operator in (
+        ("p-equal00001", "StringEquals"),
+        ("p-unequal001", "StringNotEquals"),
+    ):
+        condition = {operator: {"aws:PrincipalOrgID": "o-test123456"}}
+        statements = [{**deny, "Condition": condition}, FULL["Statement"]]
+        document = {"Version": "2012-10-17", "Statement": statements}
+        policies = [policy(policy_id, policy_id, document, [ONE])]
+        result = run_program(serve(placed(ONE), policies=policies).env())
+        by_organization[operator] = controls(result, ONE)[1]
+    assert by_organization == {"StringEquals": ENFORCED, "StringNotEquals": ABSENT}
 
 
 def test_root_credentials_are_not_checked_where_that_is_denied(

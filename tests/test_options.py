@@ -62,7 +62,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [  # options, what stderr quotes
             "--exempt-role",
             ",".join(f"{'x' * 60}{n}" for n in range(80)),
         ],
-        "5,120",
+        "10,240",
     ),
     (["--print", "scp-deny-access-keys", "--exempt-role", "*/Admin"], "--print"),
     (["--print", "scp-deny-access-keys", "--exempt-role", "${aws:PrincipalTag/x}/y"], "--print"),

@@ -132,3 +132,41 @@ def test_every_key_of_the_summary_is_explained(tmp_path: Path) -> None:
     account = next(entry for entry in summary["accounts"] if entry["result"] == "audited")
     keys = [*summary, *summary["organization"], *summary["totals"], *account]
     assert [key for key in keys if f"`{key}`" not in README] == []
+
+
+def test_the_readme_says_what_each_denial_breaks() -> None:
+    statements = json.loads(iam_audit.print_document("scp-deny-access-keys"))["Statement"]
+    for action in (action for statement in statements for action in statement["Action"]):
+        assert re.search(rf"^\| `{action}` \| [^|]{{10,}} \|$", README, re.MULTILINE), action
+    assert f"at most {iam_audit.SCP_LONGEST:,} characters" in " ".join(README.split())
+
+
+def test_the_readme_names_what_the_alert_fires_on_and_the_parameters_of_the_templates() -> None:
+    template = json.loads(iam_audit.print_document("alert-rule"))
+    detail = template["Resources"]["Rule"]["Properties"]["EventPattern"]["detail"]
+    assert [name for name in detail["eventName"] if name not in README] == []
+    role = json.loads(iam_audit.print_document("role-template"))
+    assert "ParameterKey=AuditingAccountId" in README
+    assert "AuditingAccountId" in role["Parameters"]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "needs the `organizations:` reads in the organization's resource-based delegation policy",
+        "`AWSControlTowerExecution` trusts the management account alone",
+        "EventBridge gets CloudTrail's events on a best-effort basis",
+        "without us-east-1 among them, stops the alert",
+        '"not authorized: iam:DeleteVirtualMFADevice", which is meant so',
+        "put a Region of theirs in place of us-east-1 in every StackSet command here",
+        "only the ARN operators compare part by part",
+        "on `*` they would also stop the recovery of root's password",
+    ],
+)
+def test_the_readme_warns_of(sentence: str) -> None:
+    assert sentence in " ".join(README.split())
+
+
+@pytest.mark.parametrize("partition", iam_audit.IAM_REGIONS)
+def test_the_readme_names_iams_region_of_each_partition(partition: str) -> None:
+    assert iam_audit.IAM_REGIONS[partition] in README[README.index("#### 1. The role") :]
