@@ -6,7 +6,7 @@ every member account, reads the IAM credential report and when each access key w
 writes one CSV file per account. It reads no secret values.
 
 Reads   the AWS profile's credentials, as the SDK finds them;
-        in OUTPUT_DIR, the summaries of earlier runs and the CSV files of what is compared with.
+        in OUTPUT_DIR or --previous DIR, summaries of earlier runs and CSV files to compare with.
 Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv (if there is an
         earlier run), events.csv (with --cloudtrail) and, last, summary.json; files with mode 0600,
         folders 0700. The summary goes to stdout. With --print, a document goes to stdout and
@@ -35,7 +35,7 @@ is ended if it hangs) and write its own token cache. The program itself never wr
 credentials or puts them on a command line. An account that cannot be read in full gets no CSV
 file: it is reported as failed, with the reason.
 
-Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,450 lines.
+Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,500 lines.
 Nothing else opens a connection.
   run        the story, from the command line to the files, the summary and the exit code
   data       what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
@@ -54,7 +54,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # Until `interruptible` takes over: Ctrl-C during the imports below would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -190,7 +190,7 @@ def plan_of(
 def events_since(
     tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
 ) -> datetime:
-    """From when on CloudTrail is asked in the account: from its baseline on, without --since."""
+    """Find the account's baseline, and say from when on CloudTrail is asked: --since, else that."""
     baseline = tracking.baselines[account_id] = baseline_of(tracking, account_id)
     wanted = asked or baseline.since or now - CLOUDTRAIL_FIRST_LOOK
     since = max(wanted, now - CLOUDTRAIL_KEEPS)
@@ -577,7 +577,10 @@ class AuditError(Exception):
 
 
 class StepFailed(Exception):
-    """A call failed: the operation, the code, the message. A `final` failure is not repeated."""
+    """A call failed: the operation (or PROFILE_STEP), AWS's code, the message.
+
+    `kind` is throttled (repeated at a slower pace), transient (repeated some times) or final.
+    """
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
         super().__init__(f"{step}: {code}: {message}")
@@ -757,14 +760,14 @@ def connect(session: boto3.Session, workers: int) -> Aws:
     credentials = frozen_credentials(session)
     refusal: Exception | None = None
     for region in regions:
-        config = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=3)
+        config = client_config(connections=1, attempts=3)
         if refusal is not None:  # a guess, perhaps behind a firewall
             once: Any = {"max_attempts": 0}
             config = config.merge(Config(connect_timeout=GUESS_TIMEOUT, retries=once))
         sts = signed_client(session, "sts", region, config)
         try:
             caller = call_as(credentials, get_caller_identity, {"sts": sts, "region": region})
-            return Aws(session, sts, caller, workers)
+            return Aws(session, caller, workers)
         except SDK_ERRORS as error:
             known = isinstance(error, ClientError) and error_code(error) not in UNKNOWN_KEY
             if known or (refusal is None and not isinstance(error, ClientError)):
@@ -811,14 +814,15 @@ class Aws:
     """The SDK's clients, created once for all accounts, and the threads that make their calls.
 
     All accounts share one IAM client: a client and TLS connections for each would cost more than
-    the calls. AccountSession retries its calls; botocore itself does not, because its retry quota
-    belongs to the client, and one account would use up another's.
+    the calls. AccountSession retries the calls for an account; botocore does not, because its
+    retry quota belongs to the client, and one account would use up another's.
     """
 
-    def __init__(self, session: boto3.Session, sts: Any, caller: Caller, workers: int) -> None:
+    def __init__(self, session: boto3.Session, caller: Caller, workers: int) -> None:
         self.caller = caller
         self.threads = Threads(workers)
-        self.sts = sts
+        once = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=1)
+        self.sts = signed_client(session, "sts", caller.region, once)
         few = client_config(connections=PARENTS_AT_ONCE, attempts=10)
         self.organizations = signed_client(session, "organizations", caller.region, few)
         shared = client_config(connections=workers, attempts=1)
@@ -902,7 +906,7 @@ SIGNING: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING")
 # The operation that the current task began last: the step that failed if its answer is unexpected
 STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
 
-FIRST = (False, 0)  # the rank of what goes before all else
+FIRST = (False, 0)  # the rank of what goes first: see `_retry`
 # Steps that jump the queue, so that all reports are generated in parallel
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
 PROFILE_STEP = "profile credentials"  # the step before AssumeRole
@@ -1092,7 +1096,8 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
 
 
-# --- operations with the profile's credentials, signed by `Aws.ask` or by themselves ---
+# --- operations with the profile's credentials, signed by `Aws.ask`; assume_role by `sign_in`, and
+# describe_organization and list_accounts by themselves ---
 
 SESSION_NAME = "iam-audit"
 
@@ -1304,7 +1309,7 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
     actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
     context = identity.get("sessionContext") or {}
-    if "true" in (context.get("assumedRoot"), (context.get("attributes") or {}).get("assumedRoot")):
+    if str(context.get("assumedRoot")).lower() == "true":
         actor = ASSUMED_ROOT
     the_caller = ROOT if identity.get("type") == "Root" else identity.get("userName")
     return Event(
@@ -2014,15 +2019,20 @@ def finished_runs(output_dir: Path, now: datetime) -> list[Path]:
     runs, oldest = [], f"{now - LOOK_BACK:%Y%m%dT%H%M%SZ}"
     for folder in output_dir.iterdir():
         name = re.fullmatch(r"(\d{8}T\d{6}Z)(?:-(\d+))?", folder.name)
-        if name and name[1] >= oldest:
-            try:
-                os.lstat(folder / "summary.json")
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError:
-                pass  # it is there, and whoever reads it will hear why not
+        if name and name[1] >= oldest and may_exist(folder / "summary.json"):
             runs.append((name[1], int(name[2] or 1), folder))
     return [folder for *_, folder in sorted(runs, reverse=True)]
+
+
+def may_exist(path: Path) -> bool:
+    """Whether the file exists or that is unknown: whoever reads it will hear why."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextlib.contextmanager
@@ -2553,8 +2563,10 @@ def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
     """An account in scope, or one out of scope, which has an ID and a name alone. Many runs have
     the same texts: interned, a year of them fits into memory."""
     name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
-    if result != "audited":
+    if result in ("failed", "skipped", "out of scope"):
         return EarlierAccount(name, result)
+    if result != "audited":
+        raise ValueError(f"{result!r:.40} is not the result of an account")
     levels = tuple(LEVELS.index(entry["maturity"][phase]) for phase in PHASES)
     users = typed(int, entry["users"]) + typed(bool, entry["root"])
     keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
@@ -2598,7 +2610,7 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
             continue
         if account is None:  # it joined later, unless it was here before
             csvs = (account_csv(folder, account_id) for folder in history.folders)
-            if not any(map(os.path.exists, csvs)):
+            if not any(map(may_exist, csvs)):
                 break
         elif account.result == "failed":
             since = run.started
@@ -2621,7 +2633,11 @@ def track_account(
         tracking.urgent_new += urgent
         if passed_over:
             tracking.blind.append(account)
-        for change in keys_created_since(audited, since) if since else ():
+        created = [*keys_created_since(audited, since)] if since else []
+        if trail is not None and since is not None:
+            gone = came_and_went(account, {}, states_of(rows_of(audited)), trail.events)
+            created += [change for change in gone if change.change == CAME_AND_WENT]
+        for change in created:
             tracking.new_keys_elsewhere.append(with_witness(change, trail)._replace(since=since))
         return
     after = states_of(rows_of(audited))
@@ -2630,6 +2646,9 @@ def track_account(
     tracking.compared[account.id] = run
     changes = [*changes_between(account, persons)]
     changes += came_and_went(account, before, after, events)
+    if ROOT not in before:  # the earlier report lacked its row: the dates of its keys tell
+        dated = keys_created_since(audited, run.started)
+        changes += [change for change in dated if change.user == ROOT]
     tracking.changes += [with_witness(change, trail)._replace(since=since) for change in changes]
     track_mfa(tracking, account, persons)
     was_production = run.accounts[account.id].production
@@ -2701,12 +2720,14 @@ def renamed_by_events(before: States, after: States, events: Iterable[Event]) ->
     current = {name: name.lower() for name in before}
     for event in events:
         for name, now in current.items():
-            if event.new_name and now == event.user.lower():
-                current[name] = event.new_name.lower()
+            if now == event.user.lower() and event.name in ("UpdateUser", "DeleteUser"):
+                current[name] = event.new_name.lower() or (
+                    "" if event.name == "DeleteUser" else now
+                )
     present = {name.lower(): name for name in after}
     renamed = {}
     for name, now in current.items():
-        if now != name.lower() and now in present:
+        if present.get(now, name) != name:
             renamed[present[now]] = name
     return renamed
 
@@ -3182,6 +3203,8 @@ def judge_conditions(
 def effect_of(condition: Condition, control: str, known: Known) -> str:
     """The effect by the first of CONDITION_RULES that fits; without one, the condition narrows."""
     everybody, values = known.get(condition.key, ""), [*condition.values]
+    if condition.key == REGION and not everybody:  # a partition whose Region for IAM is not known
+        return NARROWS
     for index, value in enumerate(values):
         if everybody and covers(value, everybody):
             values[index] = ANY_USER if condition.key == ARN else ALL
@@ -3373,6 +3396,7 @@ def quiet_lines(run: Run, summary: Summary) -> list[str]:
         *titled("New console users without MFA", map(change_line, tracking.mfa_new)),
         *titled("MFA removed", map(change_line, removed)),
         *damage_lines(run, tracking.passed_over),
+        *no_witness_lines(summary),
     ]
     standing = summary["findings"][str(MOST_URGENT)] - len(urgent)
     if lines and standing:
@@ -3612,6 +3636,8 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
     """What has changed since the accounts' baselines, for better and for worse."""
     changes, earlier, days = summary["changes"], run.tracking.earlier, run.plan.max_key_age.days
     if earlier is None:
+        if run.tracking.unreadable:
+            return ["No earlier run can be read: this one is the baseline."]
         return ["No earlier run of this organization to compare with: this one is the baseline."]
     counts, mfa = changes["counts"], changes["console_users_without_mfa"]
     deleted, deactivated = counts["access-key-deleted"], counts["access-key-deactivated"]
@@ -3695,6 +3721,12 @@ def witness_lines(run: Run, summary: Summary) -> list[str]:
         lines.append(f"  {before}: what happened in between has no witness.")
     if baselines and (witnesses := sorted(summary["changes"]["witnesses"].items())):
         lines.append(f"  changes: {numbers_in_words(dict(witnesses))}")
+    return lines + no_witness_lines(summary)
+
+
+def no_witness_lines(summary: Summary) -> list[str]:
+    """The accounts where CloudTrail could not be asked, by the reason."""
+    lines, trail = list[str](), summary["cloudtrail"] or {"unavailable": {}}
     groups: dict[str, list[str]] = {}
     for account_id, error in sorted(trail["unavailable"].items()):
         step, code, _message = error.split(": ", 2)
@@ -4247,7 +4279,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
         help="print a document to deploy (see below), with --role filled in, and end")
     add("--exempt-role", metavar="NAME[,NAME...]", type=parse_roles, default=(),
-        help="roles that --print scp-deny-access-keys lets create access keys")
+        help="roles that --print scp-deny-access-keys lets create credentials")
     # fmt: on
     return parser
 

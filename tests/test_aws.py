@@ -288,7 +288,7 @@ def test_connections_do_not_grow_with_the_accounts(
             assert len(result.csvs) == accounts
             opened = endpoint.stats()["connections"]
         assert opened["iam"] <= workers
-        assert opened["sts"] <= roles
+        assert opened["sts"] <= roles + 1  # GetCallerIdentity has one of its own
         assert opened["organizations"] <= 2
 
 
