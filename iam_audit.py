@@ -1959,11 +1959,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        why = (
-            f"it lacks {error}"
-            if isinstance(error, KeyError)
-            else getattr(error, "strerror", error)
-        )
+        why = getattr(error, "strerror", None) or error
+        if isinstance(error, KeyError):
+            why = f"it lacks {error}"
         raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
 
 
@@ -2391,8 +2389,9 @@ class History:
         """Have this run alone. Raises AuditError if any of its files is damaged."""
         run = earlier_run(folder)
         if run.organization_id != self.organization_id:
-            other = run.organization_id
-            raise AuditError(f"--previous: {folder} is a run of organization {other}.")
+            raise AuditError(
+                f"--previous: {folder} is a run of organization {run.organization_id}."
+            )
         for account_id, account in run.accounts.items():
             if account.result == "audited":
                 self.held[account_id] = states_before(run, account_id)
@@ -2473,8 +2472,7 @@ def earlier_run(folder: Path) -> EarlierRun:
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
-    """An account in scope, or one out of scope, which has an ID and a name alone. Many runs have
-    the same texts: interned, a year of them fits into memory."""
+    """An account. Its texts are the same in many runs: interned, a year of them is some 50 MB."""
     name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
     if result != "audited":
         return EarlierAccount(name, result)
@@ -2520,17 +2518,14 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
             passed_over.append(str(error))
             continue
         if account is None:  # it joined later, unless it was here before
-            csvs = (account_csv(folder, account_id) for folder in history.folders)
-            if not any(map(os.path.exists, csvs)):
+            if not any(os.path.exists(account_csv(each, account_id)) for each in history.folders):
                 break
         elif account.result == "failed":
             since = run.started
     return Baseline(None, {}, since, passed_over)
 
 
-def track_account(
-    tracking: Tracking, audited: AuditedAccount, urgent: Sequence[Finding] = ()
-) -> None:
+def track_account(tracking: Tracking, audited: AuditedAccount, urgent: list[Finding]) -> None:
     """Compare an account, and its findings of priority 1, with its baseline."""
     account, trail = audited.account, audited.trail
     baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)
@@ -2558,7 +2553,7 @@ def track_account(
 
 
 def newly_urgent(
-    urgent: Sequence[Finding], before: States, after: States, was_production: bool
+    urgent: list[Finding], before: States, after: States, was_production: bool
 ) -> Iterator[Finding]:
     """The findings of priority 1 that the baseline had not, or could not have."""
     states = {name: then for name, _, then, now in persons_of(before, after) if now}
@@ -2582,8 +2577,8 @@ Person = tuple[str, str, "UserState | None", "UserState | None"]
 
 
 def persons_of(before: States, after: States) -> Iterator[Person]:
-    """Each user's name, earlier name, and state then and now (None: not there). Whoever is gone has
-    the earlier name. Root counts if both credential reports had it: it neither comes nor goes."""
+    """Each user's name (the last, if they are gone), earlier name, and state then and now. Root only
+    if both credential reports had it: root neither comes nor goes."""
     names, renamed = before.keys() | after.keys(), renamed_users(before, after)
     if ROOT not in before or ROOT not in after:
         names.discard(ROOT)
