@@ -2577,7 +2577,7 @@ Person = tuple[str, str, "UserState | None", "UserState | None"]
 
 
 def persons_of(before: States, after: States) -> Iterator[Person]:
-    """Each user's name (the last, if they are gone), earlier name, and state then and now. Root only
+    """Each user's name (if gone: the last), earlier name, and state then and now. Root counts only
     if both credential reports had it: root neither comes nor goes."""
     names, renamed = before.keys() | after.keys(), renamed_users(before, after)
     if ROOT not in before or ROOT not in after:
