@@ -2041,11 +2041,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        why = (
-            f"it lacks {error}"
-            if isinstance(error, KeyError)
-            else getattr(error, "strerror", error)
-        )
+        why = getattr(error, "strerror", None) or error
+        if isinstance(error, KeyError):
+            why = f"it lacks {error}"
         raise AuditError(f"Cannot read the earlier run's {path}: {why}") from None
 
 
@@ -2478,8 +2476,9 @@ class History:
         """Have this run alone. Raises AuditError if any of its files is damaged."""
         run = earlier_run(folder)
         if run.organization_id != self.organization_id:
-            other = run.organization_id
-            raise AuditError(f"--previous: {folder} is a run of organization {other}.")
+            raise AuditError(
+                f"--previous: {folder} is a run of organization {run.organization_id}."
+            )
         for account_id, account in run.accounts.items():
             if account.result == "audited":
                 self.held[account_id] = states_before(run, account_id)
@@ -2560,8 +2559,7 @@ def earlier_run(folder: Path) -> EarlierRun:
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
-    """An account in scope, or one out of scope, which has an ID and a name alone. Many runs have
-    the same texts: interned, a year of them fits into memory."""
+    """An account. Its texts are the same in many runs: interned, a year of them is some 50 MB."""
     name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
     if result in ("failed", "skipped", "out of scope"):
         return EarlierAccount(name, result)
@@ -2617,9 +2615,7 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
     return Baseline(None, {}, since, passed_over)
 
 
-def track_account(
-    tracking: Tracking, audited: AuditedAccount, urgent: Sequence[Finding] = ()
-) -> None:
+def track_account(tracking: Tracking, audited: AuditedAccount, urgent: list[Finding]) -> None:
     """Compare an account, and its findings of priority 1, with its baseline."""
     account, trail = audited.account, audited.trail
     baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)

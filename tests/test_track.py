@@ -749,7 +749,9 @@ def test_a_missing_root_row_is_neither_fixed_nor_new(base: Path, account_id: str
     bob = user("bob", key(DAY, key_id=key_id("BOB")), password=True)
     users = [bob] if account_id == TWO else [user(ROOT, password=True), bob]
     tracking = opened(base.parent)
-    iam_audit.track_account(tracking, audited(*users, account=Account(account_id, "one", "ACTIVE")))
+    iam_audit.track_account(
+        tracking, audited(*users, account=Account(account_id, "one", "ACTIVE")), []
+    )
     assert set(tracking.compared) == {account_id}
     assert (tracking.mfa_fixed, tracking.mfa_new) == (0, [])
 
@@ -762,7 +764,7 @@ def test_a_renamed_user_without_mfa_is_neither_fixed_nor_new(
     made = key(DAY, key_id=key_id("BOB" if name == "robert" else "NEW"))
     tracking = opened(base.parent)
     account = Account(THREE, "one", "ACTIVE")
-    iam_audit.track_account(tracking, audited(user(name, made, password=True), account=account))
+    iam_audit.track_account(tracking, audited(user(name, made, password=True), account=account), [])
     assert (tracking.mfa_fixed, len(tracking.mfa_new)) == figures
 
 

@@ -393,6 +393,21 @@ def test_each_file_of_an_earlier_run_is_read_once_and_few_before_the_audit(
     assert opened == {SUMMARY: 1, f"{TWO}.csv": 1}
 
 
+def test_with_cloudtrail_a_csv_is_read_once_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account's baseline says from when on CloudTrail is asked, and later what has changed."""
+    found = audited(user_value("ana"), account=Account(ONE, "name", "ACTIVE"))
+    write_run(tmp_path, [found])
+    history = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
+    tracking = iam_audit.open_tracking(history, None, Scope())
+    assert iam_audit.events_since(tracking, None, NOW + DAY, ONE) == NOW
+    monkeypatch.setattr(iam_audit, "read_states", None)
+    iam_audit.track_account(tracking, found, [])
+    assert set(tracking.compared) == {ONE}
+    assert tracking.baselines == {}  # its users are kept no longer
+
+
 # --- earlier runs that cannot be read ---------------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ before = spent()
 history = iam_audit.History(iam_audit.finished_runs(folder, CREATED), "o-test123456")
 tracking = iam_audit.open_tracking(history, None, iam_audit.Scope())
 for number in range(1000):
-    iam_audit.track_account(tracking, account(number))
+    iam_audit.track_account(tracking, account(number), [])
 seconds = spent() - before
 floors += floor()
 print(seconds, 2 * seconds / floors, peak_memory(), len(tracking.compared), len(tracking.changes))
