@@ -383,3 +383,11 @@ def again(program: Program, env: Mapping[str, str], reports: Path, *options: str
     result = Result(process.returncode, stdout, stderr, view)
     check_what_always_holds(result, env, verbose=False)
     return result
+
+
+def without_root(made: Json) -> Json:
+    """The account, with a credential report that lacks root."""
+    header, _, *rows = aws.credential_report({**aws.ACCOUNT_DEFAULTS, **made}, "aws", "Z").split(
+        "\n"
+    )
+    return {**made, "report": "\n".join([header, *rows])}

@@ -710,6 +710,11 @@ def test_iam_is_in_one_region_of_the_partition(partition: str, region: str) -> N
         assert found.verdict == verdict
 
 
+def test_in_a_partition_whose_region_for_iam_is_not_known_a_region_denial_is_partial() -> None:
+    region_denial = deny("*", {"StringEquals": {"aws:RequestedRegion": ["us-iso-east-1"]}})
+    assert judged(policy(region_denial), "new-keys-prevented", "aws-iso").verdict == PARTIAL
+
+
 # Service control policies that AWS documents, with the names of its pages and of its samples repository.
 AWS_EXAMPLES = [
     ("FullAWSAccess", {"Effect": "Allow", "Action": "*", "Resource": "*"}, ABSENT, ABSENT),

@@ -1258,6 +1258,17 @@ def test_under_nohup_a_lost_terminal_ends_nothing(serve: Serve, program: Program
     assert (result.exit_code, result.csvs) == (0, {ONE, TWO})
 
 
+def test_a_job_in_the_background_that_ignores_ctrl_c_goes_on(
+    serve: Serve, program: Program
+) -> None:
+    endpoint = serve(account(ONE, "one"), account(TWO, "two", report_delay=2))
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with program.start(endpoint.env(), preexec_fn=ignore) as (process, output_dir):
+        until(lambda: list(output_dir.glob(f"*/accounts/{ONE}.csv")))
+        result, _ = program.end(process, output_dir, signal.SIGINT, endpoint.env())
+    assert (result.exit_code, result.csvs) == (0, {ONE, TWO})
+
+
 def test_interrupted_while_the_sdk_is_loaded_there_is_no_traceback(
     serve: Serve, program: Program
 ) -> None:

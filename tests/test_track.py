@@ -511,6 +511,13 @@ RECORDS: dict[str, tuple[Json, dict[str, str]]] = {
         },
         {"user": ROOT, "actor": "root session (AssumeRoot)"},
     ),
+    "root's session by AssumeRoot, as a boolean": (
+        {
+            "requestParameters": None,
+            "userIdentity": {**OF_ROOT, "sessionContext": {"assumedRoot": True}},
+        },
+        {"user": ROOT, "actor": "root session (AssumeRoot)"},
+    ),
     "AWS's name for root": (
         {
             "requestParameters": {"userName": "AWS ROOT USER", "serialNumber": "x"},
@@ -801,6 +808,18 @@ RENAMES: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[Event]
         [renamed("ana", "bea"), happened("DeleteUser", 3, "bea")],
         ["ana||user-deleted||"],
     ),
+    "and deleted, and another takes the new name": (
+        {"ana": CONSOLE},
+        {"bea": CONSOLE},
+        [renamed("ana", "bea"), happened("DeleteUser", 3, "bea"), happened("CreateUser", 4, "bea")],
+        ["ana||user-deleted||", "bea||user-created||"],
+    ),
+    "in letter case alone": (
+        {"Ana": CONSOLE},
+        {"ana": CONSOLE},
+        [renamed("Ana", "ana")],
+        ["ana||user-renamed|Ana|ana"],
+    ),
     "by a change of the path alone": (
         {"ana": CONSOLE},
         {"bea": CONSOLE},
@@ -824,9 +843,12 @@ def test_a_renamed_user_is_the_same_user(name: str) -> None:
     assert ["|".join(change[2:7]) for change in found] == expected
     tracking = iam_audit.Tracking()
     iam_audit.track_mfa(tracking, ACCOUNT, persons)
-    gone = before.keys() if name in ("and deleted", "by a change of the path alone") else ()
-    assert tracking.mfa_fixed == len(gone)
-    assert len(tracking.mfa_new) == (name == "by a change of the path alone")
+    deleted = sum("user-deleted" in line for line in expected)
+    created = [line.partition("|")[0] for line in expected if "user-created" in line]
+    assert tracking.mfa_fixed == deleted
+    assert [each.user for each in tracking.mfa_new] == [
+        each for each in created if after[each].lacks_mfa
+    ]
 
 
 def test_a_rename_confirms_itself_in_any_letter_case() -> None:
@@ -862,3 +884,9 @@ def test_a_console_user_who_came_and_went(
         ("eve", "user-came-and-went")
     ] * expected
     assert all(iam_audit.with_witness(each, Trail()).witness == "confirmed" for each in found)
+
+
+def test_an_earlier_account_has_one_of_four_results() -> None:
+    entry = {"id": ONE, "name": "one", "result": "auditedd"}
+    with pytest.raises(ValueError, match="auditedd"):
+        iam_audit.earlier_account(entry)

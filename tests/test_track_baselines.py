@@ -35,6 +35,7 @@ from builders import (
     replaced,
     rewritten,
     summary_of,
+    without_root,
     write_run,
     written,
 )
@@ -265,6 +266,32 @@ def test_a_key_that_moved_with_its_user_is_not_new(nights: Nights) -> None:
         ["ana", "", "user-created"],
         ["ana.old", "", "user-renamed"],
     ]
+
+
+def test_a_key_of_root_is_new_though_the_last_report_lacked_roots_row(nights: Nights) -> None:
+    nights.run([account(ONE, "one", root=root())], days=2)
+    nights.run([without_root(account(ONE, "one"))], days=1)
+    fresh = root_key(active=False, last_rotated=ago(0.5))
+    result = nights.run([account(ONE, "one", root=root(keys=[fresh]))], "--fail-on", "new-keys")
+    assert (result.exit_code, new_keys(result)) == (4, ["<root_access_key_1>"])
+
+
+def test_a_key_that_came_and_went_while_an_account_failed_is_new(nights: Nights) -> None:
+    nights.run([account(ONE, "one", role="denied")], days=2)
+    made = {"user": "ana", "key": key_id("GONE")}
+    events = [event("CreateAccessKey", ago(1.5), **made), event("DeleteAccessKey", ago(1), **made)]
+    world = [account(ONE, "one", users=[user("ana")], events=events)]
+    result = nights.run(world, "--cloudtrail", "--fail-on", "new-keys")
+    assert (result.exit_code, new_keys(result)) == (4, [key_id("GONE")])
+
+
+def test_quiet_says_where_cloudtrail_could_not_be_asked(nights: Nights) -> None:
+    """Keys that came and went are not seen there."""
+    nights.run([account(ONE, "one")], days=1)
+    denied = rule("LookupEvents", ONE, error="AccessDeniedException", status=400)
+    result = nights.run([account(ONE, "one")], *QUIET, "--cloudtrail", rules=[denied])
+    assert "no witness in 1 account" in result.stdout
+    assert nights.run([account(ONE, "one")], *QUIET, "--cloudtrail").stdout == ""
 
 
 # --- scopes, formats, and how far back --------------------------------------------------------------------------------

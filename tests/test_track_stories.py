@@ -39,14 +39,13 @@ from builders import (
     rewritten,
     spoiled,
     summary_of,
+    without_root,
 )
 from conftest import Program, Result, Serve, screen
 from endpoint import (
-    ACCOUNT_DEFAULTS,
     Endpoint,
     Json,
     account,
-    credential_report,
     event,
     key,
     root,
@@ -405,12 +404,6 @@ ROOT_EVENTS = [
 ]
 MANAGED = event("CreateAccessKey", ago(0.5), user="boss", key=key_id("BOSS"))
 JOINED = event("CreateUser", ago(0.6), user="newcomer")
-
-
-def without_root(made: Json) -> Json:
-    """The account, with a credential report that lacks root."""
-    header, _, *rows = credential_report({**ACCOUNT_DEFAULTS, **made}, "aws", "Z").split("\n")
-    return {**made, "report": "\n".join([header, *rows])}
 
 
 def with_key(account_id: str, name: str, number: int, **options: Any) -> Json:
