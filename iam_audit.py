@@ -2713,18 +2713,19 @@ def renamed_users(before: States, after: States) -> dict[str, str]:
 
 def renamed_by_events(before: States, after: States, events: Iterable[Event]) -> dict[str, str]:
     """The old name by the new one, as CloudTrail tells. IAM knows a name in any letter case."""
-    current = {name: name.lower() for name in before}
+    current, moved = {name: name.lower() for name in before}, set[str]()
     for event in events:
         for name, now in current.items():
-            if now == event.user.lower() and event.name in ("UpdateUser", "DeleteUser"):
-                current[name] = event.new_name.lower() or (
-                    "" if event.name == "DeleteUser" else now
-                )
+            if now == event.user.lower() and event.name == "DeleteUser":
+                current[name] = ""
+            elif now == event.user.lower() and event.new_name:
+                current[name] = event.new_name.lower()
+                moved.add(name)
     present = {name.lower(): name for name in after}
     renamed = {}
-    for name, now in current.items():
-        if present.get(now, name) != name:
-            renamed[present[now]] = name
+    for name in moved:
+        if present.get(current[name], name) != name:
+            renamed[present[current[name]]] = name
     return renamed
 
 
