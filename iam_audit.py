@@ -38,7 +38,7 @@ file: it is reported as failed, with the reason.
 Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,500 lines.
 Nothing else opens a connection.
   run        the story, from the command line to the files, the summary and the exit code
-  data       what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
+  data       what several sections share: Account, User, Credential, the outcomes, Plan, Run
   AWS        permissions with their reasons; every network call, its credentials, pace and retries
   audit      one account, from AssumeRole to its users; all accounts concurrently
   files      rows, cells, atomic writing, reading a run back
@@ -107,9 +107,7 @@ from botocore.credentials import Credentials, RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
-# --------------------------------------------------------------------------------------------------
-# Run: the story, from the command line to the files, the summary and the exit code
-# --------------------------------------------------------------------------------------------------
+# === Run: the story, from the command line to the files, the summary and the exit code ===========
 
 EXIT_OK = 0
 EXIT_NOT_DONE = 1
@@ -365,20 +363,18 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# --------------------------------------------------------------------------------------------------
-# Data: what several sections share: Account, User, AccessKey, the outcomes, Plan, Run
-# --------------------------------------------------------------------------------------------------
+# === Data: what several sections share: Account, User, Credential, the outcomes, Plan, Run =======
 
 VERSION = "1.0.0"
 TERMINAL_WIDTH = 100
 MOST_URGENT, LEAST_URGENT = 1, 7  # priorities of findings
 
 ROOT = "<root_account>"  # its name in the credential report
-ROOT_ACCESS_KEYS = (
-    "<root_access_key_1>",
-    "<root_access_key_2>",
-)  # the report does not give their IDs
-NOT_APPLICABLE = "N/A"
+ROOT_ACCESS_KEYS = ("<root_access_key_1>", "<root_access_key_2>")  # the report has no IDs
+CERTIFICATES = ("<signing_certificate_1>", "<signing_certificate_2>")  # nor of these
+NOT_APPLICABLE, UNKNOWN = "N/A", "unknown"
+KINDS = ("access-key", "api-key", "service-password", "signing-certificate")
+ACCESS_KEY, API_KEY, SERVICE_PASSWORD, SIGNING_CERTIFICATE = KINDS
 
 CLOUDTRAIL_KEEPS = timedelta(days=90)
 
@@ -388,37 +384,53 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Account:
-    """An account. `path` is its place, `o-.../r-.../ou-.../ID/`; None if AWS did not give it."""
+    """An account. `path` is its place, `o-.../r-.../ou-.../ID/`; None if AWS did not give it. `ou`
+    has the names of its OUs from the root down, `Workloads/Prod`; an unread name is the OU's ID."""
 
     id: str
     name: str
     state: str
     path: str | None = None
+    email: str = ""
+    ou: str = ""
 
 
 @dataclass(frozen=True)
-class AccessKey:
-    """An access key. If it was never used, `last_used` is None and `service_name` is N/A."""
+class Credential:
+    """A long-term credential other than a password, of one of KINDS.
+
+    If an access key was never used, `last_used` is None and `service_name` is N/A. Of the other
+    kinds AWS does not tell the last use. Only API keys and passwords for services can expire.
+    """
 
     id: str
     status: str
     created: datetime
     last_used: datetime | None
     service_name: str
+    kind: str = ACCESS_KEY
+    expires: datetime | None = None
 
 
 @dataclass(frozen=True)
 class User:
-    """An IAM user, or root. `mfa` has the kinds of their MFA devices.
+    """An IAM user, or root. `mfa` has the kinds of their MFA devices, `keys` the access keys.
 
-    `password_last_used` is None if there is no password or it was never used.
+    `password_last_used` is None if there is no password or it was never used. `owner` is a tag of
+    the user or else the account's e-mail address; `administrator` is true, false or unknown.
+    `exposed`: AWS has found one of their keys in public.
     """
 
     name: str
     password: bool
     password_last_used: datetime | None
     mfa: tuple[str, ...]
-    keys: tuple[AccessKey, ...]
+    keys: tuple[Credential, ...]
+    others: tuple[Credential, ...] = ()
+    password_changed: datetime | None = None
+    owner: str = ""
+    administrator: str = UNKNOWN
+    exposed: bool = False
 
 
 class Event(NamedTuple):
@@ -449,13 +461,15 @@ class Trail:
 class AuditedAccount:
     """An account that was read in full: root first, if it is in the report, then the users by name.
 
-    `trail` is None if CloudTrail was not asked.
+    `trail` is None if CloudTrail was not asked. `not_checked` has the error codes of the operations
+    that were denied without failing the account: nothing may be claimed of what they read.
     """
 
     account: Account
     report_generated: datetime
     users: tuple[User, ...]
     trail: Trail | None = None
+    not_checked: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -510,6 +524,7 @@ class Scope:
     exclude: frozenset[str] = frozenset()
     ous: frozenset[str] = frozenset()
     include_management: bool = False
+    exclude_ous: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -540,6 +555,8 @@ class Plan:
     event_names: tuple[str, ...]  # what CloudTrail is asked for
     # From when on CloudTrail is asked in the account of that ID; None: it is not asked
     events_since: Callable[[str], datetime] | None
+    max_unused: timedelta = timedelta(days=90)
+    owner_tags: tuple[str, ...] = ()
 
 
 @dataclass
@@ -560,6 +577,7 @@ class Run:
     findings: list[Finding] = field(default_factory=list)
     trails: list[tuple[Account, Trail]] = field(default_factory=list)
     controls: dict[str, Mapping[str, Control]] = field(default_factory=dict)
+    ous_why_not: str = ""  # why some OUs have no names
 
 
 @dataclass
@@ -638,9 +656,7 @@ def clock(span: timedelta) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-# --------------------------------------------------------------------------------------------------
-# AWS: permissions with their reasons; every network call, its credentials, pace and retries
-# --------------------------------------------------------------------------------------------------
+# === AWS: permissions with their reasons; every network call, its credentials, pace and retries ==
 
 # Each action with the reason for it, as in README.md
 ROLE_READS = {
@@ -1413,9 +1429,7 @@ def frames_of(error: BaseException) -> list[str]:
     return "".join(traceback.format_tb(error.__traceback__)).splitlines()
 
 
-# --------------------------------------------------------------------------------------------------
-# Audit: one account, from AssumeRole to its users; all accounts concurrently
-# --------------------------------------------------------------------------------------------------
+# === Audit: one account, from AssumeRole to its users; all accounts concurrently =================
 
 ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
 # IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
@@ -1792,7 +1806,7 @@ async def read_user_once(
     return User(name, password, password_last_used if password else None, mfa, keys)
 
 
-async def read_access_keys(session: AccountSession, user_name: str) -> tuple[AccessKey, ...]:
+async def read_access_keys(session: AccountSession, user_name: str) -> tuple[Credential, ...]:
     """The user's keys, without those that a later ListAccessKeys lacks."""
     keys = []
     for entry in await list_access_keys(session, user_name):
@@ -1800,7 +1814,7 @@ async def read_access_keys(session: AccountSession, user_name: str) -> tuple[Acc
         found = await read_last_used(session, user_name, key_id)
         if found is not None:
             last_used, service_name = found
-            keys.append(AccessKey(key_id, entry["Status"], created, last_used, service_name))
+            keys.append(Credential(key_id, entry["Status"], created, last_used, service_name))
     return by_creation(keys)
 
 
@@ -1822,7 +1836,7 @@ async def read_last_used(session: AccountSession, user_name: str, key_id: str) -
     return None
 
 
-def by_creation(keys: Iterable[AccessKey]) -> tuple[AccessKey, ...]:
+def by_creation(keys: Iterable[Credential]) -> tuple[Credential, ...]:
     return tuple(sorted(keys, key=lambda key: (key.created, key.id)))
 
 
@@ -1854,7 +1868,7 @@ async def read_root(session: AccountSession, row: ReportRow) -> User:
     return User(ROOT, password, last_used, mfa, by_creation(keys))
 
 
-def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
+def root_access_key(row: ReportRow, slot: int) -> Credential | None:
     """Root's access key in that slot.
 
     `active` is false for no key too: only `last_rotated`, the creation date, tells them apart.
@@ -1868,7 +1882,7 @@ def root_access_key(row: ReportRow, slot: int) -> AccessKey | None:
     last_used = report_date(row, f"access_key_{slot}_last_used_date")
     service = row[f"access_key_{slot}_last_used_service"] if last_used else NOT_APPLICABLE
     status = "Active" if active else "Inactive"
-    return AccessKey(ROOT_ACCESS_KEYS[slot - 1], status, created, last_used, service)
+    return Credential(ROOT_ACCESS_KEYS[slot - 1], status, created, last_used, service)
 
 
 async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
@@ -1885,9 +1899,7 @@ async def read_trail(session: AccountSession, names: Sequence[str], since: datet
     return Trail(tuple(sorted(events)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Files: rows, cells, atomic writing, reading a run back
-# --------------------------------------------------------------------------------------------------
+# === Files: rows, cells, atomic writing, reading a run back ======================================
 
 PASSWORD_SET, PASSWORD_NOT_SET, PASSWORD_NEVER_USED = "Configurada", "No configurada", "Nunca"
 KEY_NEVER_USED, NO_MFA = "Nunca utilizada", "None"
@@ -2093,9 +2105,7 @@ def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
     return states
 
 
-# --------------------------------------------------------------------------------------------------
-# Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument
-# --------------------------------------------------------------------------------------------------
+# === Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument ============
 
 
 class OldestKey(NamedTuple):
@@ -2312,7 +2322,7 @@ class Finding(NamedTuple):
     account: Account
     production: bool
     user: str
-    key: AccessKey | None
+    key: Credential | None
     password_last_used: datetime | None
     rules: tuple[Rule, ...]
 
@@ -2398,9 +2408,7 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
     return MOVE + step if in_use else step[0].upper() + step[1:]
 
 
-# --------------------------------------------------------------------------------------------------
-# Track: each account against the newest run that audited it, with CloudTrail as a witness
-# --------------------------------------------------------------------------------------------------
+# === Track: each account against the newest run that audited it, with CloudTrail as a witness ====
 
 CHANGES_COLUMNS = (
     *("account_id", "account_name", "username", "access_key_id", "change", "before", "after"),
@@ -2891,9 +2899,7 @@ def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
         yield (*where, iso(event.time), event.name, event.user, event.key_id, *who)
 
 
-# --------------------------------------------------------------------------------------------------
-# Enforce: what the organization's policies already prevent
-# --------------------------------------------------------------------------------------------------
+# === Enforce: what the organization's policies already prevent ===================================
 
 MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
 CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
@@ -3346,9 +3352,7 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-# --------------------------------------------------------------------------------------------------
-# Terminal: the summary for stdout and for mail, summary.json; values in, text out
-# --------------------------------------------------------------------------------------------------
+# === Terminal: the summary for stdout and for mail, summary.json; values in, text out ============
 
 FINDINGS_SHOWN = 10
 ACCOUNTS_SHOWN = 5
@@ -4005,9 +4009,7 @@ def new_keys(run: Run) -> list[Change]:
     return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
 
 
-# --------------------------------------------------------------------------------------------------
-# Documents: what --print prints
-# --------------------------------------------------------------------------------------------------
+# === Documents: what --print prints ==============================================================
 
 DOCUMENTS = {
     "caller-policy": "IAM policy of the profile",
@@ -4157,9 +4159,7 @@ def grant(principal: Mapping[str, Any], action: str, **more: Any) -> dict[str, A
     return {"Effect": "Allow", "Principal": principal, "Action": action, **more}
 
 
-# --------------------------------------------------------------------------------------------------
-# Options: the command line, its validators and help; the progress line
-# --------------------------------------------------------------------------------------------------
+# === Options: the command line, its validators and help; the progress line =======================
 
 # prod, prd, production or live as a word of its own (prod2 too), but not after no, non, not or pre
 DEFAULT_PRODUCTION = (

@@ -30,10 +30,10 @@ from hypothesis import strategies as st
 import iam_audit
 from iam_audit import (
     ROOT,
-    AccessKey,
     Account,
     AuditedAccount,
     Caller,
+    Credential,
     Enforcement,
     FailedAccount,
     Organization,
@@ -92,14 +92,14 @@ def key(
     *,
     status: str = "Active",
     key_id: str = "AKIA0000000000000001",
-) -> AccessKey:
+) -> Credential:
     """A key created that long ago and last used that long ago (None: never)."""
     if unused is None:
-        return AccessKey(key_id, status, NOW - old, None, "N/A")
-    return AccessKey(key_id, status, NOW - old, NOW - unused, "s3")
+        return Credential(key_id, status, NOW - old, None, "N/A")
+    return Credential(key_id, status, NOW - old, NOW - unused, "s3")
 
 
-def user(name: str, *keys: AccessKey, password: bool = False, mfa: Iterable[str] = ()) -> User:
+def user(name: str, *keys: Credential, password: bool = False, mfa: Iterable[str] = ()) -> User:
     return User(name, password, None, tuple(mfa), keys)
 
 
@@ -174,7 +174,7 @@ def organizations(
     """Accounts of all outcomes; IDs of accounts and keys, and an account's user names, are unique as AWS's are."""
     numbers = itertools.count(1)
 
-    def a_key() -> AccessKey:
+    def a_key() -> Credential:
         old = draw(SPANS)
         unused = draw(st.none() | SPANS)
         status = draw(st.sampled_from(["Active", "Active", "Inactive", "Expired"]))

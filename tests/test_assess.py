@@ -46,11 +46,11 @@ from iam_audit import (
     LEVELS,
     NOT_STARTED,
     ROOT,
-    AccessKey,
     Account,
     AccountFigures,
     AuditedAccount,
     Caller,
+    Credential,
     Finding,
     Gaps,
     OldestKey,
@@ -194,7 +194,7 @@ YEAR = {**OLD, "active_keys_older_than_1_year": 1}
 RECENT = {**ONE, "active_keys_used_within_30_days": 1}
 IDLE = {**ONE, **OLD, "active_keys_not_used_for_90_days": 1}
 
-KEY_GAPS: dict[str, tuple[AccessKey, dict[str, int]]] = {
+KEY_GAPS: dict[str, tuple[Credential, dict[str, int]]] = {
     "new, never used": (key(timedelta(0)), NEVER),
     "90 days, never used": (key(90 * DAY), NEVER),
     "90 days and a second, never used": (key(90 * DAY + SECOND), {**NEVER, **OLD}),
@@ -226,7 +226,7 @@ KEY_GAPS: dict[str, tuple[AccessKey, dict[str, int]]] = {
 
 
 @pytest.mark.parametrize(("one", "expected"), KEY_GAPS.values(), ids=KEY_GAPS)
-def test_what_a_key_adds_to_the_gaps(one: AccessKey, expected: dict[str, int]) -> None:
+def test_what_a_key_adds_to_the_gaps(one: Credential, expected: dict[str, int]) -> None:
     assert counted(gaps(user("alice", one))) == expected
 
 
@@ -448,7 +448,7 @@ def test_the_order_of_the_levels_is_the_models() -> None:
 MAX_AGE, IN_USE = "older than 90 days", "used within 30 days"
 YEAR_OLD, UNUSED, NEVER_USED = "older than 1 year", "not used for 90 days", "never used"
 
-KEY_FINDINGS: dict[str, tuple[AccessKey, tuple[int, str, set[str]] | None]] = {
+KEY_FINDINGS: dict[str, tuple[Credential, tuple[int, str, set[str]] | None]] = {
     "new, never used": (key(timedelta(0)), None),
     "90 days, never used": (key(90 * DAY), None),
     "90 days and a second, never used": (
@@ -505,7 +505,7 @@ KEY_FINDINGS: dict[str, tuple[AccessKey, tuple[int, str, set[str]] | None]] = {
 @pytest.mark.parametrize("account", [SANDBOX, PAYMENTS], ids=["other", "production"])
 @pytest.mark.parametrize(("one", "expected"), KEY_FINDINGS.values(), ids=KEY_FINDINGS)
 def test_what_is_found_about_a_key(
-    account: Account, one: AccessKey, expected: tuple[int, str, set[str]] | None
+    account: Account, one: Credential, expected: tuple[int, str, set[str]] | None
 ) -> None:
     """One finding at most, under its most urgent name, with all reasons; production changes nothing about it."""
     found = findings(audited(user("alice", one), account=account))
@@ -520,7 +520,7 @@ def test_what_is_found_about_a_key(
 
 @pytest.mark.parametrize(("one", "expected"), KEY_FINDINGS.values(), ids=KEY_FINDINGS)
 def test_a_key_of_root_is_urgent_whatever_its_status(
-    one: AccessKey, expected: tuple[int, str, set[str]] | None
+    one: Credential, expected: tuple[int, str, set[str]] | None
 ) -> None:
     """Whatever else holds for it stays among the reasons."""
     (found,) = findings(audited(user(ROOT, one)))
@@ -602,7 +602,7 @@ def test_a_user_and_his_keys_are_findings_of_their_own() -> None:
     ],
 )
 def test_max_key_age_moves_one_rule_and_no_other(
-    days: str, one: AccessKey, expected: tuple[int, set[str]] | None
+    days: str, one: Credential, expected: tuple[int, set[str]] | None
 ) -> None:
     found = findings(audited(user("alice", one)), "--max-key-age", days)
     assert [
@@ -903,7 +903,7 @@ def test_any_name_is_one_argument(shell: Shell, name: str) -> None:
         (key(DAY, DAY, status="Expired"), "Delete"),
     ],
 )
-def test_the_next_step_for_a_key(one: AccessKey, first: str) -> None:
+def test_the_next_step_for_a_key(one: Credential, first: str) -> None:
     text = only_row(audited(user("alice", one)))["recommendation"]
     assert text.split()[0] == first
     assert SANDBOX.id in text
@@ -987,7 +987,7 @@ def all_users(outcomes: Iterable[Outcome]) -> list[tuple[Account, User]]:
     ]
 
 
-def all_keys(outcomes: Iterable[Outcome]) -> list[tuple[Account, User, AccessKey]]:
+def all_keys(outcomes: Iterable[Outcome]) -> list[tuple[Account, User, Credential]]:
     return [(account, one, each) for account, one in all_users(outcomes) for each in one.keys]
 
 

@@ -42,11 +42,10 @@ NETWORK = {"boto3", "botocore", "socket", "ssl", "urllib", "urllib3", "http"}
 
 def sections() -> dict[str, int]:
     """The line of each section's banner by the section's name."""
-    rule = "# " + "-" * 98
     found = {}
-    for number, line in enumerate(LINES):
-        if line == rule and LINES[number + 2] == rule:
-            found[LINES[number + 1].removeprefix("# ").partition(":")[0]] = number + 2
+    for number, line in enumerate(LINES, 1):
+        if line.startswith("# === "):
+            found[line.removeprefix("# === ").partition(":")[0]] = number
     return {name if name == "AWS" else name.lower(): number for name, number in found.items()}
 
 

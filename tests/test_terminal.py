@@ -45,9 +45,9 @@ from iam_audit import (
     GAP_COUNTS,
     LEVELS,
     ROOT,
-    AccessKey,
     Account,
     AuditedAccount,
+    Credential,
     FailedAccount,
     Gaps,
     Outcome,
@@ -360,7 +360,7 @@ def test_long_names_are_cut_and_key_ids_are_not() -> None:
 
 @pytest.mark.parametrize("one", [one for one, _ in KEY_FINDINGS.values()], ids=list(KEY_FINDINGS))
 @pytest.mark.parametrize("name", [ROOT, "alice"])
-def test_reasons_are_never_cut(name: str, one: AccessKey) -> None:
+def test_reasons_are_never_cut(name: str, one: Credential) -> None:
     """Not even where all of them apply; root's keys have short names, their reasons are long."""
     key_id = "<root_access_key_1>" if name == ROOT else one.id
     found = run_of([audited(user(name, dataclasses.replace(one, id=key_id)))])

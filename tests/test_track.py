@@ -272,7 +272,7 @@ names = st.text(st.sampled_from("='+-@,.\"\\\t abC"), min_size=1, max_size=6).fi
 )
 moments = st.datetimes(datetime(2015, 1, 1), datetime(2030, 1, 1), timezones=st.just(timezone.utc))
 keys = st.builds(
-    iam_audit.AccessKey,
+    iam_audit.Credential,
     st.text("ABC1", min_size=16, max_size=20),
     st.sampled_from(["Active", "Inactive", "Expired"]),
     moments,

@@ -31,7 +31,7 @@ def people():
     yield iam_audit.User(iam_audit.ROOT, False, None, (), ())
     for n in range(50):
         made = [f"AKIA{n:010}{k}{int((n, k) == (7, 0)):05}" for k in range(n % 3)]
-        keys = tuple(iam_audit.AccessKey(key_id, "Active", CREATED, None, "N/A") for key_id in made)
+        keys = tuple(iam_audit.Credential(key_id, "Active", CREATED, None, "N/A") for key_id in made)
         yield iam_audit.User(f"person-number-{n:03}", n % 2 == 0, None, ("Virtual",) * (n % 4 // 2), keys)
 
 def account(number):
