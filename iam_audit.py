@@ -109,12 +109,8 @@ from botocore.parsers import ResponseParserError
 
 # === Run: the story, from the command line to the files, the summary and the exit code ===========
 
-EXIT_OK = 0
-EXIT_NOT_DONE = 1
-EXIT_USAGE = 2  # argparse's own
-EXIT_ACCOUNTS_FAILED = 3
-EXIT_FAIL_ON = 4
-EXIT_FAILED_AND_FAIL_ON = 5
+EXIT_OK, EXIT_NOT_DONE, EXIT_USAGE = 0, 1, 2  # 2 is argparse's own
+EXIT_ACCOUNTS_FAILED, EXIT_FAIL_ON, EXIT_FAILED_AND_FAIL_ON = 3, 4, 5
 EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
 CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account that no earlier run can tell about
@@ -134,9 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             role = options.role or DEFAULT_ROLE
             show(print_document(options.document, role, options.exempt_role))
             return EXIT_OK
-    except Interrupted as stop:
-        complain(f"iam_audit.py: stopped by {stop}; the CSVs finished so far are kept.")
-        return EXIT_SIGNAL + stop.signum
+    except KeyboardInterrupt as stop:
+        received = signal.Signals(stop.args[0])
+        complain(f"iam_audit.py: stopped by {received.name}; the finished CSV files are kept.")
+        return EXIT_SIGNAL + received
     except Exception as error:
         if options.verbose:
             complain(*frames_of(error))
@@ -151,6 +148,8 @@ def run_audit(options: Any, started: datetime) -> int:
         aws = connect(open_session(options.profile), options.workers)
         organization = describe_organization(aws)
         history = History(finished_runs(folder.parent, started), organization.id)
+        if options.retry_failed:
+            options.accounts = failed_before(history, options)
         tracking = open_tracking(history, options.previous, scope_of(options))
         plan = plan_of(options, aws.caller, organization, tracking, started)
         run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
@@ -165,13 +164,26 @@ def run_audit(options: Any, started: datetime) -> int:
     return exit_code(run, options.fail_on)
 
 
+def failed_before(history: History, options: Any) -> frozenset[str]:
+    """The accounts that failed in the newest finished run. If there are none, the program ends."""
+    nothing = AuditError(f"--retry-failed: {options.output_dir} has no run of this organization.")
+    newest = next(iter(history), nothing)
+    if isinstance(newest, AuditError):
+        raise newest
+    failed = [one for one, account in newest.accounts.items() if account.result == "failed"]
+    if not failed:
+        if not options.quiet:
+            show(f"No account failed in {newest.folder}: there is nothing to retry.\n")
+        raise SystemExit(EXIT_OK)
+    return frozenset(failed)
+
+
 def plan_of(
     options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
     """The options, resolved for this organization."""
-    reads = [*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())]
     own_account = caller.account if caller.account == organization.management_account else None
-    policy = session_policy(reads)
+    policy = session_policy([*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())])
     asked_since = functools.partial(events_since, tracking, options.since, started)
     return Plan(
         role=Role(options.role, caller.partition, policy, options.external_id, own_account),
@@ -182,6 +194,9 @@ def plan_of(
         max_key_age=options.max_key_age,
         event_names=EVENT_NAMES,
         events_since=asked_since if options.cloudtrail else None,
+        max_unused=options.max_unused,
+        owner_tags=options.owner_tag,
+        exceptions=options.exceptions,
     )
 
 
@@ -198,7 +213,8 @@ def events_since(
 
 
 def scope_of(options: Any) -> Scope:
-    return Scope(options.accounts, options.exclude, options.ou, options.include_management)
+    scope = Scope(options.accounts, options.exclude, options.ou, options.include_management)
+    return replace(scope, exclude_ous=options.exclude_ou, retry_failed=options.retry_failed)
 
 
 async def audit_into(run: Run, aws: Aws, options: Any) -> None:
@@ -209,8 +225,7 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     def finish(outcome: Outcome) -> None:
         """Write the account's CSV file at once; nothing else keeps its users."""
         if isinstance(outcome, AuditedAccount):
-            path = account_csv(run.folder, outcome.account.id)
-            write_csv(path, CSV_COLUMNS, rows_of(outcome))
+            write_csv(account_csv(run.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
         keep(run, outcome)
         progress.failed = len(run.failed)
         progress.done = len(run.audited) + len(run.failed)
@@ -219,10 +234,11 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
             warn_of_role(run, status)
 
     enforcement = asyncio.create_task(read_enforcement(aws, run.organization))
-    with status.drawing():
-        await audit_organization(aws, run, progress, finish, status.log)
-        run.enforcement = await enforcement
-        await apply_enforcement(aws, run)
+    drawing = asyncio.create_task(status.draw())  # after an error, asyncio.run cancels it
+    await audit_organization(aws, run, progress, finish, status.log)
+    run.enforcement = await enforcement
+    await apply_enforcement(aws, run)
+    drawing.cancel()
     raise_phase1_levels(run)
 
 
@@ -256,8 +272,8 @@ def warn_of_role(run: Run, status: Status) -> None:
 def raise_phase1_levels(run: Run) -> None:
     """Phase 1 is Advanced in an account only if a policy also requires MFA there."""
     for index, figures in enumerate(run.audited):
-        verdict = run.controls[figures.account.id][MFA_REQUIRED].verdict
-        level = phase1_level(figures.gaps, mfa_enforced=verdict == ENFORCED)
+        enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
+        level = phase1_level(figures.gaps, mfa_enforced=enforced)
         run.audited[index] = replace(figures, phase1=level)
 
 
@@ -303,20 +319,10 @@ if hasattr(signal, "SIGHUP"):  # Windows has none
     SIGNALS.append(signal.SIGHUP)
 
 
-class Interrupted(KeyboardInterrupt):
-    """One of SIGNALS was received."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn a signal into Interrupted, after the event loop's tasks are cancelled.
-
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
-    """
+    """Turn a signal into KeyboardInterrupt with its number, after the event loop's tasks are
+    cancelled. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
     received: list[int] = []
 
     def interrupt(signum: int, _frame: Any) -> None:
@@ -326,26 +332,22 @@ def interruptible() -> Iterator[None]:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            raise Interrupted(signum) from None
-        loop.call_soon_threadsafe(cancel_all_tasks, loop)
+            raise KeyboardInterrupt(signum) from None
+        for task in asyncio.all_tasks(loop):
+            loop.call_soon_threadsafe(task.cancel)
 
-    handlers = {each: signal.getsignal(each) for each in SIGNALS}
+    handlers = dict(zip(SIGNALS, map(signal.getsignal, SIGNALS)))
     for each, handler in handlers.items():
         if handler != signal.SIG_IGN:
             signal.signal(each, interrupt)
     try:
         yield
     except asyncio.CancelledError:
-        raise Interrupted(received[0]) from None
+        raise KeyboardInterrupt(received[0]) from None
     finally:
         if not received:  # otherwise all stay ignored while the interpreter shuts down
             for each, handler in handlers.items():
                 signal.signal(each, handler)
-
-
-def cancel_all_tasks(loop: asyncio.AbstractEventLoop) -> None:
-    for task in asyncio.all_tasks(loop):
-        task.cancel()
 
 
 def complain(*lines: str) -> None:
@@ -525,6 +527,7 @@ class Scope:
     ous: frozenset[str] = frozenset()
     include_management: bool = False
     exclude_ous: frozenset[str] = frozenset()
+    retry_failed: bool = False  # some of `accounts` may have left the organization
 
 
 @dataclass(frozen=True)
@@ -557,6 +560,7 @@ class Plan:
     events_since: Callable[[str], datetime] | None
     max_unused: timedelta = timedelta(days=90)
     owner_tags: tuple[str, ...] = ()
+    exceptions: tuple[KnownException, ...] = ()
 
 
 @dataclass
@@ -1465,7 +1469,7 @@ async def accounts_to_consider(
     aws: Aws, organization: Organization, scope: Scope, progress: Progress
 ) -> AsyncIterator[Account]:
     """The accounts as they are listed; all at the end if the scope must be checked first."""
-    listed, must_check = [], bool(scope.accounts or scope.ous)
+    listed, must_check = [], scope != Scope(include_management=scope.include_management)
     async for account in list_accounts(aws):
         if left_out_outcome(account, organization, scope) is None:
             progress.listed += 1
@@ -1482,27 +1486,30 @@ async def accounts_to_consider(
 
 def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Account]) -> None:
     """Raise AuditError for what does not exist: without it, the audit would look complete."""
-    by_id = {account.id: account for account in accounts}
-    if unknown := scope.accounts - by_id.keys():
-        ids = ", ".join(sorted(unknown))
-        raise AuditError(f"--accounts: not in organization {organization.id}: {ids}")
-    management = organization.management_account
-    if management in scope.accounts and not scope.include_management:
-        hint = "add --include-management."
-        raise AuditError(f"--accounts: {management} is the management account: {hint}")
-    if not scope.ous:
-        return
-    places = set[str]()
+    by_id, places = {account.id: account for account in accounts}, set[str]()
     for account in accounts:
-        if account.path is None:
-            raise sdk_too_old("Paths for --ou")
-        places.update(account.path.split("/"))
-    if unknown := scope.ous - places:
-        ids = ", ".join(sorted(unknown))
-        raise AuditError(f"--ou: no account of organization {organization.id} lies below {ids}")
-    for account_id in sorted(scope.accounts):
-        if not is_below(by_id[account_id], scope.ous):
-            raise AuditError(f"--accounts: not below --ou: {account_id}")
+        if account.path is None and (scope.ous or scope.exclude_ous):
+            raise sdk_too_old("Paths for --ou and --exclude-ou")
+        places.update((account.path or "").split("/"))
+    nowhere = f"not in organization {organization.id}"
+    must_exist = frozenset() if scope.retry_failed else scope.accounts
+    unknown = {
+        f"--accounts: {nowhere}": must_exist - by_id.keys(),
+        f"--exclude: {nowhere}": scope.exclude - by_id.keys(),
+        f"--ou: {nowhere}, or without accounts": scope.ous - places,
+        f"--exclude-ou: {nowhere}, or without accounts": scope.exclude_ous - places,
+    }
+    for what, ids in unknown.items():
+        if ids:
+            raise AuditError(f"{what}: {', '.join(sorted(ids))}")
+    for account_id in sorted((scope.accounts - scope.exclude) & by_id.keys()):
+        if account_id == organization.management_account and not scope.include_management:
+            option = "--retry-failed" if scope.retry_failed else "--accounts"
+            hint = "is the management account: add --include-management."
+            raise AuditError(f"{option}: {account_id} {hint}")
+        left_out = left_out_outcome(by_id[account_id], organization, scope)
+        if isinstance(left_out, OutOfScopeAccount) and not scope.retry_failed:
+            raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account_id}")
 
 
 def is_below(account: Account, ous: frozenset[str]) -> bool:
@@ -1518,6 +1525,7 @@ def left_out_outcome(
         and (not scope.accounts or account.id in scope.accounts)
         and (not scope.ous or is_below(account, scope.ous))
         and account.id not in scope.exclude
+        and not is_below(account, scope.exclude_ous)
     )
     if not in_scope:
         return OutOfScopeAccount(account)
@@ -2540,9 +2548,11 @@ def open_tracking(history: History, named: Path | None, scope: Scope) -> Trackin
 
 
 def scope_document(scope: Scope) -> dict[str, Any]:
-    """The scope as summary.json has it."""
+    """The scope as summary.json has it. Earlier versions wrote no `exclude_ous`."""
     names, ids = ("accounts", "exclude", "ous"), (scope.accounts, scope.exclude, scope.ous)
-    return {**dict(zip(names, map(sorted, ids))), "include_management": scope.include_management}
+    left_out = {"exclude_ous": sorted(scope.exclude_ous)} if scope.exclude_ous else {}
+    named = dict(zip(names, map(sorted, ids)))
+    return {**named, **left_out, "include_management": scope.include_management}
 
 
 def earlier_run(folder: Path) -> EarlierRun:
@@ -4166,6 +4176,7 @@ DEFAULT_PRODUCTION = (
     r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
     r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
 )
+DEFAULT_OWNER_TAGS = "owner,Owner,team,Team,contact,email"
 DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
 HELP_EPILOG = f"""\
 examples:
@@ -4196,134 +4207,139 @@ class FailOn(NamedTuple):
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser()
     options = parser.parse_args(argv)
-    if options.role is None and options.document is None:
+    exempt, document = options.exempt_role, options.document
+    if not options.role and not document:
         parser.error("the following arguments are required: --role")
-    if options.exempt_role and options.document != "scp-deny-access-keys":
-        parser.error("argument --exempt-role: it goes with --print scp-deny-access-keys")
-    roles = "".join([*options.exempt_role, options.role or ""])
-    if options.document and re.search(r"[*?$]", roles):
-        what = "in a policy, * ? and $ in the path of a role would stand for other roles"
-        parser.error(f"argument --print: {what}")
-    if options.exempt_role:
-        length = len(print_document(options.document, "", options.exempt_role))
-        what = f"a policy of {length:,} characters, and an SCP has at most {SCP_LONGEST:,}"
-        if length > SCP_LONGEST:
-            parser.error(f"argument --exempt-role: {what}")
-    if both := options.accounts & options.exclude:
-        parser.error(f"argument --exclude: {', '.join(sorted(both))} is in --accounts too")
+    if exempt and document != "scp-deny-access-keys":
+        parser.error("argument --exempt-role: use it with --print scp-deny-access-keys")
+    if document and re.search(r"[*?$]", "".join([*exempt, options.role or ""])):
+        parser.error("argument --print: in a policy, *, ? and $ would stand for other roles")
+    if len(print_document("scp-deny-access-keys", "", exempt)) > SCP_LONGEST:
+        parser.error(f"argument --exempt-role: too many; an SCP has {SCP_LONGEST:,} characters")
+    if both := options.accounts & options.exclude | options.ou & options.exclude_ou:
+        parser.error(f"cannot be both audited and left out: {', '.join(sorted(both))}")
+    if options.retry_failed and options.accounts:
+        parser.error("argument --retry-failed: not allowed with argument --accounts")
     if options.since and not options.cloudtrail:
-        parser.error("argument --since: it goes with --cloudtrail")
+        parser.error("argument --since: use it with --cloudtrail")
+    options.workers = options.workers or 32  # FIXME: until Threads takes 0 for auto
     return options
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH)
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH)
     # fmt: off
     parser = argparse.ArgumentParser(
-        prog="iam_audit.py", epilog=HELP_EPILOG, formatter_class=formatter, allow_abbrev=False,
-        description="Write down every IAM user, password, access key and MFA device of an AWS "
-                    "organization.")
+        prog="iam_audit.py", epilog=HELP_EPILOG, formatter_class=layout, allow_abbrev=False,
+        description="List the users and long-term credentials of an AWS organization.")
     parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
     add = parser.add_argument_group("access").add_argument
-    add("--profile", metavar="NAME", type=parse_name,
-        help="AWS profile of the management account or of a delegated administrator "
-             "(default: the SDK's default credential chain)")
+    add("--profile", metavar="NAME", type=parse_name, help="AWS profile in the management account "
+        "or a delegated administrator account (default: the SDK's default credential chain)")
     add("--role", metavar="NAME", type=parse_role, help="role to assume in each account, required "
-        "for an audit: a name, or a path and a name (audit/IAMAuditRole)")
+        "for an audit: a name, or a path and a name, for example audit/IAMAuditRole")
     add("--external-id", metavar="ID", type=parse_external_id,
-        help="external ID that the role's trust policy asks for")
-    add = parser.add_argument_group("which accounts").add_argument
+        help="external ID that the role's trust policy requires")
+    add = parser.add_argument_group("accounts").add_argument
     add("--accounts", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
-        help="audit only these accounts")
+        help="audit only these accounts; @FILE has one ID per line and # comments")
     add("--exclude", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
-        help="leave these accounts out")
-    add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ou_ids, default=frozenset(),
+        help="leave these accounts out; also takes @FILE")
+    add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ous, default=frozenset(),
         help="audit only accounts below these organizational units")
-    add("--include-management", action="store_true",
-        help="audit the management account too: with the profile's own credentials if it is the "
-             "profile's account, else through the role")
-    add = parser.add_argument_group("pace").add_argument
-    add("--workers", metavar="N", type=parse_workers, default=32,
-        help="API requests in flight, 1 to 256 (default: %(default)s)")
-    add("--report-timeout", metavar="SECONDS", type=parse_seconds, default=300.0,
-        help="how long one account's credential report may take (default: 300)")
-    add = parser.add_argument_group("what counts as a gap").add_argument
+    add("--exclude-ou", metavar="OU_ID[,OU_ID...]", type=parse_ous, default=frozenset(),
+        help="leave out accounts below these organizational units")
+    add("--include-management", action="store_true", help="also audit the management account: with "
+        "the profile's own credentials if the profile belongs to it, otherwise through the role")
+    add("--retry-failed", action="store_true",
+        help="audit only the accounts that failed in the newest finished run of the output folder")
+    add = parser.add_argument_group("speed").add_argument
+    add("--workers", metavar="N", type=parse_workers, default="auto",
+        help="maximum number of API requests at a time, 1 to 256 (default: %(default)s)")
+    add("--report-timeout", metavar="SECONDS", type=parse_seconds, default="300",
+        help="longest wait for an account's credential report (default: %(default)s)")
+    add = parser.add_argument_group("gaps and findings").add_argument
     add("--production", metavar="REGEX", type=parse_pattern, default=DEFAULT_PRODUCTION,
-        help="what makes an account production: searched in its name, ID and organization path, "
-             "upper or lower case (default: prod, prd, production or live as a word of its own)")
+        help="searched in each account's name, ID and organizational units, ignoring case, to find "
+             "production (default: prod, prd, production or live as a separate word)")
     add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
-        help="older active access keys are a gap (default: %(default)s)")
-    add = parser.add_argument_group("what has changed").add_argument
-    add("--previous", metavar="DIR", type=parse_folder, help="folder of the run to compare with "
-        "(default: for each account, the newest finished one in --output-dir that audited it)")
+        help="report active access keys older than this (default: %(default)s)")
+    add("--max-unused", metavar="DAYS", type=parse_days, default="90",
+        help="report passwords and active access keys not used for longer (default: %(default)s)")
+    add("--owner-tag", metavar="KEY[,KEY...]", type=parse_tag_keys, default=DEFAULT_OWNER_TAGS,
+        help="tags that name a user's owner, the most important first (default: %(default)s)")
+    add("--exceptions", metavar="FILE", type=lambda path: from_file(parse_exceptions, path),
+        default=(), help="CSV file of accepted findings; README.md describes its columns")
+    add = parser.add_argument_group("changes").add_argument
+    add("--previous", metavar="DIR|AGE", type=parse_previous,
+        help="compare with the run in this folder, or with each account's newest run that is at "
+             "least this old, for example 30d (default: each account's newest run)")
     add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
-        "changes; the role then needs cloudtrail:LookupEvents")
-    add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on, "
-        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the run began that the account is "
-        "compared with, or 30 days)")
+        "changes; the role then requires cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on: "
+        "2026-01-31 or 2026-01-31T12:00:00Z (default: from the compared run, or for 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
-        help="where the run's own folder is made (default: %(default)s)")
+        help="folder in which each run creates its own (default: %(default)s)")
+    add("--no-page", action="store_true", help="do not write report.html")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
-        help="end with exit code 4 (5 if accounts failed too) if there are `findings`, or with "
-             f"findings:N any of priority N or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or "
-             "with new-keys any access key created since the last audit of its account")
-    add("-q", "--quiet", action="store_true",
-        help="print nothing unless something needs attention (an account failed, say)")
+        help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
+             f"priority N or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or new-keys: access or "
+             "API keys created since the account's last audit")
+    add("-q", "--quiet", action="store_true", help="print nothing unless something needs attention")
     add("-v", "--verbose", action="store_true",
-        help="a line an account and step on stderr; tracebacks")
-    add = parser.add_argument_group("documents to deploy").add_argument
+        help="print one line per account and step, and tracebacks, to stderr")
+    add = parser.add_argument_group("documents").add_argument
     add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
-        help="print a document to deploy (see below), with --role filled in, and end")
+        help="print a document to deploy (see below) for the role in --role, and exit")
     add("--exempt-role", metavar="NAME[,NAME...]", type=parse_roles, default=(),
-        help="roles that --print scp-deny-access-keys lets create credentials")
+        help="roles that may create credentials despite --print scp-deny-access-keys")
     # fmt: on
     return parser
 
 
-def matching(pattern: str, what: str, text: str) -> str:
+def matching(kind: Callable[[str], T], pattern: str, what: str, text: str) -> T:
+    """The text as this kind of value, if it matches."""
     if not re.fullmatch(pattern, text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return text
+    return kind(text)
 
 
-def each_matching(kind: Callable[[Iterable[str]], T], pattern: str, what: str, text: str) -> T:
-    """The parts of a comma-separated list, as a tuple or frozenset."""
-    return kind(matching(pattern, what, part.strip()) for part in text.split(","))
+def each(kind: Callable[[Iterable[str]], T], parse: Callable[[str], str], text: str) -> T:
+    """The parts of a comma-separated list, as a tuple or set."""
+    return kind(parse(part.strip()) for part in text.split(","))
 
 
-def whole_number(most: int, what: str, text: str) -> int:
-    number = int(matching(rf"\d{{1,{len(str(most))}}}", what, text))
-    if not 1 <= number <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number
+def parse_role(text: str) -> str:
+    """A role as its ARN ends: docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html"""
+    role = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
+    intended = re.sub(r"^(arn:[^/]*:role)?/+", "", text)
+    if intended != text and re.fullmatch(role, intended, re.ASCII):
+        raise argparse.ArgumentTypeError(f"write {intended} in place of {text!r}")
+    return matching(str, role, "a role's name, or path and name", text)
 
 
-# Roles as ARNs end: https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html
-# External IDs: https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html
-# OUs: https://docs.aws.amazon.com/organizations/latest/APIReference/API_OrganizationalUnit.html
-ROLE = r"(?!arn:)([!-.0-~]{1,510}/)*[\w+=,.@-]{1,64}"
-A_ROLE = "a role's name or path and name (no ARN: the account differs)"
-AN_EXTERNAL_ID = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
-OU = (r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", "the ID of an organizational unit (ou-ab12-cdefgh34)")
-parse_name = functools.partial(matching, r"(?s).+", "a name: it is empty")
-parse_role = functools.partial(matching, ROLE, A_ROLE)
-parse_roles = functools.partial(each_matching, tuple, ROLE, A_ROLE)
-parse_external_id = functools.partial(matching, r"[\w+=,.@:/-]{2,1224}", AN_EXTERNAL_ID)
-parse_ids = functools.partial(each_matching, frozenset, r"\d{12}", "an account ID of 12 digits")
-parse_ou_ids = functools.partial(each_matching, frozenset, *OU)
-parse_workers = functools.partial(whole_number, 256, "a number from 1 to 256")
+def parse_ids(text: str) -> frozenset[str]:
+    """Account IDs, separated by commas or, in @FILE, one per line with `#` comments."""
+    pattern, what = r"\d{12}", "an account ID of 12 digits"
+    if not text.startswith("@"):
+        return each(frozenset, functools.partial(matching, str, pattern, what), text)
+    ids = set()
+    for number, line in enumerate(from_file(str, text[1:]).split("\n"), 1):
+        if entry := line.partition("#")[0].strip():
+            ids.add(matching(str, pattern, f"{what} ({text[1:]}, line {number})", entry))
+    if not ids:  # an empty set would select every account
+        raise argparse.ArgumentTypeError(f"{text!r} has no account IDs")
+    return frozenset(ids)
 
 
-def parse_days(text: str) -> timedelta:
-    return timedelta(days=whole_number(9999, "a number of days from 1 to 9999", text))
-
-
-def parse_seconds(text: str) -> float:
-    seconds = float(matching(r"\d{1,6}(\.\d+)?", "a number of seconds", text))
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
+def from_file(parse: Callable[[str], T], path: str) -> T:
+    """What `parse` makes of a UTF-8 file, which may begin with a byte order mark."""
+    try:
+        return parse(Path(path).read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, AuditError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{path!r}: {why}") from None
 
 
 def parse_pattern(text: str) -> re.Pattern[str]:
@@ -4333,9 +4349,12 @@ def parse_pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
-def parse_folder(text: str) -> Path:
+def parse_previous(text: str) -> Path | timedelta:
+    """A folder, or an age such as 30d; a folder of that name is ./30d."""
+    if re.fullmatch(r"\d+d", text, re.ASCII):
+        return parse_days(text[:-1])
     if not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor an age such as 30d")
     return Path(text)
 
 
@@ -4345,7 +4364,7 @@ def parse_past_date(text: str) -> datetime:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date such as 2026-01-31") from None
     if moment > utc_now():
-        raise argparse.ArgumentTypeError(f"{text!r} lies in the future")
+        raise argparse.ArgumentTypeError(f"{text!r} is in the future")
     return moment
 
 
@@ -4353,18 +4372,29 @@ def parse_fail_on(text: str) -> FailOn:
     """Of several priorities, the least urgent one counts."""
     pattern = rf"findings(:[{MOST_URGENT}-{LEAST_URGENT}])?|new-keys"
     what = f"findings, findings:N with N from {MOST_URGENT} to {LEAST_URGENT}, or new-keys"
-    priority, created = 0, False
-    for word in each_matching(list[str], pattern, what, text):
-        if word == "new-keys":
-            created = True
-        else:
-            priority = max(priority, int(word.partition(":")[2] or LEAST_URGENT))
-    return FailOn(priority, created)
+    words = each(set[str], functools.partial(matching, str, pattern, what), text)
+    priorities = [int(word.partition(":")[2] or LEAST_URGENT) for word in words - {"new-keys"}]
+    return FailOn(max(priorities, default=0), "new-keys" in words)
+
+
+# From the API references of STS (AssumeRole) and Organizations (OrganizationalUnit)
+AN_EXTERNAL_ID = "an external ID (2 to 1224 of letters, digits and _+=,.@:/-)"
+OU = (r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", "the ID of an organizational unit (ou-ab12-cdefgh34)")
+WORKERS = (r"auto|[1-9]\d?|1\d\d|2[0-4]\d|25[0-6]", "auto or a number from 1 to 256")
+DAYS = (r"(?=.*[1-9])\d{1,4}", "a number of days from 1 to 9999")
+SECONDS = (r"(?=.*[1-9])\d{1,6}(\.\d+)?", "a number of seconds above 0")
+parse_name = functools.partial(matching, str, r"(?s).+", "a name: it is empty")
+parse_external_id = functools.partial(matching, str, r"[\w+=,.@:/-]{2,1224}", AN_EXTERNAL_ID)
+parse_workers = functools.partial(matching, lambda text: int(text.replace("auto", "0")), *WORKERS)
+parse_days = functools.partial(matching, lambda text: timedelta(days=int(text)), *DAYS)
+parse_seconds = functools.partial(matching, float, *SECONDS)
+parse_roles = functools.partial(each, tuple, parse_role)
+parse_ous = functools.partial(each, frozenset, functools.partial(matching, str, *OU))
+parse_tag_keys = functools.partial(each, tuple, parse_name)
 
 
 class Status:
-    """stderr: the progress line, if it is a terminal, and the lines of --verbose. If the stream is
-    closed, or its reader has gone, these lines are lost and the run goes on."""
+    """stderr: the progress line on a terminal, the lines of --verbose. Nobody need read them."""
 
     def __init__(self, out: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
         self._out, self._progress = out, progress
@@ -4381,25 +4411,19 @@ class Status:
         if self._out is not None:
             self._write(f"iam_audit.py: {printable(line)}; the run goes on.\n")
 
-    @contextlib.contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Keep the progress line up to date meanwhile, and erase it at the end."""
-        task = asyncio.create_task(self._keep_drawing())
+    async def draw(self) -> None:
+        """Keep the progress line up to date until the task is cancelled, and erase it then."""
         try:
-            yield
+            while self._draws and self._out is not None:
+                columns = 80
+                with contextlib.suppress(OSError):  # some terminals do not know it and say 0
+                    columns = os.get_terminal_size(self._out.fileno()).columns or 80
+                elapsed = time.monotonic() - self._started
+                self._write(progress_line(self._progress, elapsed)[: columns - 1])
+                await asyncio.sleep(0.2)
         finally:
-            task.cancel()
             if self._draws:
                 self._write("")
-
-    async def _keep_drawing(self) -> None:
-        while self._draws and self._out is not None:
-            columns = 80
-            with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
-                columns = os.get_terminal_size(self._out.fileno()).columns or 80
-            elapsed = time.monotonic() - self._started
-            self._write(progress_line(self._progress, elapsed)[: columns - 1])
-            await asyncio.sleep(0.2)
 
     def _write(self, text: str) -> None:
         """Write the text where the progress line is, if it is drawn."""
@@ -4412,8 +4436,8 @@ class Status:
 
 
 def progress_line(progress: Progress, elapsed: float) -> str:
-    total = f"{progress.listed:,}" if progress.all_listed else f"{progress.listed:,}+"
-    parts = [f"{progress.done:,} of {total} accounts"]
+    more = "" if progress.all_listed else "+"
+    parts = [f"{progress.done:,} of {progress.listed:,}{more} accounts"]
     if progress.failed:
         parts.append(f"{progress.failed:,} failed")
     parts.append(clock(timedelta(seconds=elapsed)))
