@@ -4305,7 +4305,7 @@ def matching(kind: Callable[[str], T], pattern: str, what: str, text: str) -> T:
     return kind(text)
 
 
-def each(kind: Callable[[Iterable[str]], T], parse: Callable[[str], str], text: str) -> T:
+def parts_of(kind: Callable[[Iterable[str]], T], parse: Callable[[str], str], text: str) -> T:
     """The parts of a comma-separated list, as a tuple or set."""
     return kind(parse(part.strip()) for part in text.split(","))
 
@@ -4323,7 +4323,7 @@ def parse_ids(text: str) -> frozenset[str]:
     """Account IDs, separated by commas or, in @FILE, one per line with `#` comments."""
     pattern, what = r"\d{12}", "an account ID of 12 digits"
     if not text.startswith("@"):
-        return each(frozenset, functools.partial(matching, str, pattern, what), text)
+        return parts_of(frozenset, functools.partial(matching, str, pattern, what), text)
     ids = set()
     for number, line in enumerate(from_file(str, text[1:]).split("\n"), 1):
         if entry := line.partition("#")[0].strip():
@@ -4372,7 +4372,7 @@ def parse_fail_on(text: str) -> FailOn:
     """Of several priorities, the least urgent one counts."""
     pattern = rf"findings(:[{MOST_URGENT}-{LEAST_URGENT}])?|new-keys"
     what = f"findings, findings:N with N from {MOST_URGENT} to {LEAST_URGENT}, or new-keys"
-    words = each(set[str], functools.partial(matching, str, pattern, what), text)
+    words = parts_of(set[str], functools.partial(matching, str, pattern, what), text)
     priorities = [int(word.partition(":")[2] or LEAST_URGENT) for word in words - {"new-keys"}]
     return FailOn(max(priorities, default=0), "new-keys" in words)
 
@@ -4388,9 +4388,9 @@ parse_external_id = functools.partial(matching, str, r"[\w+=,.@:/-]{2,1224}", AN
 parse_workers = functools.partial(matching, lambda text: int(text.replace("auto", "0")), *WORKERS)
 parse_days = functools.partial(matching, lambda text: timedelta(days=int(text)), *DAYS)
 parse_seconds = functools.partial(matching, float, *SECONDS)
-parse_roles = functools.partial(each, tuple, parse_role)
-parse_ous = functools.partial(each, frozenset, functools.partial(matching, str, *OU))
-parse_tag_keys = functools.partial(each, tuple, parse_name)
+parse_roles = functools.partial(parts_of, tuple, parse_role)
+parse_ous = functools.partial(parts_of, frozenset, functools.partial(matching, str, *OU))
+parse_tag_keys = functools.partial(parts_of, tuple, parse_name)
 
 
 class Status:

@@ -210,6 +210,19 @@ def test_help_shows_two_examples_and_the_exit_codes(program: Program) -> None:
 
 
 @pytest.mark.program
+def test_help_fits_three_screens_and_shows_every_option_in_a_group(program: Program) -> None:
+    shown = help_text(program)
+    assert len(shown.splitlines()) <= 120
+    groups = re.split(r"\n\n", shown)
+    grouped = {"access", "accounts", "speed", "gaps and findings", "changes", "output", "documents"}
+    assert grouped <= {group.partition(":\n")[0] for group in groups}
+    usage = set(re.findall(r"--[a-z][a-z-]+", groups[0]))
+    assert {"--retry-failed", "--exclude-ou", "--exceptions", "--owner-tag", "--max-unused"} < usage
+    for option in usage:
+        assert re.search(rf"^  (-\w, )?{option}\b", shown, re.MULTILINE), option
+
+
+@pytest.mark.program
 def test_readme_shows_the_help(program: Program, program_versions: dict[str, str]) -> None:
     if program_versions["python"] == "3.9":
         pytest.skip("argparse had other headings before 3.10")

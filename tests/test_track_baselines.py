@@ -298,7 +298,7 @@ def test_quiet_says_where_cloudtrail_could_not_be_asked(nights: Nights) -> None:
 
 
 def test_the_table_shows_the_runs_of_the_same_scope(nights: Nights) -> None:
-    world = [machine(ONE, OLD_KEY), machine(TWO)]
+    world = [machine(ONE, OLD_KEY), machine(TWO), machine(THREE)]
     limited = ["--accounts", f"{TWO},{ONE}", "--exclude", THREE, "--include-management"]
     nights.run(world, days=4)
     nights.run(world, "--accounts", ONE, days=3)
