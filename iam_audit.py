@@ -166,8 +166,8 @@ def run_audit(options: Any, started: datetime) -> int:
 
 def failed_before(history: History, options: Any) -> frozenset[str]:
     """The accounts that failed in the newest finished run. If there are none, the program ends."""
-    nothing = AuditError(f"--retry-failed: {options.output_dir} has no run of this organization.")
-    newest = next(iter(history), nothing)
+    no_run = AuditError("--retry-failed: no finished run of this organization in --output-dir.")
+    newest = next(iter(history), no_run)
     if isinstance(newest, AuditError):
         raise newest
     failed = [one for one, account in newest.accounts.items() if account.result == "failed"]
@@ -4394,7 +4394,7 @@ parse_tag_keys = functools.partial(parts_of, tuple, parse_name)
 
 
 class Status:
-    """stderr: the progress line on a terminal, the lines of --verbose. Nobody need read them."""
+    """stderr: the progress line on a terminal, and --verbose. The run goes on if it is closed."""
 
     def __init__(self, out: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
         self._out, self._progress = out, progress

@@ -271,7 +271,7 @@ def test_a_retry_needs_a_finished_run_of_this_organization(
     edit_summary(other, organization=organization)
     result = again(program, env, reports, "--retry-failed")
     assert (result.exit_code, result.stdout) == (1, "")
-    said = f"--retry-failed: {reports} has no run of this organization."
+    said = "--retry-failed: no finished run of this organization in --output-dir."
     assert result.stderr == f"iam_audit.py: {said}\n"
     assert set(reports.iterdir()) == {unfinished, other}
 
