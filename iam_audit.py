@@ -4281,7 +4281,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="folder in which each run creates its own (default: %(default)s)")
-    add("--no-page", action="store_true", help="do not write report.html")
+    add("--no-page", action="store_false", dest="page", help="do not write report.html")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
         help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
              f"priority N or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or new-keys: access or "
