@@ -696,7 +696,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
 
 def opened(output_dir: Path) -> Tracking:
     history = iam_audit.History(iam_audit.finished_runs(output_dir, NOW + DAY), "o-test123456")
-    return iam_audit.open_tracking(history, None, Scope())
+    return iam_audit.open_tracking(history, None, Scope(), NOW)
 
 
 def passed_over(output_dir: Path, account_id: str = ONE) -> str:

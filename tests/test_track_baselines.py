@@ -402,7 +402,7 @@ def test_each_file_of_an_earlier_run_is_read_once_and_few_before_the_audit(
 
     monkeypatch.setattr(Path, "read_bytes", reading)
     history = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
-    tracking = iam_audit.open_tracking(history, None, Scope())
+    tracking = iam_audit.open_tracking(history, None, Scope(), NOW)
     assert opened == {SUMMARY: 11}
     found = {one: iam_audit.baseline_of(tracking, one) for one in (TWO, ONE, FIVE)}
     started_runs = [each.run.started if each.run else None for each in found.values()]
@@ -412,10 +412,10 @@ def test_each_file_of_an_earlier_run_is_read_once_and_few_before_the_audit(
     assert opened == {SUMMARY: 50, f"{ONE}.csv": 1, f"{TWO}.csv": 1}
     opened.clear()
     other = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
-    iam_audit.open_tracking(other, None, Scope(accounts=frozenset([ONE])))
+    iam_audit.open_tracking(other, None, Scope(accounts=frozenset([ONE])), NOW)
     assert opened == {SUMMARY: 30}
     opened.clear()
-    named = iam_audit.open_tracking(iam_audit.History((), "o-test123456"), base, Scope())
+    named = iam_audit.open_tracking(iam_audit.History((), "o-test123456"), base, Scope(), NOW)
     iam_audit.baseline_of(named, TWO)
     assert opened == {SUMMARY: 1, f"{TWO}.csv": 1}
 
@@ -427,7 +427,7 @@ def test_with_cloudtrail_a_csv_is_read_once_too(
     found = audited(user_value("ana"), account=Account(ONE, "name", "ACTIVE"))
     write_run(tmp_path, [found])
     history = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
-    tracking = iam_audit.open_tracking(history, None, Scope())
+    tracking = iam_audit.open_tracking(history, None, Scope(), NOW)
     assert iam_audit.events_since(tracking, None, NOW + DAY, ONE) == NOW
     monkeypatch.setattr(iam_audit, "read_states", None)
     iam_audit.track_account(tracking, found, [])
