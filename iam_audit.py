@@ -85,7 +85,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Container,
     Iterable,
     Iterator,
     Mapping,
@@ -2430,8 +2429,8 @@ EVENTS_COLUMNS = (
 )
 CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-went"
 API_KEY_CAME_AND_WENT = "api-key-came-and-went"
-NEW_KEYS = ("access-key-created", "api-key-created", CAME_AND_WENT, API_KEY_CAME_AND_WENT)
-OF_SERVICES = (API_KEY, SERVICE_PASSWORD)  # what ListServiceSpecificCredentials tells
+NEW_KEY_CHANGES = ("access-key-created", "api-key-created", CAME_AND_WENT, API_KEY_CAME_AND_WENT)
+LISTING, OF_SERVICES = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
 PASSWORD_SERVICES = ("codecommit.amazonaws.com", "cassandra.amazonaws.com")
 WITHOUT_ID = {*ROOT_ACCESS_KEYS, *CERTIFICATES}
 RUNS_SHOWN, RUNS_KEPT = 12, 60  # in the terminal and in summary.json, this one included
@@ -2522,8 +2521,7 @@ class History:
         """Have this run alone. Raises AuditError if its summary or an account's CSV is damaged."""
         run = earlier_run(folder)
         if run.organization_id != self.organization_id:
-            message = f"{folder} is a run of organization {run.organization_id}."
-            raise AuditError(f"--previous: {message}")
+            raise AuditError(f"--previous: {folder} is of organization {run.organization_id}.")
         for account_id, account in run.accounts.items():
             if account.result == "audited":
                 self.held[account_id] = states_before(run, account_id)
@@ -2538,7 +2536,7 @@ class Baseline(NamedTuple):
     since: datetime | None
     passed_over: Sequence[str]  # messages on files that cannot be read
     tables: Tables = Tables()
-    unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
+    unknown: tuple[str, ...] = KINDS  # where only the dates of creation tell what is new
 
 
 @dataclass
@@ -2730,14 +2728,11 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
                 passed_over.append(str(error))
                 continue
             tables = tables_of(tracking, run)
-            unknown = KINDS[1:] if tables.others is None else not_read(account.not_checked)
+            unknown = () if LISTING not in account.not_checked else OF_SERVICES
+            if tables.others is None:
+                unknown = KINDS[1:]
             return Baseline(run, states, run.started, passed_over, tables, unknown)
     return Baseline(None, {}, since, passed_over)
-
-
-def not_read(not_checked: Container[str]) -> tuple[str, ...]:
-    """The kinds of credentials of which nothing is known, by the operations that were denied."""
-    return OF_SERVICES if "ListServiceSpecificCredentials" in not_checked else ()
 
 
 def track_account(
@@ -2752,27 +2747,17 @@ def track_account(
         # --since may ask for older events, which explain nothing
         events = tuple(event for event in trail.events if event.time >= since)
         audited = replace(audited, trail=replace(trail, events=events))
-    unknown = (*baseline.unknown, *not_read(audited.not_checked))
-    baseline = baseline._replace(unknown=unknown)
+    if LISTING in audited.not_checked:
+        baseline = baseline._replace(unknown=(*OF_SERVICES, *baseline.unknown))
     persons, changes = compare(audited, baseline)
     if run is not None:
         tracking.compared[account.id] = run
         tracking.changes += changes
         track_mfa(tracking, account, persons)
     else:
-        tracking.new_keys_elsewhere += filter(is_new_key, changes)
+        tracking.new_keys_elsewhere += [one for one in changes if one.change in NEW_KEY_CHANGES]
         tracking.blind += [account] if baseline.passed_over else []
-    was_production = run is None or run.accounts[account.id].production
-    judged = with_new(findings, persons, baseline)
-    for finding in judged:
-        told = finding.new is False and (was_production or not finding.production)
-        if finding.priority == MOST_URGENT and finding.exception is None and not told:
-            tracking.urgent_new.append(finding)
-    return judged
-
-
-def is_new_key(change: Change) -> bool:
-    return change.change in NEW_KEYS
+    return judged(tracking, findings, persons, baseline)
 
 
 def compare(audited: AuditedAccount, baseline: Baseline) -> tuple[list[Person], list[Change]]:
@@ -2792,21 +2777,28 @@ def compare(audited: AuditedAccount, baseline: Baseline) -> tuple[list[Person], 
         found += changes_between(account, persons)
         found += administrators_added(audited, baseline, persons)
     if baseline.since is not None:
-        found += created_since(audited, baseline, baseline.since)
+        found += created_since(audited, baseline)
         found += came_and_went(account, before, after, events)
     for index, change in enumerate(found):
         found[index] = with_witness(change, audited.trail)._replace(since=baseline.since)
     return persons, found
 
 
-def with_new(
-    findings: Iterable[Finding], persons: Iterable[Person], baseline: Baseline
+def judged(
+    tracking: Tracking, findings: Iterable[Finding], persons: Iterable[Person], baseline: Baseline
 ) -> list[Finding]:
-    judged, persons_now = [], {person.name: person for person in persons if person.now}
-    for finding in findings:
-        new = is_new(finding, persons_now.get(finding.user), baseline)
-        judged.append(finding._replace(new=new))
-    return judged
+    """The findings, each with whether it is new. Those of an account that has become production
+    since its baseline are told once more."""
+    found, users = list[Finding](), {person.name: person for person in persons if person.now}
+    for each in findings:
+        finding = each._replace(new=is_new(each, users.get(each.user), baseline))
+        found.append(finding)
+        account = baseline.run.accounts[finding.account.id] if baseline.run else None
+        risen = account is not None and finding.production and not account.production
+        untold = risen or finding.new is not False
+        if finding.priority == MOST_URGENT and untold and finding.exception is None:
+            tracking.urgent_new.append(finding)
+    return found
 
 
 def is_new(finding: Finding, person: Person | None, baseline: Baseline) -> bool | None:
@@ -2826,16 +2818,16 @@ def is_new(finding: Finding, person: Person | None, baseline: Baseline) -> bool 
     return True if key is None or undated or key.created >= since else None
 
 
-def created_since(audited: AuditedAccount, baseline: Baseline, since: datetime) -> Iterator[Change]:
+def created_since(audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
     """The new credentials of which their dates alone tell, as of root's if its row was missing."""
     for user in audited.users:
         of_user = Change(audited.account.id, audited.account.name, user.name)
         no_row = user.name == ROOT and ROOT not in baseline.states
+        kinds = KINDS if no_row else baseline.unknown
         for key in (*user.keys, *user.others):
-            if key.created >= since and (no_row or key.kind in baseline.unknown):
-                yield of_user._replace(
-                    key_id=key.id, change=f"{key.kind}-created", after=key.status
-                )
+            if key.kind in kinds and baseline.since and key.created >= baseline.since:
+                change = of_user._replace(key_id=key.id, change=f"{key.kind}-created")
+                yield change._replace(after=key.status)
 
 
 def administrators_added(
@@ -2919,32 +2911,30 @@ def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Cha
 
 
 def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
-    if then.password_status != now.password_status:
-        what = "console-enabled" if now.password_status == PASSWORD_SET else "console-disabled"
-        yield of_user._replace(change=what, before=then.password_status, after=now.password_status)
-    if then.mfa_status != now.mfa_status:
-        what = "mfa-changed"
-        if NO_MFA in (then.mfa_status, now.mfa_status):
-            what = "mfa-added" if then.mfa_status == NO_MFA else "mfa-removed"
-        yield of_user._replace(change=what, before=then.mfa_status, after=now.mfa_status)
+    before, after = then.password_status, now.password_status
+    if before != after:
+        what = "console-enabled" if after == PASSWORD_SET else "console-disabled"
+        yield of_user._replace(change=what, before=before, after=after)
+    before, after = then.mfa_status, now.mfa_status
+    if before != after:
+        what = {before: "mfa-added", after: "mfa-removed"}.get(NO_MFA, "mfa-changed")
+        yield of_user._replace(change=what, before=before, after=after)
 
 
 def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
-    """One user's credentials of all kinds but the password."""
-    earlier, current = by_identity(before), by_identity(after)
+    """One user's long-term credentials but the password."""
+    earlier, current, none = by_identity(before), by_identity(after), ("", KeyState("", "", ""))
     for identity in sorted(earlier.keys() | current.keys()):
-        old_id, then = earlier.get(identity, ("", None))
-        key_id, now = current.get(identity, (old_id, None))
-        if then is None and now is not None:
-            change = of_user._replace(change=f"{now.kind}-created", after=now.status)
-        elif then is not None and now is None:
-            change = of_user._replace(change=f"{then.kind}-deleted", before=then.status)
-        elif then and now and is_active(then.status) != is_active(now.status):
-            what = f"{now.kind}-{'activated' if is_active(now.status) else 'deactivated'}"
-            change = of_user._replace(change=what, before=then.status, after=now.status)
+        old_id, then = earlier.get(identity, none)
+        new_id, now = current.get(identity, none)
+        if not (then.status and now.status):
+            what = "created" if now.status else "deleted"
+        elif is_active(then.status) != is_active(now.status):
+            what = "activated" if is_active(now.status) else "deactivated"
         else:
             continue
-        yield change._replace(key_id=key_id)
+        change = of_user._replace(key_id=new_id or old_id, before=then.status, after=now.status)
+        yield change._replace(change=f"{now.kind or then.kind}-{what}")
 
 
 def by_identity(keys: Keys) -> dict[str, tuple[str, KeyState]]:
@@ -2962,66 +2952,48 @@ def came_and_went(
     """Keys and console users that came and went between the runs: only events show them."""
     seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
     seen.update(name.lower() for name in (*before, *after))
-    done: dict[tuple[str, str], Event] = {}
+    done: dict[str, dict[str, Event]] = {}  # by the key's ID or the user's name
     for event in events:
         what = event.key_id or event.user.lower()
-        done[event.name, what] = event
-        gone = Change(account.id, account.name, event.user, event.key_id, event=event)
-        if what in seen:
-            continue
-        if event.name == "DeleteAccessKey" and ("CreateAccessKey", what) in done:
-            yield gone._replace(change=CAME_AND_WENT)
-        elif event.name == "DeleteServiceSpecificCredential":
-            made = done.get(("CreateServiceSpecificCredential", what))
-            if made and made.service_name not in PASSWORD_SERVICES:
-                yield gone._replace(change=API_KEY_CAME_AND_WENT)
-        elif event.name == "DeleteUser" and ("CreateUser", what) in done:
-            if ("CreateLoginProfile", what) in done:
-                yield gone._replace(change=USER_CAME_AND_WENT)
+        names = done.setdefault(what, {})
+        names[event.name] = event
+        gone, change = event.name if what not in seen else "", ""
+        if gone == "DeleteUser" and names.keys() >= {"CreateUser", "CreateLoginProfile"}:
+            change = USER_CAME_AND_WENT
+        elif gone == "DeleteAccessKey" and event.key_id and "CreateAccessKey" in names:
+            change = CAME_AND_WENT
+        elif gone == "DeleteServiceSpecificCredential" and event.key_id:
+            made = names.get("CreateServiceSpecificCredential")
+            change = (
+                API_KEY_CAME_AND_WENT if made and made.service_name not in PASSWORD_SERVICES else ""
+            )
+        if change:
+            yield Change(account.id, account.name, event.user, event.key_id, change, event=event)
 
 
-# For each kind, the events that create, delete and change one
-SERVICE_EVENTS = (
-    "CreateServiceSpecificCredential",
-    "DeleteServiceSpecificCredential",
-    "UpdateServiceSpecificCredential",
-)
-KIND_EVENTS = {
-    ACCESS_KEY: ("CreateAccessKey", "DeleteAccessKey", "UpdateAccessKey"),
-    API_KEY: SERVICE_EVENTS,
-    SERVICE_PASSWORD: SERVICE_EVENTS,
-    SIGNING_CERTIFICATE: (
-        "UploadSigningCertificate",
-        "DeleteSigningCertificate",
-        "UpdateSigningCertificate",
-    ),
+# The CloudTrail events that confirm a change or else contradict it; after "=", the status they set
+EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
+    "mfa-added": ({"EnableMFADevice"}, {"DeactivateMFADevice"}),
+    "mfa-removed": ({"DeactivateMFADevice"}, {"EnableMFADevice"}),
+    "mfa-changed": ({"EnableMFADevice", "DeactivateMFADevice"}, set()),
+    "console-enabled": ({"CreateLoginProfile"}, {"DeleteLoginProfile"}),
+    "console-disabled": ({"DeleteLoginProfile"}, {"CreateLoginProfile"}),
+    "user-created": ({"CreateUser"}, {"DeleteUser"}),
+    "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
+    "user-renamed": ({"UpdateUser"}, set()),
+    "administrator-added": (set(), set()),  # by many events, for which nobody asks
 }
-
-
-def explanations() -> dict[str, tuple[set[str], set[str]]]:
-    """The events that confirm a change or else contradict it; after "=", the status they set."""
-    found = {
-        "mfa-added": ({"EnableMFADevice"}, {"DeactivateMFADevice"}),
-        "mfa-removed": ({"DeactivateMFADevice"}, {"EnableMFADevice"}),
-        "mfa-changed": ({"EnableMFADevice", "DeactivateMFADevice"}, set[str]()),
-        "console-enabled": ({"CreateLoginProfile"}, {"DeleteLoginProfile"}),
-        "console-disabled": ({"DeleteLoginProfile"}, {"CreateLoginProfile"}),
-        "user-created": ({"CreateUser"}, {"DeleteUser"}),
-        "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
-        "user-renamed": ({"UpdateUser"}, set()),
-        "administrator-added": (set(), set()),  # many calls can do that: nobody is asked
-    }
-    for kind, (create, delete, update) in KIND_EVENTS.items():
-        on, off = f"{update}=Active", f"{update}=Inactive"
-        found[f"{kind}-created"], found[f"{kind}-deleted"] = (
-            ({create}, {delete}),
-            ({delete}, {create}),
-        )
-        found[f"{kind}-activated"], found[f"{kind}-deactivated"] = ({on}, {off}), ({off}, {on})
-    return found
-
-
-EXPLAINED_BY = explanations()
+for _kind, _create, _what in (
+    (ACCESS_KEY, "CreateAccessKey", "AccessKey"),
+    (API_KEY, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
+    (SERVICE_PASSWORD, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
+    (SIGNING_CERTIFICATE, "UploadSigningCertificate", "SigningCertificate"),
+):
+    _delete, _on, _off = f"Delete{_what}", f"Update{_what}=Active", f"Update{_what}=Inactive"
+    EXPLAINED_BY[f"{_kind}-created"] = ({_create}, {_delete})
+    EXPLAINED_BY[f"{_kind}-deleted"] = ({_delete}, {_create})
+    EXPLAINED_BY[f"{_kind}-activated"] = ({_on}, {_off})
+    EXPLAINED_BY[f"{_kind}-deactivated"] = ({_off}, {_on})
 CONFIRMING = set[str]().union(*(confirming for confirming, _ in EXPLAINED_BY.values()))
 EVENT_NAMES = tuple(sorted({event.partition("=")[0] for event in CONFIRMING}))
 

@@ -65,6 +65,22 @@ def root_state(*keys: str) -> UserState:
     return state(**dict(zip(ROOT_KEYS, keys)))
 
 
+API_KEY, CERTIFICATE = iam_audit.API_KEY, iam_audit.SIGNING_CERTIFICATE
+FIRST_CERTIFICATE, SECOND_CERTIFICATE = iam_audit.CERTIFICATES
+
+
+def holder(kind: str, **keys: str) -> UserState:
+    """A user with credentials of that kind."""
+    made = {name: each._replace(kind=kind) for name, each in state(**keys).keys.items()}
+    return state()._replace(keys=made)
+
+
+def certified(*certificates: str) -> UserState:
+    """A user with certificates in these slots; \"\" leaves one empty."""
+    slots = zip(iam_audit.CERTIFICATES, certificates)
+    return holder(CERTIFICATE, **{slot: text for slot, text in slots if text})
+
+
 TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[str]]] = {
     "nothing": ({}, {}, []),
     "the same": (
@@ -189,12 +205,68 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
     "root's second key moves up when the first is deleted": (
         {ROOT: root_state("Active/01", "Active/02")},
         {ROOT: root_state("Active/02")},
-        [f"{ROOT}|{ROOT_KEYS[1]}|access-key-deleted|Active|"],
+        [f"{ROOT}|{ROOT_KEYS[0]}|access-key-deleted|Active|"],
     ),
     "root's key replaced by an active one": (
-        {ROOT: state(K="Inactive/01")},
-        {ROOT: state(K="Active/02")},
-        [f"{ROOT}|K|access-key-deleted|Inactive|", f"{ROOT}|K|access-key-created||Active"],
+        {ROOT: root_state("Inactive/01")},
+        {ROOT: root_state("Active/02")},
+        [
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-deleted|Inactive|",
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-created||Active",
+        ],
+    ),
+    "one of root's two keys of the same second deleted": (
+        {ROOT: root_state("Active/01", "Active/01")},
+        {ROOT: root_state("Active/01")},
+        [f"{ROOT}|{ROOT_KEYS[1]}|access-key-deleted|Active|"],
+    ),
+    "API key created": (
+        {"ana": state()},
+        {"ana": holder(API_KEY, A="Active")},
+        ["ana|A|api-key-created||Active"],
+    ),
+    "API key expired": (
+        {"ana": holder(API_KEY, A="Active")},
+        {"ana": holder(API_KEY, A="Expired")},
+        ["ana|A|api-key-deactivated|Active|Expired"],
+    ),
+    "password for a service deleted with its user": (
+        {"ana": holder(iam_audit.SERVICE_PASSWORD, A="Inactive")},
+        {},
+        ["ana||user-deleted||", "ana|A|service-password-deleted|Inactive|"],
+    ),
+    "an API key stays with its renamed user": (
+        {"ana": holder(API_KEY, A="Inactive")},
+        {"bea": holder(API_KEY, A="Active")},
+        ["bea||user-renamed|ana|bea", "bea|A|api-key-activated|Inactive|Active"],
+    ),
+    "certificates in other slots": (
+        {"ana": certified("Active/01", "Active/02")},
+        {"ana": certified("Active/02", "Active/01")},
+        [],
+    ),
+    "certificate replaced": (
+        {"ana": certified("Active/01")},
+        {"ana": certified("Inactive/02")},
+        [
+            f"ana|{FIRST_CERTIFICATE}|signing-certificate-deleted|Active|",
+            f"ana|{FIRST_CERTIFICATE}|signing-certificate-created||Inactive",
+        ],
+    ),
+    "certificate deactivated, in the other slot": (
+        {"ana": certified("Active/01")},
+        {"ana": certified("", "Inactive/01")},
+        [f"ana|{SECOND_CERTIFICATE}|signing-certificate-deactivated|Active|Inactive"],
+    ),
+    "users with certificates are not one user": (
+        {"ana": certified("Active/01")},
+        {"bea": certified("Active/01")},
+        [
+            "ana||user-deleted||",
+            f"ana|{FIRST_CERTIFICATE}|signing-certificate-deleted|Active|",
+            "bea||user-created||",
+            f"bea|{FIRST_CERTIFICATE}|signing-certificate-created||Active",
+        ],
     ),
     "user renamed, and another created under the old name": (
         {"ana": state(ON, "Virtual", K="Active")},
@@ -246,9 +318,12 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         [f"{ROOT}|K|access-key-created||Active"],
     ),
     "root's key replaced": (
-        {ROOT: state(K="Active/01")},
-        {ROOT: state(K="Active/02")},
-        [f"{ROOT}|K|access-key-deleted|Active|", f"{ROOT}|K|access-key-created||Active"],
+        {ROOT: root_state("Active/01")},
+        {ROOT: root_state("Active/02")},
+        [
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-deleted|Active|",
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-created||Active",
+        ],
     ),
     "root's key deactivated": (
         {ROOT: state(K="Active/01")},
@@ -322,24 +397,38 @@ EXPLANATIONS = {
     "user-created": ("CreateUser", "", "DeleteUser", ""),
     "user-deleted": ("DeleteUser", "", "CreateUser", ""),
 }
+SERVICE = "ServiceSpecificCredential"
+for _kind, _create, _what in (
+    ("api-key", f"Create{SERVICE}", SERVICE),
+    ("service-password", f"Create{SERVICE}", SERVICE),
+    ("signing-certificate", "UploadSigningCertificate", "SigningCertificate"),
+):
+    EXPLANATIONS[f"{_kind}-created"] = (_create, "", f"Delete{_what}", "")
+    EXPLANATIONS[f"{_kind}-deleted"] = (f"Delete{_what}", "", _create, "")
+    EXPLANATIONS[f"{_kind}-activated"] = (f"Update{_what}", "Active", f"Update{_what}", "Inactive")
+    EXPLANATIONS[f"{_kind}-deactivated"] = (
+        *(f"Update{_what}", "Inactive"),
+        *(f"Update{_what}", "Active"),
+    )
 
 
 @pytest.mark.parametrize("kind", EXPLANATIONS)
 def test_a_change_is_confirmed_by_the_last_event_that_explains_it(kind: str) -> None:
     """What explains it, whatever else happened; only without that, what contradicts it; never what is about another."""
     explains, set_to, contradicts, set_back = EXPLANATIONS[kind]
-    key = "K" if kind.startswith("access-key") else ""
+    key = "K" if kind.startswith(("access-key", "api-key", "service-password")) else ""
     change = Change(ONE, "one", "ana", key, kind)
     about_others = [
         happened(explains, 9, "bob", "K2", set_to),
         *([happened(explains, 9, "ana", "K2", set_to)] if key else []),
-        happened("UpdateAccessKey", 9, "ana", "K", "Expired"),
+        *(
+            happened(name, 9, "ana", "K", "Expired")
+            for name in iam_audit.EVENT_NAMES
+            if name.startswith("Update") and name != "UpdateUser"
+        ),
     ]
-    others = {
-        name
-        for name in iam_audit.EVENT_NAMES
-        if name not in (explains, contradicts, "UpdateAccessKey")
-    }
+    others = {name for name in iam_audit.EVENT_NAMES if not name.startswith("Update")}
+    others -= {explains, contradicts}
     about_others += [happened(name, 9, "ana", key) for name in others]
 
     def witness(*events: Event) -> tuple[str, Event | None]:
@@ -373,6 +462,31 @@ def test_without_a_trail_there_is_no_witness(kind: str) -> None:
     assert iam_audit.with_witness(change, Trail(error="denied")) == change._replace(
         witness="unavailable"
     )
+
+
+def test_nobody_is_asked_who_made_a_user_an_administrator() -> None:
+    """Many events can do that; none of them is looked up."""
+    change = Change(ONE, "one", "ana", change="administrator-added", before="false", after="true")
+    assert iam_audit.with_witness(change, Trail((happened("CreateUser", 3),))) == change
+    assert iam_audit.with_witness(change, Trail(error="denied")) == change
+
+
+def test_a_certificate_is_known_by_its_owner() -> None:
+    change = Change(ONE, "one", "ana", FIRST_CERTIFICATE, "signing-certificate-deleted")
+    seen = happened("DeleteSigningCertificate", 3, "Ana", "TA7SMP42TDN5Z26OBPJE7EXAMPLE")
+    other = happened("DeleteSigningCertificate", 4, "bob", "OFHPLP4ZULTHYPMSYEX7O4BEXAMPLE")
+    assert iam_audit.with_witness(change, Trail((seen, other))).event == seen
+    assert iam_audit.with_witness(change, Trail((other,))).witness == "not found"
+
+
+def test_cloudtrail_is_asked_for_every_kind_of_credential() -> None:
+    assert set(iam_audit.EVENT_NAMES) == {
+        *("CreateAccessKey", "DeleteAccessKey", "UpdateAccessKey"),
+        *(f"Create{SERVICE}", f"Delete{SERVICE}", f"Update{SERVICE}"),
+        *("UploadSigningCertificate", "DeleteSigningCertificate", "UpdateSigningCertificate"),
+        *("CreateLoginProfile", "DeleteLoginProfile", "EnableMFADevice", "DeactivateMFADevice"),
+        *("CreateUser", "DeleteUser", "UpdateUser"),
+    }
 
 
 def test_roots_keys_are_known_by_their_owner() -> None:
@@ -445,6 +559,33 @@ def test_a_key_that_came_and_went_shows_in_the_events_alone(
     assert [iam_audit.with_witness(change, trail).witness for change in found] == [
         "confirmed"
     ] * len(expected)
+
+
+BEDROCK, CODECOMMIT = "bedrock.amazonaws.com", "codecommit.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    ("service", "after", "names", "expected"),
+    [
+        (BEDROCK, {}, ["Create", "Delete"], ["api-key-came-and-went"]),
+        ("a service that AWS adds", {}, ["Create", "Delete"], ["api-key-came-and-went"]),
+        (CODECOMMIT, {}, ["Create", "Delete"], []),  # a password; only keys count as new
+        (BEDROCK, {}, ["Create", "Update"], []),
+        (BEDROCK, {}, ["Delete"], []),
+        (BEDROCK, {"ana": holder(API_KEY, A="Active")}, ["Create", "Delete"], []),
+    ],
+)
+def test_an_api_key_that_came_and_went(
+    service: str, after: dict[str, UserState], names: list[str], expected: list[str]
+) -> None:
+    events = [happened(f"{name}{SERVICE}", day, key_id="A") for day, name in enumerate(names, 1)]
+    if names[0] == "Create":
+        events[0] = events[0]._replace(service_name=service)
+    found = list(iam_audit.came_and_went(ACCOUNT, {}, after, events))
+    assert [change.change for change in found] == expected
+    assert all((each.user, each.key_id, each.event) == ("ana", "A", events[1]) for each in found)
+    assert all(iam_audit.with_witness(each, Trail()).witness == "confirmed" for each in found)
+    assert set(expected) <= set(iam_audit.NEW_KEY_CHANGES)
 
 
 EVENT = Event(
@@ -544,6 +685,39 @@ RECORDS: dict[str, tuple[Json, dict[str, str]]] = {
     "key and status of the request": (
         {"requestParameters": {"userName": "ana", "accessKeyId": "K", "status": "Inactive"}},
         {"user": "ana", "key_id": "K", "status": "Inactive"},
+    ),
+    "API key of the response": (
+        {
+            "requestParameters": {"userName": "ana", "serviceName": BEDROCK},
+            "responseElements": {
+                "serviceSpecificCredential": {
+                    "serviceSpecificCredentialId": "ACCA1",
+                    "serviceName": BEDROCK,
+                    "userName": "ana",
+                    "status": "Active",
+                }
+            },
+        },
+        {"user": "ana", "key_id": "ACCA1", "status": "", "service_name": BEDROCK},
+    ),
+    "API key of the request": (
+        {
+            "requestParameters": {"serviceSpecificCredentialId": "ACCA1", "status": "Inactive"},
+            "userIdentity": {"type": "IAMUser", "userName": "bob", "arn": "arn:bob"},
+        },
+        {"user": "bob", "key_id": "ACCA1", "status": "Inactive", "service_name": ""},
+    ),
+    "certificate of the response": (
+        {
+            "requestParameters": {"certificateBody": "..."},
+            "userIdentity": OF_ROLE,
+            "responseElements": {"certificate": {"certificateId": "C", "userName": "ana"}},
+        },
+        {"user": "ana", "key_id": "C"},
+    ),
+    "certificate of the request": (
+        {"requestParameters": {"userName": "ana", "certificateId": "C", "status": "Active"}},
+        {"user": "ana", "key_id": "C", "status": "Active"},
     ),
     "an AWS service as the caller": (
         {"userIdentity": {"type": "AWSService", "invokedBy": "sso.amazonaws.com"}},
