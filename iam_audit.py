@@ -2536,7 +2536,7 @@ class Baseline(NamedTuple):
     since: datetime | None
     passed_over: Sequence[str]  # messages on files that cannot be read
     tables: Tables = Tables()
-    unknown: tuple[str, ...] = KINDS  # where only the dates of creation tell what is new
+    unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
 
 
 @dataclass
@@ -2728,9 +2728,8 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
                 passed_over.append(str(error))
                 continue
             tables = tables_of(tracking, run)
-            unknown = () if LISTING not in account.not_checked else OF_SERVICES
-            if tables.others is None:
-                unknown = KINDS[1:]
+            unknown: Sequence[str] = OF_SERVICES if LISTING in account.not_checked else ()
+            unknown = KINDS[1:] if tables.others is None else unknown
             return Baseline(run, states, run.started, passed_over, tables, unknown)
     return Baseline(None, {}, since, passed_over)
 
