@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from builders import (
     Damage,
     audited,
     edit_summary,
+    in_its_place,
     key,
     key_id,
     plan,
@@ -803,16 +804,6 @@ def without_accounts(folder: Path) -> None:
     summary = json.loads(path.read_text("utf-8"))
     del summary["accounts"]
     path.write_text(json.dumps(summary), "utf-8")
-
-
-def in_its_place(name: str, make: Callable[[Path], object]) -> Damage:
-    """Something else where that file was."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
 
 
 CSV, SUMMARY = f"accounts/{ONE}.csv", "summary.json"

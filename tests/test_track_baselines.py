@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from builders import (
     backdate,
     changes,
     edit_summary,
+    in_its_place,
     in_units,
     key_id,
     lines,
@@ -546,11 +546,11 @@ def test_previous_may_be_an_age(written_runs: Reports) -> None:
     for days in (40, 31, 7, 1):
         written_runs.add(days, runs=None, **(failed if days == 31 else {}))
     found: dict[float, list[float | None]] = {}
-    for days in (0.0, 1, 2, 7, 7.01, 30, 40, 41):
-        tracking = written_runs.opened(days * DAY)
+    for age in (0.0, 1, 2, 7, 7.01, 30, 40, 41):
+        tracking = written_runs.opened(age * DAY)
         baseline = iam_audit.baseline_of(tracking, ONE)
         earlier = tracking.earlier.started if tracking.earlier else None
-        found[days] = [
+        found[age] = [
             (NOW - moment) / DAY if moment else None
             for moment in (earlier, baseline.run.started if baseline.run else None)
         ]
@@ -578,16 +578,6 @@ def test_a_newer_run_that_cannot_be_read_does_not_matter_where_an_age_is_asked_f
 
 
 # --- earlier runs that cannot be read ---------------------------------------------------------------------------------
-
-
-def in_its_place(name: str, make: Callable[[Path], object]) -> Damage:
-    """Something else where that file was."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
 
 
 def text_for_a_number(content: bytes) -> bytes:
