@@ -78,6 +78,8 @@ import textwrap
 import threading
 import time
 import traceback
+from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
 from collections.abc import (
     AsyncIterator,
@@ -150,7 +152,7 @@ def run_audit(options: Any, started: datetime) -> int:
         history = History(finished_runs(folder.parent, started), organization.id)
         if options.retry_failed:
             options.accounts = failed_before(history, options)
-        tracking = open_tracking(history, options.previous, scope_of(options))
+        tracking = open_tracking(history, options.previous, scope_of(options), started)
         plan = plan_of(options, aws.caller, organization, tracking, started)
         run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
         asyncio.run(audit_into(run, aws, options))
@@ -246,10 +248,8 @@ def keep(run: Run, outcome: Outcome) -> None:
     """Add an account's outcome to the run."""
     if isinstance(outcome, AuditedAccount):
         run.audited.append(assess(outcome, run.plan, run.started))
-        findings = list(findings_of(outcome, run.plan, run.started))
-        run.findings += findings
-        urgent = [finding for finding in findings if finding.priority == MOST_URGENT]
-        track_account(run.tracking, outcome, urgent)
+        findings = findings_of(outcome, run.plan, run.started)
+        run.findings += track_account(run.tracking, outcome, findings)
         if outcome.trail is not None:
             run.trails.append((outcome.account, outcome.trail))
     elif isinstance(outcome, FailedAccount):
@@ -449,6 +449,7 @@ class Event(NamedTuple):
     user_agent: str
     id: str
     new_name: str = ""
+    service_name: str = ""  # of a service-specific credential that was created
 
 
 @dataclass(frozen=True)
@@ -1313,6 +1314,7 @@ async def lookup_events(session: AccountSession, name: str, since: datetime) -> 
 
 # Somebody in the management account who uses AssumeRoot; the record does not say who.
 ASSUMED_ROOT = "root session (AssumeRoot)"
+CREDENTIAL_IDS = ("accessKeyId", "serviceSpecificCredentialId", "certificateId")
 
 
 def event_of(record: Mapping[str, Any]) -> Event | None:
@@ -1325,7 +1327,10 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
         return None
     identity = record.get("userIdentity") or {}
     request = record.get("requestParameters") or {}
-    created_key = (record.get("responseElements") or {}).get("accessKey") or {}
+    response = record.get("responseElements") or {}
+    key, certificate = response.get("accessKey"), response.get("certificate")
+    created = key or response.get("serviceSpecificCredential") or certificate or {}
+    told = {**created, **request}
     named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
     actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
     context = identity.get("sessionContext") or {}
@@ -1335,14 +1340,15 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     return Event(
         time=to_second(parse_time(record["eventTime"])),
         name=str(record["eventName"]),
-        user=str(named or the_caller or created_key.get("userName") or ""),
-        key_id=str(request.get("accessKeyId") or created_key.get("accessKeyId") or ""),
+        user=str(named or the_caller or created.get("userName") or ""),
+        key_id=str(next(filter(None, map(told.get, CREDENTIAL_IDS)), "")),
         status=str(request.get("status") or ""),
         actor=str(actor or ""),
         source_ip=str(record.get("sourceIPAddress") or ""),
         user_agent=str(record.get("userAgent") or ""),
         id=str(record.get("eventID") or ""),
         new_name=str(request.get("newUserName") or ""),
+        service_name=str(told.get("serviceName") or ""),
     )
 
 
@@ -2008,6 +2014,7 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
 class KeyState(NamedTuple):
     status: str
     created: str
+    kind: str = ACCESS_KEY
 
 
 class UserState(NamedTuple):
@@ -2333,6 +2340,8 @@ class Finding(NamedTuple):
     key: Credential | None
     password_last_used: datetime | None
     rules: tuple[Rule, ...]
+    new: bool | None = None
+    exception: KnownException | None = None
 
 
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
@@ -2427,9 +2436,15 @@ EVENTS_COLUMNS = (
     *("actor", "source_ip", "user_agent", "event_id"),
 )
 CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-went"
-RUNS_SHOWN = 12  # in the table of runs, this one included
+API_KEY_CAME_AND_WENT = "api-key-came-and-went"
+NEW_KEY_CHANGES = ("access-key-created", "api-key-created", CAME_AND_WENT, API_KEY_CAME_AND_WENT)
+LISTING, OF_SERVICES = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
+PASSWORD_SERVICES = ("codecommit.amazonaws.com", "cassandra.amazonaws.com")
+WITHOUT_ID = {*ROOT_ACCESS_KEYS, *CERTIFICATES}
+RUNS_SHOWN, RUNS_KEPT = 12, 60  # in the terminal and in summary.json, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
+LACKS_ROWS = "it lacks rows that summary.json counts"
 
 
 class Change(NamedTuple):
@@ -2442,7 +2457,7 @@ class Change(NamedTuple):
     change: str = ""
     before: str = ""
     after: str = ""
-    witness: str = ""  # confirmed, contradicted, not found, unavailable; "" without --cloudtrail
+    witness: str = ""  # confirmed, contradicted, not found, unavailable; "" if nobody was asked
     event: Event | None = None
     since: datetime | None = None  # when the run began that the account is compared with
 
@@ -2456,6 +2471,7 @@ class EarlierAccount(NamedTuple):
     users: int = 0
     keys: int = 0
     levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
+    not_checked: Sequence[str] = ()  # operations that were denied
 
 
 class EarlierRun(NamedTuple):
@@ -2465,40 +2481,59 @@ class EarlierRun(NamedTuple):
     scope: Any  # as in summary.json
     max_key_age_days: int
     figures: dict[str, Any]  # as in the table of runs
+    runs: Sequence[dict[str, Any]] | None  # those of its scope before it, if its summary tells
+    findings: int  # so many rows at least has its findings.csv
     accounts: dict[str, EarlierAccount]  # the whole organization, in scope or not
 
 
+class Facts:
+    """Rows of text that are known, by their hashes: 500,000 of a large run take 4 MB."""
+
+    def __init__(self, hashes: Iterable[int] = ()) -> None:
+        self.hashes = array("q", sorted(hashes))
+
+    def __contains__(self, row: tuple[str, ...]) -> bool:
+        return bisect_left(self.hashes, hash(row)) < bisect_right(self.hashes, hash(row))
+
+
+class Tables(NamedTuple):
+    """What tables of an earlier run tell of its whole organization; None: that is unknown."""
+
+    findings: Facts | None = None
+    others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None  # user, ID; by account ID
+    not_administrators: Facts = Facts()  # account ID, user
+
+
+@dataclass
 class History:
     """The earlier runs of an organization, newest first. Each summary is read once, if at all; in
     place of a run that cannot be read there is the AuditError that says why."""
 
-    def __init__(self, folders: Sequence[Path] = (), organization_id: str = "") -> None:
-        self.folders, self.organization_id = folders, organization_id
-        self._unread, self._read = iter(folders), list[Union[EarlierRun, AuditError]]()
-        self.held: dict[str, States] = {}  # of the run that --previous names, by account ID
+    folders: Sequence[Path] = ()
+    organization_id: str = ""
+    read: dict[Path, EarlierRun | AuditError] = field(default_factory=dict)
+    held: dict[str, States] = field(default_factory=dict)  # of the run that --previous names
 
     def __iter__(self) -> Iterator[EarlierRun | AuditError]:
-        yield from self._read
-        for folder in self._unread:
-            try:
-                run: EarlierRun | AuditError = earlier_run(folder)
-            except AuditError as error:
-                run = error
+        for folder in self.folders:
+            if folder not in self.read:
+                try:
+                    self.read[folder] = earlier_run(folder)
+                except AuditError as error:
+                    self.read[folder] = error
+            run = self.read[folder]
             if isinstance(run, AuditError) or run.organization_id == self.organization_id:
-                self._read.append(run)
                 yield run
 
     def name_one(self, folder: Path) -> None:
-        """Have this run alone. Raises AuditError if any of its files is damaged."""
+        """Have this run alone. Raises AuditError if its summary or an account's CSV is damaged."""
         run = earlier_run(folder)
         if run.organization_id != self.organization_id:
-            raise AuditError(
-                f"--previous: {folder} is a run of organization {run.organization_id}."
-            )
+            raise AuditError(f"--previous: {folder} is of organization {run.organization_id}.")
         for account_id, account in run.accounts.items():
             if account.result == "audited":
                 self.held[account_id] = states_before(run, account_id)
-        self.folders, self._unread, self._read = [], iter(()), [run]
+        self.folders, self.read = [folder], {folder: run}
 
 
 class Baseline(NamedTuple):
@@ -2508,6 +2543,8 @@ class Baseline(NamedTuple):
     states: States
     since: datetime | None
     passed_over: Sequence[str]  # messages on files that cannot be read
+    tables: Tables = Tables()
+    unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
 
 
 @dataclass
@@ -2516,9 +2553,10 @@ class Tracking:
 
     history: History = field(default_factory=History)
     earlier: EarlierRun | None = None  # the newest one: since it began, accounts have come and left
-    runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope
+    runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope, oldest first
     unreadable: list[str] = field(default_factory=list)  # what the table of runs may lack
     baselines: dict[str, Baseline] = field(default_factory=dict)  # of accounts in hand
+    tables: dict[Path, Tables] = field(default_factory=dict)  # by the folder of their run
     compared: dict[str, EarlierRun] = field(default_factory=dict)  # by account ID
     passed_over: dict[str, None] = field(default_factory=dict)  # messages
     blind: list[Account] = field(default_factory=list)  # where new keys cannot be ruled out
@@ -2531,19 +2569,27 @@ class Tracking:
     events_out_of_reach: bool = False  # CloudTrail no longer has the oldest of some account
 
 
-def open_tracking(history: History, named: Path | None, scope: Scope) -> Tracking:
-    """The last runs of this scope, and the newest of all or the named one."""
-    tracking = Tracking(history)
+def open_tracking(
+    history: History, previous: Path | timedelta | None, scope: Scope, now: datetime
+) -> Tracking:
+    """The last runs of this scope, and what to compare with: `previous`, or the newest so old."""
+    tracking, same_scope = Tracking(history), {"exclude_ous": [], **scope_document(scope)}
     for run in itertools.islice(history, RUNS_SEARCHED):
         if isinstance(run, AuditError):
             tracking.unreadable.append(str(run))
-        elif run.scope == scope_document(scope):
-            tracking.runs.insert(0, run.figures)
-        if len(tracking.runs) == RUNS_SHOWN - 1:
-            break
-    if named is not None:
-        history.name_one(named)
+        elif run.scope == same_scope:
+            tracking.runs = [*(run.runs or ()), run.figures, *tracking.runs]
+            if run.runs is not None:
+                break
+    del tracking.runs[: 1 - RUNS_KEPT]
+    if isinstance(previous, timedelta):
+        latest = f"{now - previous:%Y%m%dT%H%M%SZ}"
+        history.folders = [each for each in history.folders if each.name[: len(latest)] <= latest]
+    elif previous is not None:
+        history.name_one(previous)
     tracking.earlier = next((run for run in history if isinstance(run, EarlierRun)), None)
+    if tracking.earlier is not None and history.held:
+        tables_of(tracking, tracking.earlier)  # at once: the folder may disappear during the run
     return tracking
 
 
@@ -2558,22 +2604,32 @@ def scope_document(scope: Scope) -> dict[str, Any]:
 def earlier_run(folder: Path) -> EarlierRun:
     """A finished run by its summary. Raises AuditError if anything there is not what it must be."""
     with reading(folder / "summary.json"):
-        summary, accounts = read_summary(folder), {}
-        organization, gaps = summary["organization"], summary["gaps"]["organization"]
+        summary, accounts, runs = read_summary(folder), {}, None
+        organization, scope = summary["organization"], summary.get("scope")
         for entry in [*summary["accounts"], *summary["out_of_scope"]]:
             if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
                 raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
             accounts[sys.intern(entry["id"])] = earlier_account(entry)  # most runs have the same
-        started, scope = parse_time(summary["started"]), summary.get("scope")
+        figures = run_figures(summary, summary["totals"], summary["gaps"]["organization"])
+        if scope and summary.get("runs"):
+            told = (run_figures(one, one, one) for one in summary["runs"])
+            runs = [one for one in told if one["started"] < figures["started"]]
         if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
             included = organization["management_account_included"]
             scope = scope_document(Scope(include_management=included))
-        figures = {"started": iso(started), "audited": typed(int, summary["totals"]["audited"])}
-        for name in RUN_GAPS:
-            figures[name] = typed(int, gaps[name])
-        organization_id, days = typed(str, organization["id"]), summary["max_key_age_days"]
-        of_run = (folder, started, organization_id, scope, typed(int, days), figures)
-        return EarlierRun(*of_run, accounts)
+        started, days = parse_time(summary["started"]), typed(int, summary["max_key_age_days"])
+        of_run = (folder, started, typed(str, organization["id"]))
+        scope = scope and {"exclude_ous": [], **scope}  # there was no such option
+        findings = sum(summary["findings"].values())
+        return EarlierRun(*of_run, scope, days, figures, runs, findings, accounts)
+
+
+def run_figures(run: Any, totals: Any, gaps: Any) -> dict[str, Any]:
+    """A run's line in the table of runs."""
+    figures = {"started": iso(parse_time(run["started"])), "audited": typed(int, totals["audited"])}
+    for name in RUN_GAPS:
+        figures[name] = typed(int, gaps[name])
+    return figures
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
@@ -2586,7 +2642,8 @@ def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
     levels = tuple(LEVELS.index(entry["maturity"][phase]) for phase in PHASES)
     users = typed(int, entry["users"]) + typed(bool, entry["root"])
     keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
-    return EarlierAccount(name, result, production, users, keys, levels)
+    not_checked = tuple(map(sys.intern, entry.get("not_checked", ())))
+    return EarlierAccount(name, result, production, users, keys, levels, not_checked)
 
 
 def typed(kind: type[T], value: Any) -> T:
@@ -2603,8 +2660,62 @@ def states_before(run: EarlierRun, account_id: str) -> States:
     keys = sum(len(state.keys) for state in states.values())
     with reading(path):
         if (len(states), keys) != (counted.users, counted.keys):
-            raise ValueError("it lacks rows that summary.json counts")
+            raise ValueError(LACKS_ROWS)
     return states
+
+
+def tables_of(tracking: Tracking, run: EarlierRun) -> Tables:
+    """The tables of an earlier run, which are read once; old runs have no credentials.csv."""
+    if run.folder not in tracking.tables:
+        tables = Tables()
+        for name, read in (("credentials.csv", with_credentials), ("findings.csv", with_findings)):
+            path = run.folder / name
+            try:
+                with reading(path):
+                    if name == "findings.csv" or may_exist(path):
+                        tables = read(tables, path, run)
+            except AuditError as error:
+                tracking.passed_over[str(error)] = None
+        tracking.tables[run.folder] = tables
+    return tracking.tables[run.folder]
+
+
+def with_credentials(tables: Tables, path: Path, run: EarlierRun) -> Tables:
+    others, users, keys = dict[str, Any](), array("q"), 0
+    columns = ("account_id", "username", "administrator", "credential_id", "status", "created_date")
+    for account_id, user, administrator, *key, kind in table_rows(path, *columns, "kind"):
+        keys += kind == ACCESS_KEY
+        if administrator == "false":
+            users.append(hash((account_id, user)))
+        if kind in KINDS[1:]:
+            key_id, status, created = key
+            of_account = others.setdefault(account_id, [])
+            of_account.append((user, key_id, KeyState(status, created, kind)))
+    if keys != sum(account.keys for account in run.accounts.values()):
+        raise ValueError(LACKS_ROWS)
+    return tables._replace(others=others, not_administrators=Facts(users))
+
+
+def with_findings(tables: Tables, path: Path, run: EarlierRun) -> Tables:
+    rows = table_rows(path, "account_id", "finding", "username", "access_key_id")
+    found = Facts(map(hash, rows))
+    if len(found.hashes) < run.findings:
+        raise ValueError(LACKS_ROWS)
+    return tables._replace(findings=found)
+
+
+def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
+    """These cells of the rows of a table that may be large; to be called in `reading`."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        wanted = itemgetter(*map(header.index, columns))
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has more or fewer cells than the header")
+            yield tuple(map(original, wanted(row)))
 
 
 def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
@@ -2613,81 +2724,133 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
     history, passed_over = tracking.history, list[str]()
     since = tracking.earlier.started if tracking.earlier else None
     for run in history:
-        try:
-            if isinstance(run, AuditError):
-                raise run
-            account = run.accounts.get(account_id)
-            if account and account.result == "audited":
-                held = account_id in history.held
-                states = history.held.pop(account_id) if held else states_before(run, account_id)
-                return Baseline(run, states, run.started, passed_over)
-        except AuditError as error:
-            passed_over.append(str(error))
-            continue
-        if account is None:  # it joined later, unless it was here before
+        if isinstance(run, AuditError):
+            passed_over.append(str(run))
+        elif (account := run.accounts.get(account_id)) is None:
             csvs = (account_csv(folder, account_id) for folder in history.folders)
-            if not any(map(may_exist, csvs)):
+            if not any(map(may_exist, csvs)):  # it joined later; otherwise it was here before
                 break
         elif account.result == "failed":
             since = run.started
+        elif account.result == "audited":
+            try:
+                states = history.held.pop(account_id, None) or states_before(run, account_id)
+            except AuditError as error:
+                passed_over.append(str(error))
+                continue
+            tables = tables_of(tracking, run)
+            unknown: Sequence[str] = OF_SERVICES if LISTING in account.not_checked else ()
+            unknown = KINDS[1:] if tables.others is None else unknown
+            return Baseline(run, states, run.started, passed_over, tables, unknown)
     return Baseline(None, {}, since, passed_over)
 
 
-def track_account(tracking: Tracking, audited: AuditedAccount, urgent: list[Finding]) -> None:
-    """Compare an account, and its findings of priority 1, with its baseline."""
+def track_account(
+    tracking: Tracking, audited: AuditedAccount, findings: Iterable[Finding]
+) -> list[Finding]:
+    """Compare an account with its baseline. Returns its findings, each with whether it is new."""
     account, trail = audited.account, audited.trail
     baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)
-    run, before, since, passed_over = baseline
-    tracking.passed_over.update(dict.fromkeys(passed_over))
+    run, since = baseline.run, baseline.since
+    tracking.passed_over.update(dict.fromkeys(baseline.passed_over))
     if trail is not None and since is not None:
         # --since may ask for older events, which explain nothing
         events = tuple(event for event in trail.events if event.time >= since)
-        trail = replace(trail, events=events)
-    if run is None:
-        tracking.urgent_new += urgent
-        if passed_over:
-            tracking.blind.append(account)
-        created = [*keys_created_since(audited, since)] if since else []
-        if trail is not None and since is not None:
-            gone = came_and_went(account, {}, states_of(rows_of(audited)), trail.events)
-            created += [change for change in gone if change.change == CAME_AND_WENT]
-        for change in created:
-            tracking.new_keys_elsewhere.append(with_witness(change, trail)._replace(since=since))
-        return
-    after = states_of(rows_of(audited))
-    events = trail.events if trail else ()
-    persons = [*persons_of(before, after, events)]
-    tracking.compared[account.id] = run
-    changes = [*changes_between(account, persons)]
-    changes += came_and_went(account, before, after, events)
-    if ROOT not in before:  # the earlier report lacked its row: the dates of its keys tell
-        dated = keys_created_since(audited, run.started)
-        changes += [change for change in dated if change.user == ROOT]
-    tracking.changes += [with_witness(change, trail)._replace(since=since) for change in changes]
-    track_mfa(tracking, account, persons)
-    was_production = run.accounts[account.id].production
-    tracking.urgent_new += newly_urgent(urgent, persons, was_production)
+        audited = replace(audited, trail=replace(trail, events=events))
+    if LISTING in audited.not_checked:
+        baseline = baseline._replace(unknown=(*OF_SERVICES, *baseline.unknown))
+    persons, changes = compare(audited, baseline)
+    if run is not None:
+        tracking.compared[account.id] = run
+        tracking.changes += changes
+        track_mfa(tracking, account, persons)
+    else:
+        tracking.new_keys_elsewhere += [one for one in changes if one.change in NEW_KEY_CHANGES]
+        tracking.blind += [account] if baseline.passed_over else []
+    return judged(tracking, findings, persons, baseline)
 
 
-def newly_urgent(
-    urgent: Sequence[Finding], persons: Sequence[Person], was_production: bool
-) -> Iterator[Finding]:
-    """The findings of priority 1 that the baseline had not, or could not have."""
-    states = {person.name: person.then for person in persons if person.now}
-    for finding in urgent:
-        state, key = states.get(finding.user), finding.key
-        if state is None or (key is None and not (was_production and state.lacks_mfa)):
-            yield finding
-        elif key and KeyState(key.status, iso(key.created)) not in state.keys.values():
-            yield finding  # a key of root, which has no ID
+def compare(audited: AuditedAccount, baseline: Baseline) -> tuple[list[Person], list[Change]]:
+    """The users then and now, and what has changed; without an earlier run, what dates tell."""
+    account, before, after = audited.account, baseline.states, states_of(rows_of(audited))
+    for user in audited.users:
+        for one in user.others:
+            if one.kind not in baseline.unknown:
+                after[user.name].keys[one.id] = KeyState(one.status, iso(one.created), one.kind)
+    for name, key_id, state in (baseline.tables.others or {}).get(account.id, ()):
+        if name in before and state.kind not in baseline.unknown:
+            before[name].keys[key_id] = state
+    persons, found = list[Person](), list[Change]()
+    events = audited.trail.events if audited.trail else ()
+    if baseline.run is not None:
+        persons += persons_of(before, after, events)
+        found += changes_between(account, persons)
+        found += administrators_added(audited, baseline, persons)
+    if baseline.since is not None:
+        found += created_since(audited, baseline)
+        found += came_and_went(account, before, after, events)
+    for index, change in enumerate(found):
+        found[index] = with_witness(change, audited.trail)._replace(since=baseline.since)
+    return persons, found
 
 
-def keys_created_since(audited: AuditedAccount, moment: datetime) -> Iterator[Change]:
+def judged(
+    tracking: Tracking, findings: Iterable[Finding], persons: Iterable[Person], baseline: Baseline
+) -> list[Finding]:
+    """The findings, each with whether it is new. Those of an account that has become production
+    since its baseline are told once more."""
+    found, users = list[Finding](), {person.name: person for person in persons if person.now}
+    for each in findings:
+        finding = each._replace(new=is_new(each, users.get(each.user), baseline))
+        found.append(finding)
+        account = baseline.run.accounts[finding.account.id] if baseline.run else None
+        risen = account is not None and finding.production and not account.production
+        untold = risen or finding.new is not False
+        if finding.priority == MOST_URGENT and untold and finding.exception is None:
+            tracking.urgent_new.append(finding)
+    return found
+
+
+def is_new(finding: Finding, person: Person | None, baseline: Baseline) -> bool | None:
+    """Whether the baseline lacked the finding; None if that is unknown."""
+    key, since, known = finding.key, baseline.since, baseline.tables.findings
+    if known is None or since is None:
+        return None
+    if person is None or person.then is None:  # a new user, or a report that lacked root's row
+        return True
+    undated = key is None or key.kind not in baseline.unknown
+    if key and key.id in WITHOUT_ID and undated:
+        state = KeyState(key.status, iso(key.created), key.kind)
+        return state not in person.then.keys.values()
+    key_id = key.id if key else NOT_APPLICABLE
+    if (finding.account.id, finding.finding, person.old_name, key_id) in known:
+        return False
+    return True if key is None or undated or key.created >= since else None
+
+
+def created_since(audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
+    """The new credentials of which their dates alone tell, as of root's if its row was missing."""
     for user in audited.users:
         of_user = Change(audited.account.id, audited.account.name, user.name)
-        for key in user.keys:
-            if key.created >= moment:
-                yield of_user._replace(key_id=key.id, change="access-key-created", after=key.status)
+        no_row = user.name == ROOT and ROOT not in baseline.states
+        kinds = KINDS if no_row else baseline.unknown
+        for key in (*user.keys, *user.others):
+            if key.kind in kinds and baseline.since and key.created >= baseline.since:
+                change = of_user._replace(key_id=key.id, change=f"{key.kind}-created")
+                yield change._replace(after=key.status)
+
+
+def administrators_added(
+    audited: AuditedAccount, baseline: Baseline, persons: Iterable[Person]
+) -> Iterator[Change]:
+    """Administrators who are new, or of whom the earlier run says that they were none."""
+    administrators = {user.name for user in audited.users if user.administrator == "true"}
+    account, were_none = audited.account, baseline.tables.not_administrators
+    for name, old_name, then, now in persons:
+        added = then is None or (account.id, old_name) in were_none
+        if now and name in administrators and added:
+            before = "false" if then else ""
+            yield Change(account.id, account.name, name, "", "administrator-added", before, "true")
 
 
 class Person(NamedTuple):
@@ -2699,10 +2862,9 @@ class Person(NamedTuple):
     now: UserState | None
 
 
-def persons_of(before: States, after: States, events: Sequence[Event] = ()) -> Iterator[Person]:
+def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> Iterator[Person]:
     """All users; root only if both credential reports had it: root neither comes nor goes."""
-    names = before.keys() | after.keys()
-    renamed = {**renamed_by_events(before, after, events), **renamed_users(before, after)}
+    names, renamed = before.keys() | after.keys(), renames(before, after, events)
     if ROOT not in before or ROOT not in after:
         names.discard(ROOT)
     moved = set(renamed.values())
@@ -2715,35 +2877,23 @@ def persons_of(before: States, after: States, events: Sequence[Event] = ()) -> I
             yield Person(name, name, before[name], None)
 
 
-def renamed_users(before: States, after: States) -> dict[str, str]:
-    """The old name by the new one, as far as keys tell: they stay with their user."""
+def renames(before: States, after: States, events: Iterable[Event]) -> dict[str, str]:
+    """The old name by the new one, as keys tell, which stay with their user, or else CloudTrail."""
+    same, moved = {name.lower(): name for name in before}, dict[str, str]()
+    for event in events:  # IAM knows a name in any letter case
+        if event.new_name or event.name == "DeleteUser":
+            name = moved.pop(event.user.lower(), "") or same.pop(event.user.lower(), "")
+            moved[event.new_name.lower()] = name
     owners: dict[str, set[str]] = {}
     for name, state in sorted(before.items()):
-        for key_id in state.keys:
+        for key_id in state.keys.keys() - WITHOUT_ID:
             owners.setdefault(key_id, set()).add(name)
     renamed = {}
     for name, state in after.items():
         had = set[str]().union(*(owners.get(key_id, ()) for key_id in state.keys))
-        if had and name not in had and ROOT not in (name, *had):
-            renamed[name] = min(had)
-    return renamed
-
-
-def renamed_by_events(before: States, after: States, events: Iterable[Event]) -> dict[str, str]:
-    """The old name by the new one, as CloudTrail tells. IAM knows a name in any letter case."""
-    current, moved = {name: name.lower() for name in before}, set[str]()
-    for event in events:
-        for name, now in current.items():
-            if now == event.user.lower() and event.name == "DeleteUser":
-                current[name] = ""
-            elif now == event.user.lower() and event.new_name:
-                current[name] = event.new_name.lower()
-                moved.add(name)
-    present = {name.lower(): name for name in after}
-    renamed = {}
-    for name in moved:
-        if present.get(current[name], name) != name:
-            renamed[present[current[name]]] = name
+        old_name = min(had) if had and name not in had else moved.get(name.lower(), "")
+        if old_name not in ("", name):
+            renamed[name] = old_name
     return renamed
 
 
@@ -2771,68 +2921,68 @@ def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Cha
 
 
 def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
-    if then.password_status != now.password_status:
-        what = "console-enabled" if now.password_status == PASSWORD_SET else "console-disabled"
-        yield of_user._replace(change=what, before=then.password_status, after=now.password_status)
-    if then.mfa_status != now.mfa_status:
-        what = "mfa-changed"
-        if NO_MFA in (then.mfa_status, now.mfa_status):
-            what = "mfa-added" if then.mfa_status == NO_MFA else "mfa-removed"
-        yield of_user._replace(change=what, before=then.mfa_status, after=now.mfa_status)
+    before, after = then.password_status, now.password_status
+    if before != after:
+        what = "console-enabled" if after == PASSWORD_SET else "console-disabled"
+        yield of_user._replace(change=what, before=before, after=after)
+    before, after = then.mfa_status, now.mfa_status
+    if before != after:
+        what = {before: "mfa-added", after: "mfa-removed"}.get(NO_MFA, "mfa-changed")
+        yield of_user._replace(change=what, before=before, after=after)
 
 
 def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
-    """One user's access keys. Root's have no IDs: another creation date means another key."""
-    if of_user.user == ROOT:
-        before = in_their_slots(before, after)
-    for key_id in sorted(before.keys() | after.keys()):
-        of_key = of_user._replace(key_id=key_id)
-        then, now = before.get(key_id), after.get(key_id)
-        if then is None or now is None or then.created != now.created:
-            if then is not None:
-                yield of_key._replace(change="access-key-deleted", before=then.status)
-            if now is not None:
-                yield of_key._replace(change="access-key-created", after=now.status)
+    """One user's long-term credentials but the password."""
+    earlier, current, none = by_identity(before), by_identity(after), ("", KeyState("", "", ""))
+    for identity in sorted(earlier.keys() | current.keys()):
+        old_id, then = earlier.get(identity, none)
+        new_id, now = current.get(identity, none)
+        if not (then.status and now.status):
+            what = "created" if now.status else "deleted"
         elif is_active(then.status) != is_active(now.status):
-            what = "access-key-activated" if is_active(now.status) else "access-key-deactivated"
-            yield of_key._replace(change=what, before=then.status, after=now.status)
+            what = "activated" if is_active(now.status) else "deactivated"
+        else:
+            continue
+        change = of_user._replace(key_id=new_id or old_id, before=then.status, after=now.status)
+        yield change._replace(change=f"{now.kind or then.kind}-{what}")
 
 
-def in_their_slots(before: Keys, after: Keys) -> Keys:
-    """Root's earlier keys, exchanged if more creation dates match then: AWS promises no order."""
-    other = dict(zip(ROOT_ACCESS_KEYS, reversed(ROOT_ACCESS_KEYS)))
-    exchanged = {other.get(key_id, key_id): key for key_id, key in before.items()}
-    now = {(key_id, key.created) for key_id, key in after.items()}
-    same = sum((key_id, key.created) in now for key_id, key in before.items())
-    same_exchanged = sum((key_id, key.created) in now for key_id, key in exchanged.items())
-    return exchanged if same_exchanged > same else before
+def by_identity(keys: Keys) -> dict[str, tuple[str, KeyState]]:
+    """By their IDs; those without one by their date, as AWS promises no order of the two."""
+    known: dict[str, tuple[str, KeyState]] = {}
+    for key_id, key in sorted(keys.items()):
+        dated = f"{key.kind} {key.created}"
+        known[dated if key_id in WITHOUT_ID and dated not in known else key_id] = key_id, key
+    return known
 
 
 def came_and_went(
-    account: Account, before: States, after: States, events: Sequence[Event]
+    account: Account, before: States, after: States, events: Iterable[Event]
 ) -> Iterator[Change]:
-    """Access keys and console users that came and went between the runs: only events show them."""
-    keys_seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
-    done: dict[str, set[str]] = {"CreateAccessKey": set(), "CreateLoginProfile": set()}
+    """Keys and console users that came and went between the runs: only events show them."""
+    seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
+    seen.update(name.lower() for name in (*before, *after))
+    done: dict[str, dict[str, Event]] = {}  # by the key's ID or the user's name
     for event in events:
-        done.setdefault(event.name, set()).add(event.key_id or event.user.lower())
-    keys = done["CreateAccessKey"] - keys_seen
-    users = done["CreateLoginProfile"] & done.get("CreateUser", set())
-    users -= {name.lower() for name in (*before, *after)}
-    for event in events:
-        of_user = Change(account.id, account.name, event.user, event=event)
-        if event.name == "DeleteAccessKey" and event.key_id in keys:
-            yield of_user._replace(key_id=event.key_id, change=CAME_AND_WENT)
-        elif event.name == "DeleteUser" and event.user.lower() in users:
-            yield of_user._replace(change=USER_CAME_AND_WENT)
+        what = event.key_id or event.user.lower()
+        names = done.setdefault(what, {})
+        names[event.name] = event
+        gone, change = event.name if what not in seen else "", ""
+        if gone == "DeleteUser" and names.keys() >= {"CreateUser", "CreateLoginProfile"}:
+            change = USER_CAME_AND_WENT
+        elif gone == "DeleteAccessKey" and event.key_id and "CreateAccessKey" in names:
+            change = CAME_AND_WENT
+        elif gone == "DeleteServiceSpecificCredential" and event.key_id:
+            made = names.get("CreateServiceSpecificCredential")
+            change = (
+                API_KEY_CAME_AND_WENT if made and made.service_name not in PASSWORD_SERVICES else ""
+            )
+        if change:
+            yield Change(account.id, account.name, event.user, event.key_id, change, event=event)
 
 
 # The CloudTrail events that confirm a change or else contradict it; after "=", the status they set
 EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
-    "access-key-created": ({"CreateAccessKey"}, {"DeleteAccessKey"}),
-    "access-key-deleted": ({"DeleteAccessKey"}, {"CreateAccessKey"}),
-    "access-key-activated": ({"UpdateAccessKey=Active"}, {"UpdateAccessKey=Inactive"}),
-    "access-key-deactivated": ({"UpdateAccessKey=Inactive"}, {"UpdateAccessKey=Active"}),
     "mfa-added": ({"EnableMFADevice"}, {"DeactivateMFADevice"}),
     "mfa-removed": ({"DeactivateMFADevice"}, {"EnableMFADevice"}),
     "mfa-changed": ({"EnableMFADevice", "DeactivateMFADevice"}, set()),
@@ -2841,19 +2991,31 @@ EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
     "user-created": ({"CreateUser"}, {"DeleteUser"}),
     "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
     "user-renamed": ({"UpdateUser"}, set()),
+    "administrator-added": (set(), set()),  # by many events, for which nobody asks
 }
+for _kind, _create, _what in (
+    (ACCESS_KEY, "CreateAccessKey", "AccessKey"),
+    (API_KEY, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
+    (SERVICE_PASSWORD, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
+    (SIGNING_CERTIFICATE, "UploadSigningCertificate", "SigningCertificate"),
+):
+    _delete, _on, _off = f"Delete{_what}", f"Update{_what}=Active", f"Update{_what}=Inactive"
+    EXPLAINED_BY[f"{_kind}-created"] = ({_create}, {_delete})
+    EXPLAINED_BY[f"{_kind}-deleted"] = ({_delete}, {_create})
+    EXPLAINED_BY[f"{_kind}-activated"] = ({_on}, {_off})
+    EXPLAINED_BY[f"{_kind}-deactivated"] = ({_off}, {_on})
 CONFIRMING = set[str]().union(*(confirming for confirming, _ in EXPLAINED_BY.values()))
 EVENT_NAMES = tuple(sorted({event.partition("=")[0] for event in CONFIRMING}))
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
     """The change with the latest event that explains it, or else the latest that contradicts it."""
-    if trail is None:
+    if change.event is not None:
+        return change._replace(witness="confirmed")
+    if trail is None or not EXPLAINED_BY[change.change][0]:
         return change
     if trail.error:
         return change._replace(witness="unavailable")
-    if change.change in (CAME_AND_WENT, USER_CAME_AND_WENT):
-        return change._replace(witness="confirmed")
     for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
         for event in reversed(trail.events):
             told = event.name in names or f"{event.name}={event.status}" in names
@@ -2863,8 +3025,8 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
 
 
 def is_about(event: Event, change: Change) -> bool:
-    """Whether the event acted on what has changed; root's keys have no IDs in the report."""
-    if change.key_id and change.user != ROOT:
+    """Whether the event acted on what has changed. The report has no IDs of some credentials."""
+    if change.key_id and change.key_id not in WITHOUT_ID:
         return event.key_id == change.key_id
     name = event.new_name if change.change == "user-renamed" else event.user
     return name.lower() == change.user.lower()

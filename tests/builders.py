@@ -355,6 +355,16 @@ def rewritten(name: str, change: Callable[[bytes], bytes]) -> Damage:
     return damage
 
 
+def in_its_place(name: str, make: Callable[[Path], object]) -> Damage:
+    """Something else where that file was."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
 def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     def change(content: bytes) -> bytes:
         assert old in content

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable
-from datetime import datetime, timezone
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from builders import (
@@ -16,15 +20,19 @@ from builders import (
     FOUR,
     NOW,
     ONE,
+    SIX,
     THREE,
     TWO,
     Damage,
     audited,
     edit_summary,
+    in_its_place,
     key,
     key_id,
+    plan,
     replaced,
     rewritten,
+    run_of,
     spoiled,
     user,
     write_run,
@@ -34,7 +42,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iam_audit
-from iam_audit import ROOT, Account, Change, Event, KeyState, Scope, Tracking, Trail, UserState
+from iam_audit import (
+    ROOT,
+    Account,
+    AuditedAccount,
+    Change,
+    Credential,
+    Event,
+    Finding,
+    KeyState,
+    Scope,
+    Tracking,
+    Trail,
+    User,
+    UserState,
+)
 
 ELEVEN = "110000000000"
 ALICE = "arn:aws:sts::999999999999:assumed-role/Admin/alice"
@@ -63,6 +85,22 @@ ROOT_KEYS = ("<root_access_key_1>", "<root_access_key_2>")
 
 def root_state(*keys: str) -> UserState:
     return state(**dict(zip(ROOT_KEYS, keys)))
+
+
+API_KEY, CERTIFICATE = iam_audit.API_KEY, iam_audit.SIGNING_CERTIFICATE
+FIRST_CERTIFICATE, SECOND_CERTIFICATE = iam_audit.CERTIFICATES
+
+
+def holder(kind: str, **keys: str) -> UserState:
+    """A user with credentials of that kind."""
+    made = {name: each._replace(kind=kind) for name, each in state(**keys).keys.items()}
+    return state()._replace(keys=made)
+
+
+def certified(*certificates: str) -> UserState:
+    """A user with certificates in these slots; \"\" leaves one empty."""
+    slots = zip(iam_audit.CERTIFICATES, certificates)
+    return holder(CERTIFICATE, **{slot: text for slot, text in slots if text})
 
 
 TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[str]]] = {
@@ -189,12 +227,68 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
     "root's second key moves up when the first is deleted": (
         {ROOT: root_state("Active/01", "Active/02")},
         {ROOT: root_state("Active/02")},
-        [f"{ROOT}|{ROOT_KEYS[1]}|access-key-deleted|Active|"],
+        [f"{ROOT}|{ROOT_KEYS[0]}|access-key-deleted|Active|"],
     ),
     "root's key replaced by an active one": (
-        {ROOT: state(K="Inactive/01")},
-        {ROOT: state(K="Active/02")},
-        [f"{ROOT}|K|access-key-deleted|Inactive|", f"{ROOT}|K|access-key-created||Active"],
+        {ROOT: root_state("Inactive/01")},
+        {ROOT: root_state("Active/02")},
+        [
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-deleted|Inactive|",
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-created||Active",
+        ],
+    ),
+    "one of root's two keys of the same second deleted": (
+        {ROOT: root_state("Active/01", "Active/01")},
+        {ROOT: root_state("Active/01")},
+        [f"{ROOT}|{ROOT_KEYS[1]}|access-key-deleted|Active|"],
+    ),
+    "API key created": (
+        {"ana": state()},
+        {"ana": holder(API_KEY, A="Active")},
+        ["ana|A|api-key-created||Active"],
+    ),
+    "API key expired": (
+        {"ana": holder(API_KEY, A="Active")},
+        {"ana": holder(API_KEY, A="Expired")},
+        ["ana|A|api-key-deactivated|Active|Expired"],
+    ),
+    "password for a service deleted with its user": (
+        {"ana": holder(iam_audit.SERVICE_PASSWORD, A="Inactive")},
+        {},
+        ["ana||user-deleted||", "ana|A|service-password-deleted|Inactive|"],
+    ),
+    "an API key stays with its renamed user": (
+        {"ana": holder(API_KEY, A="Inactive")},
+        {"bea": holder(API_KEY, A="Active")},
+        ["bea||user-renamed|ana|bea", "bea|A|api-key-activated|Inactive|Active"],
+    ),
+    "certificates in other slots": (
+        {"ana": certified("Active/01", "Active/02")},
+        {"ana": certified("Active/02", "Active/01")},
+        [],
+    ),
+    "certificate replaced": (
+        {"ana": certified("Active/01")},
+        {"ana": certified("Inactive/02")},
+        [
+            f"ana|{FIRST_CERTIFICATE}|signing-certificate-deleted|Active|",
+            f"ana|{FIRST_CERTIFICATE}|signing-certificate-created||Inactive",
+        ],
+    ),
+    "certificate deactivated, in the other slot": (
+        {"ana": certified("Active/01")},
+        {"ana": certified("", "Inactive/01")},
+        [f"ana|{SECOND_CERTIFICATE}|signing-certificate-deactivated|Active|Inactive"],
+    ),
+    "users with certificates are not one user": (
+        {"ana": certified("Active/01")},
+        {"bea": certified("Active/01")},
+        [
+            "ana||user-deleted||",
+            f"ana|{FIRST_CERTIFICATE}|signing-certificate-deleted|Active|",
+            "bea||user-created||",
+            f"bea|{FIRST_CERTIFICATE}|signing-certificate-created||Active",
+        ],
     ),
     "user renamed, and another created under the old name": (
         {"ana": state(ON, "Virtual", K="Active")},
@@ -246,9 +340,12 @@ TRANSITIONS: dict[str, tuple[dict[str, UserState], dict[str, UserState], list[st
         [f"{ROOT}|K|access-key-created||Active"],
     ),
     "root's key replaced": (
-        {ROOT: state(K="Active/01")},
-        {ROOT: state(K="Active/02")},
-        [f"{ROOT}|K|access-key-deleted|Active|", f"{ROOT}|K|access-key-created||Active"],
+        {ROOT: root_state("Active/01")},
+        {ROOT: root_state("Active/02")},
+        [
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-deleted|Active|",
+            f"{ROOT}|{ROOT_KEYS[0]}|access-key-created||Active",
+        ],
     ),
     "root's key deactivated": (
         {ROOT: state(K="Active/01")},
@@ -322,24 +419,38 @@ EXPLANATIONS = {
     "user-created": ("CreateUser", "", "DeleteUser", ""),
     "user-deleted": ("DeleteUser", "", "CreateUser", ""),
 }
+SERVICE = "ServiceSpecificCredential"
+for _kind, _create, _what in (
+    ("api-key", f"Create{SERVICE}", SERVICE),
+    ("service-password", f"Create{SERVICE}", SERVICE),
+    ("signing-certificate", "UploadSigningCertificate", "SigningCertificate"),
+):
+    EXPLANATIONS[f"{_kind}-created"] = (_create, "", f"Delete{_what}", "")
+    EXPLANATIONS[f"{_kind}-deleted"] = (f"Delete{_what}", "", _create, "")
+    EXPLANATIONS[f"{_kind}-activated"] = (f"Update{_what}", "Active", f"Update{_what}", "Inactive")
+    EXPLANATIONS[f"{_kind}-deactivated"] = (
+        *(f"Update{_what}", "Inactive"),
+        *(f"Update{_what}", "Active"),
+    )
 
 
 @pytest.mark.parametrize("kind", EXPLANATIONS)
 def test_a_change_is_confirmed_by_the_last_event_that_explains_it(kind: str) -> None:
     """What explains it, whatever else happened; only without that, what contradicts it; never what is about another."""
     explains, set_to, contradicts, set_back = EXPLANATIONS[kind]
-    key = "K" if kind.startswith("access-key") else ""
+    key = "K" if kind.startswith(("access-key", "api-key", "service-password")) else ""
     change = Change(ONE, "one", "ana", key, kind)
     about_others = [
         happened(explains, 9, "bob", "K2", set_to),
         *([happened(explains, 9, "ana", "K2", set_to)] if key else []),
-        happened("UpdateAccessKey", 9, "ana", "K", "Expired"),
+        *(
+            happened(name, 9, "ana", "K", "Expired")
+            for name in iam_audit.EVENT_NAMES
+            if name.startswith("Update") and name != "UpdateUser"
+        ),
     ]
-    others = {
-        name
-        for name in iam_audit.EVENT_NAMES
-        if name not in (explains, contradicts, "UpdateAccessKey")
-    }
+    others = {name for name in iam_audit.EVENT_NAMES if not name.startswith("Update")}
+    others -= {explains, contradicts}
     about_others += [happened(name, 9, "ana", key) for name in others]
 
     def witness(*events: Event) -> tuple[str, Event | None]:
@@ -373,6 +484,31 @@ def test_without_a_trail_there_is_no_witness(kind: str) -> None:
     assert iam_audit.with_witness(change, Trail(error="denied")) == change._replace(
         witness="unavailable"
     )
+
+
+def test_nobody_is_asked_who_made_a_user_an_administrator() -> None:
+    """Many events can do that; none of them is looked up."""
+    change = Change(ONE, "one", "ana", change="administrator-added", before="false", after="true")
+    assert iam_audit.with_witness(change, Trail((happened("CreateUser", 3),))) == change
+    assert iam_audit.with_witness(change, Trail(error="denied")) == change
+
+
+def test_a_certificate_is_known_by_its_owner() -> None:
+    change = Change(ONE, "one", "ana", FIRST_CERTIFICATE, "signing-certificate-deleted")
+    seen = happened("DeleteSigningCertificate", 3, "Ana", "TA7SMP42TDN5Z26OBPJE7EXAMPLE")
+    other = happened("DeleteSigningCertificate", 4, "bob", "OFHPLP4ZULTHYPMSYEX7O4BEXAMPLE")
+    assert iam_audit.with_witness(change, Trail((seen, other))).event == seen
+    assert iam_audit.with_witness(change, Trail((other,))).witness == "not found"
+
+
+def test_cloudtrail_is_asked_for_every_kind_of_credential() -> None:
+    assert set(iam_audit.EVENT_NAMES) == {
+        *("CreateAccessKey", "DeleteAccessKey", "UpdateAccessKey"),
+        *(f"Create{SERVICE}", f"Delete{SERVICE}", f"Update{SERVICE}"),
+        *("UploadSigningCertificate", "DeleteSigningCertificate", "UpdateSigningCertificate"),
+        *("CreateLoginProfile", "DeleteLoginProfile", "EnableMFADevice", "DeactivateMFADevice"),
+        *("CreateUser", "DeleteUser", "UpdateUser"),
+    }
 
 
 def test_roots_keys_are_known_by_their_owner() -> None:
@@ -445,6 +581,33 @@ def test_a_key_that_came_and_went_shows_in_the_events_alone(
     assert [iam_audit.with_witness(change, trail).witness for change in found] == [
         "confirmed"
     ] * len(expected)
+
+
+BEDROCK, CODECOMMIT = "bedrock.amazonaws.com", "codecommit.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    ("service", "after", "names", "expected"),
+    [
+        (BEDROCK, {}, ["Create", "Delete"], ["api-key-came-and-went"]),
+        ("a service that AWS adds", {}, ["Create", "Delete"], ["api-key-came-and-went"]),
+        (CODECOMMIT, {}, ["Create", "Delete"], []),  # a password; only keys count as new
+        (BEDROCK, {}, ["Create", "Update"], []),
+        (BEDROCK, {}, ["Delete"], []),
+        (BEDROCK, {"ana": holder(API_KEY, A="Active")}, ["Create", "Delete"], []),
+    ],
+)
+def test_an_api_key_that_came_and_went(
+    service: str, after: dict[str, UserState], names: list[str], expected: list[str]
+) -> None:
+    events = [happened(f"{name}{SERVICE}", day, key_id="A") for day, name in enumerate(names, 1)]
+    if names[0] == "Create":
+        events[0] = events[0]._replace(service_name=service)
+    found = list(iam_audit.came_and_went(ACCOUNT, {}, after, events))
+    assert [change.change for change in found] == expected
+    assert all((each.user, each.key_id, each.event) == ("ana", "A", events[1]) for each in found)
+    assert all(iam_audit.with_witness(each, Trail()).witness == "confirmed" for each in found)
+    assert set(expected) <= set(iam_audit.NEW_KEY_CHANGES)
 
 
 EVENT = Event(
@@ -545,6 +708,39 @@ RECORDS: dict[str, tuple[Json, dict[str, str]]] = {
         {"requestParameters": {"userName": "ana", "accessKeyId": "K", "status": "Inactive"}},
         {"user": "ana", "key_id": "K", "status": "Inactive"},
     ),
+    "API key of the response": (
+        {
+            "requestParameters": {"userName": "ana", "serviceName": BEDROCK},
+            "responseElements": {
+                "serviceSpecificCredential": {
+                    "serviceSpecificCredentialId": "ACCA1",
+                    "serviceName": BEDROCK,
+                    "userName": "ana",
+                    "status": "Active",
+                }
+            },
+        },
+        {"user": "ana", "key_id": "ACCA1", "status": "", "service_name": BEDROCK},
+    ),
+    "API key of the request": (
+        {
+            "requestParameters": {"serviceSpecificCredentialId": "ACCA1", "status": "Inactive"},
+            "userIdentity": {"type": "IAMUser", "userName": "bob", "arn": "arn:bob"},
+        },
+        {"user": "bob", "key_id": "ACCA1", "status": "Inactive", "service_name": ""},
+    ),
+    "certificate of the response": (
+        {
+            "requestParameters": {"certificateBody": "..."},
+            "userIdentity": OF_ROLE,
+            "responseElements": {"certificate": {"certificateId": "C", "userName": "ana"}},
+        },
+        {"user": "ana", "key_id": "C"},
+    ),
+    "certificate of the request": (
+        {"requestParameters": {"userName": "ana", "certificateId": "C", "status": "Active"}},
+        {"user": "ana", "key_id": "C", "status": "Active"},
+    ),
     "an AWS service as the caller": (
         {"userIdentity": {"type": "AWSService", "invokedBy": "sso.amazonaws.com"}},
         {"actor": "sso.amazonaws.com"},
@@ -608,16 +804,6 @@ def without_accounts(folder: Path) -> None:
     summary = json.loads(path.read_text("utf-8"))
     del summary["accounts"]
     path.write_text(json.dumps(summary), "utf-8")
-
-
-def in_its_place(name: str, make: Callable[[Path], object]) -> Damage:
-    """Something else where that file was."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
 
 
 CSV, SUMMARY = f"accounts/{ONE}.csv", "summary.json"
@@ -696,7 +882,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
 
 def opened(output_dir: Path) -> Tracking:
     history = iam_audit.History(iam_audit.finished_runs(output_dir, NOW + DAY), "o-test123456")
-    return iam_audit.open_tracking(history, None, Scope())
+    return iam_audit.open_tracking(history, None, Scope(), NOW)
 
 
 def passed_over(output_dir: Path, account_id: str = ONE) -> str:
@@ -773,6 +959,381 @@ def test_a_renamed_user_without_mfa_is_neither_fixed_nor_new(
     account = Account(THREE, "one", "ACTIVE")
     iam_audit.track_account(tracking, audited(user(name, made, password=True), account=account), [])
     assert (tracking.mfa_fixed, len(tracking.mfa_new)) == figures
+
+
+# --- the tables of earlier runs: other kinds of credentials, administrators, new findings -----------------------------
+
+
+CREDENTIALS = (
+    "account_id,account_name,account_email,ou,production,username,owner,administrator,kind,credential_id,status,"
+    "created_date,age_days,last_used_date,unused_days,service_name,expires,mfa_status"
+)
+CREDENTIALS_CSV, FINDINGS_CSV = "credentials.csv", "findings.csv"
+LISTING = "ListServiceSpecificCredentials"
+
+
+def api_key(name: str, old: timedelta = 9 * DAY, status: str = "Active") -> Credential:
+    return Credential(name, status, NOW - old, None, BEDROCK, API_KEY)
+
+
+def certificate(slot: int, old: timedelta = 9 * DAY, status: str = "Active") -> Credential:
+    slot_name = iam_audit.CERTIFICATES[slot]
+    return Credential(slot_name, status, NOW - old, None, "", CERTIFICATE)
+
+
+def person(
+    name: str, *credentials: Credential, password: bool = False, administrator: str = "false"
+) -> User:
+    access_keys = [each for each in credentials if each.kind == iam_audit.ACCESS_KEY]
+    others = tuple(each for each in credentials if each.kind != iam_audit.ACCESS_KEY)
+    made = user(name, *access_keys, password=password)
+    return dataclasses.replace(made, others=others, administrator=administrator)
+
+
+def credential_rows(found: AuditedAccount) -> Iterator[list[str]]:
+    """The account's rows of credentials.csv, as far as they are read back."""
+    for one in found.users:
+        credentials = [*one.keys, *one.others]
+        if one.password:
+            credentials.insert(0, Credential("", "Active", NOW, None, "", "password"))
+        for each in credentials:
+            whose = [found.account.id, "one", "", "", "false", one.name, "", one.administrator]
+            what = [each.kind, each.id, each.status, iam_audit.iso(each.created)]
+            yield [*whose, *what, *[""] * 6]
+
+
+def write_tables(folder: Path, *outcomes: AuditedAccount) -> None:
+    rows = itertools.chain.from_iterable(map(credential_rows, outcomes))
+    iam_audit.write_csv(folder / CREDENTIALS_CSV, CREDENTIALS.split(","), rows)
+    found = run_of(outcomes)
+    findings = (iam_audit.finding_row(each, found) for each in found.findings)
+    iam_audit.write_csv(folder / FINDINGS_CSV, iam_audit.FINDINGS_COLUMNS, findings)
+
+
+def denied_then(folder: Path) -> None:
+    summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+    for entry in summary["accounts"]:
+        entry["not_checked"] = {LISTING: "AccessDenied"}
+    edit_summary(folder, accounts=summary["accounts"])
+
+
+def without(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+class Compared(NamedTuple):
+    tracking: Tracking
+    findings: list[Finding]
+
+    @property
+    def changes(self) -> list[str]:
+        return ["|".join(change[2:7]) for change in self.tracking.changes]
+
+    @property
+    def new(self) -> dict[str, bool | None]:
+        """What is new about each finding, by its user or key."""
+        return {each.key.id if each.key else each.user: each.new for each in self.findings}
+
+
+def compared(
+    reports: Path,
+    then: Sequence[User],
+    now: Sequence[User],
+    damage: Damage | None = None,
+    denied_now: bool = False,
+) -> Compared:
+    """An account compared with a run that began at NOW; then that run's files are damaged."""
+    before = audited(*then, account=ACCOUNT)
+    folder = write_run(reports, [before])
+    write_tables(folder, before)
+    if damage:
+        damage(folder)
+    tracking = opened(reports)
+    not_checked = {LISTING: "AccessDenied"} if denied_now else {}
+    found = dataclasses.replace(audited(*now, account=ACCOUNT), not_checked=not_checked)
+    findings = list(iam_audit.findings_of(found, plan(), NOW))
+    return Compared(tracking, iam_audit.track_account(tracking, found, findings))
+
+
+OLD, NEW = api_key("OLD"), api_key("NEW", old=-DAY)
+OTHERS: dict[str, tuple[list[Credential], list[Credential], list[str]]] = {
+    "nothing": ([OLD, certificate(0)], [OLD, certificate(0)], []),
+    # Created before the baseline began, and not there then: dates do not tell, the table does.
+    "API key": ([], [OLD], ["ana|OLD|api-key-created||Active"]),
+    "API key deleted": ([OLD], [], ["ana|OLD|api-key-deleted|Active|"]),
+    "API key deactivated": (
+        [OLD],
+        [api_key("OLD", status="Inactive")],
+        ["ana|OLD|api-key-deactivated|Active|Inactive"],
+    ),
+    "password for a service": (
+        [],
+        [dataclasses.replace(OLD, kind=iam_audit.SERVICE_PASSWORD)],
+        ["ana|OLD|service-password-created||Active"],
+    ),
+    "certificate": (
+        [certificate(0)],
+        [certificate(0, 8 * DAY), certificate(1)],
+        [f"ana|{FIRST_CERTIFICATE}|signing-certificate-created||Active"],
+    ),
+    "access key and API key": (
+        [key(DAY, key_id="K"), OLD],
+        [NEW],
+        [
+            "ana|K|access-key-deleted|Active|",
+            "ana|NEW|api-key-created||Active",
+            "ana|OLD|api-key-deleted|Active|",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_credentials_are_compared_with_those_of_the_earlier_table(
+    tmp_path: Path, name: str
+) -> None:
+    then, now, expected = OTHERS[name]
+    found = compared(
+        tmp_path, [user(ROOT), person("ana", *then)], [user(ROOT), person("ana", *now)]
+    )
+    assert found.changes == expected
+    assert found.tracking.passed_over == {}
+
+
+# Why the earlier API keys (and, without the table, the certificates) are unknown; the file that is then named.
+UNKNOWN_THEN: dict[str, tuple[Damage, bool, str]] = {
+    "a run of before": (without(CREDENTIALS_CSV), True, ""),
+    "denied then": (denied_then, False, ""),
+    "cut short": (rewritten(CREDENTIALS_CSV, lambda text: text[:-30]), True, CREDENTIALS_CSV),
+    "rows missing": (
+        rewritten(CREDENTIALS_CSV, lambda text: text[: text.index(b"\n") + 1]),
+        True,
+        CREDENTIALS_CSV,
+    ),
+    "another header": (
+        rewritten(CREDENTIALS_CSV, replaced(b"credential_id", b"credential")),
+        True,
+        CREDENTIALS_CSV,
+    ),
+    "not UTF-8": (rewritten(CREDENTIALS_CSV, replaced(b"Active", b"\xff")), True, CREDENTIALS_CSV),
+    "empty": (rewritten(CREDENTIALS_CSV, lambda _: b""), True, CREDENTIALS_CSV),
+    "a FIFO": (
+        in_its_place(CREDENTIALS_CSV, os.mkfifo),
+        True,
+        CREDENTIALS_CSV,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_THEN)
+def test_where_it_is_unknown_what_there_was_dates_alone_tell(tmp_path: Path, name: str) -> None:
+    damage, certificates_too, named = UNKNOWN_THEN[name]
+    then = [person("ana", key(DAY, key_id="K"), api_key("GONE"), certificate(0))]
+    now = [person("ana", key(DAY, key_id="K"), OLD, NEW, certificate(0, -DAY))]
+    found = compared(tmp_path, then, now, damage)
+    created = f"ana|{FIRST_CERTIFICATE}|signing-certificate-created||Active"
+    replaced_ = [created.replace("created||Active", "deleted|Active|"), created]
+    certificates = [created] if certificates_too else replaced_
+    assert sorted(found.changes) == sorted(["ana|NEW|api-key-created||Active", *certificates])
+    assert [named in message for message in found.tracking.passed_over] == [True] * bool(named)
+
+
+def test_where_api_keys_cannot_be_read_now_none_is_gone(tmp_path: Path) -> None:
+    then, now = [person("ana", OLD, certificate(0))], [person("ana")]
+    found = compared(tmp_path, then, now, denied_now=True)
+    assert found.changes == [f"ana|{FIRST_CERTIFICATE}|signing-certificate-deleted|Active|"]
+
+
+def test_dates_tell_the_new_api_keys_of_an_account_without_a_baseline(base: Path) -> None:
+    """As they do for access keys. Passwords for services and certificates do not count as new keys."""
+    password = dataclasses.replace(NEW, id="PASSWORD", kind=iam_audit.SERVICE_PASSWORD)
+    ana = person("ana", key(-DAY, key_id="K"), OLD, NEW, password, certificate(0, -DAY))
+    other = Account(SIX, "six", "ACTIVE")
+    events = (
+        happened(f"Create{SERVICE}", 1, key_id="WENT")._replace(time=NOW, service_name=BEDROCK),
+        happened(f"Delete{SERVICE}", 1, key_id="WENT")._replace(time=NOW + DAY),
+    )
+    found = dataclasses.replace(audited(ana, account=other), trail=Trail(events))
+    tracking = opened(base.parent)
+    assert iam_audit.track_account(tracking, found, []) == []
+    assert [(each.key_id, each.change) for each in tracking.new_keys_elsewhere] == [
+        ("K", "access-key-created"),
+        ("NEW", "api-key-created"),
+        ("WENT", "api-key-came-and-went"),
+    ]
+    assert (tracking.changes, tracking.compared) == ([], {})
+
+
+ADMINISTRATORS: dict[str, tuple[list[User], list[User], list[str]]] = {
+    "became one": (
+        [person("ana", OLD)],
+        [person("ana", OLD, administrator="true")],
+        ["ana||administrator-added|false|true"],
+    ),
+    "with another name": (
+        [person("ana", OLD)],
+        [person("bea", OLD, administrator="true")],
+        ["bea||user-renamed|ana|bea", "bea||administrator-added|false|true"],
+    ),
+    "new": (
+        [],
+        [person("ana", administrator="true")],
+        ["ana||user-created||", "ana||administrator-added||true"],
+    ),
+    "was one": ([person("ana", OLD, administrator="true")],) * 2 + ([],),
+    "unknown before": (
+        [person("ana", OLD, administrator="unknown")],
+        [person("ana", OLD, administrator="true")],
+        [],
+    ),
+    "without a row before": ([person("ana")], [person("ana", administrator="true")], []),
+    "unknown now": ([person("ana", OLD)], [person("ana", OLD, administrator="unknown")], []),
+    "no more": ([person("ana", OLD, administrator="true")], [person("ana", OLD)], []),
+    "root, whose row the report lacked": ([], [person(ROOT, administrator="true")], []),
+}
+
+
+@pytest.mark.parametrize("name", ADMINISTRATORS)
+def test_who_became_an_administrator(tmp_path: Path, name: str) -> None:
+    then, now, expected = ADMINISTRATORS[name]
+    assert compared(tmp_path, then, now).changes == expected
+
+
+def test_only_of_new_users_is_it_certain_without_the_table(tmp_path: Path) -> None:
+    then = [person("ana", OLD)]
+    now = [person(name, administrator="true") for name in ("ana", "zoe")]
+    found = compared(tmp_path, then, now, without(CREDENTIALS_CSV))
+    assert found.changes == ["zoe||user-created||", "zoe||administrator-added||true"]
+
+
+# --- which findings are new
+
+
+def test_a_finding_is_new_if_the_earlier_table_lacks_it(tmp_path: Path) -> None:
+    """By its name, the user and the key; that ana has no MFA any more does not hide that bob had none before."""
+    aged = key(100 * DAY, key_id="AGED")
+    then = [user("ana", aged, mfa=["Virtual"], password=True), user("bob", password=True)]
+    now = [
+        user("ana", aged, key(400 * DAY, key_id="SECOND"), password=True),
+        user("bob", password=True),
+        user("new", password=True),
+    ]
+    found = compared(tmp_path, then, now)
+    expected = {"ana": True, "AGED": False, "SECOND": True, "bob": False, "new": True}
+    assert found.new == expected
+    assert found.tracking.urgent_new == []  # none is of priority 1
+
+
+def test_another_finding_of_the_same_key_is_new(tmp_path: Path) -> None:
+    then = user("ana", key(100 * DAY, key_id="K"))
+    now = user("ana", key(100 * DAY, DAY, key_id="K"))
+    assert compared(tmp_path, [then], [now]).new == {"K": True}  # key-in-use, before it unused-key
+
+
+def test_a_renamed_user_has_their_old_findings(tmp_path: Path) -> None:
+    aged = key(100 * DAY, key_id="AGED")
+    then = [user("ana", aged, password=True)]
+    now = [user("ana", password=True), user("bea", aged, password=True)]
+    found = compared(tmp_path, then, now)
+    assert found.new == {"ana": True, "bea": False, "AGED": False}
+
+
+def test_roots_keys_are_told_apart_by_their_dates(tmp_path: Path) -> None:
+    """Their order means nothing."""
+    first, second = iam_audit.ROOT_ACCESS_KEYS
+    then = [user(ROOT, key(DAY, key_id=first))]
+    now = [user(ROOT, key(2 * DAY, key_id=first), key(DAY, key_id=second))]
+    found = compared(tmp_path, then, now)
+    assert found.new == {first: True, second: False}
+    assert [each.key.id for each in found.tracking.urgent_new if each.key] == [first]
+
+
+def test_of_a_root_that_the_report_lacked_all_is_new(tmp_path: Path) -> None:
+    now = [user(ROOT, key(DAY, key_id=ROOT_KEYS[0]))]
+    assert compared(tmp_path, [], now).new == {ROOT_KEYS[0]: True}
+
+
+@pytest.mark.parametrize(
+    "damage", [without(FINDINGS_CSV), rewritten(FINDINGS_CSV, lambda text: text[:-50])]
+)
+def test_without_the_earlier_table_nobody_knows_what_is_new(tmp_path: Path, damage: Damage) -> None:
+    """Then what is urgent is told once more."""
+    then = [user(ROOT, key(DAY, key_id=ROOT_KEYS[0]))]
+    found = compared(tmp_path, then, then, damage)
+    assert found.new == {ROOT_KEYS[0]: None}
+    assert found.tracking.urgent_new == found.findings
+    assert all(FINDINGS_CSV in message for message in found.tracking.passed_over)
+    assert len(found.tracking.passed_over) == 1
+
+
+def test_rows_that_are_missing_in_the_earlier_table_are_noticed(tmp_path: Path) -> None:
+    then = [user("ana", key(100 * DAY, key_id="K")), user("bob", password=True)]
+    damage = rewritten(FINDINGS_CSV, lambda text: text[: text[:-1].rindex(b"\n") + 1])
+    found = compared(tmp_path, then, then, damage)
+    assert found.new == {"K": None, "bob": None}
+
+
+def finding_about(one: User, credential: Credential) -> Finding:
+    """A finding about another credential than an access key."""
+    rule = iam_audit.Rule("api-key", 3, "", lambda _: True, "")
+    return Finding(3, "api-key", ACCOUNT, False, one.name, credential, None, (rule,))
+
+
+@pytest.mark.parametrize(("damage", "known"), [(None, True), (without(CREDENTIALS_CSV), False)])
+def test_where_api_keys_were_unknown_their_dates_tell_what_is_new(
+    tmp_path: Path, damage: Damage | None, known: bool
+) -> None:
+    ana = person("ana", OLD, NEW, certificate(0))
+    found = compared(tmp_path, [ana], [ana], damage)
+    baseline = iam_audit.baseline_of(found.tracking, ONE)
+    now = iam_audit.Person("ana", "ana", baseline.states["ana"], baseline.states["ana"])
+    assert iam_audit.is_new(finding_about(ana, NEW), now, baseline) is True
+    assert iam_audit.is_new(finding_about(ana, OLD), now, baseline) is (True if known else None)
+
+
+def test_what_an_exception_covers_is_not_urgent(tmp_path: Path) -> None:
+    found = compared(tmp_path, [], [user(ROOT, key(DAY, key_id=ROOT_KEYS[0]))])
+    [finding] = found.findings
+    covered: Any = object()
+    tracking = opened(tmp_path)
+    iam_audit.track_account(
+        tracking, audited(user(ROOT), account=ACCOUNT), [finding._replace(exception=covered)]
+    )
+    assert tracking.urgent_new == []
+    iam_audit.track_account(tracking, audited(user(ROOT), account=ACCOUNT), [finding])
+    assert len(tracking.urgent_new) == 1
+
+
+def test_the_tables_of_a_run_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts = [Account(one, "one", "ACTIVE") for one in (ONE, TWO)]
+    outcomes = [audited(person("ana", OLD), account=one) for one in accounts]
+    write_tables(write_run(tmp_path, outcomes), *outcomes)
+    opened_files, table_rows = list[str](), iam_audit.table_rows
+
+    def reading(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
+        opened_files.append(path.name)
+        return table_rows(path, *columns)
+
+    monkeypatch.setattr(iam_audit, "table_rows", reading)
+    tracking = opened(tmp_path)
+    assert opened_files == []
+    for one in outcomes:
+        iam_audit.track_account(tracking, one, [])
+    assert opened_files == [CREDENTIALS_CSV, FINDINGS_CSV]
+    assert tracking.changes == []
+
+
+def test_the_tables_of_the_named_run_may_disappear(tmp_path: Path) -> None:
+    outcome = audited(person("ana", OLD), account=ACCOUNT)
+    folder = write_run(tmp_path, [outcome])
+    write_tables(folder, outcome)
+    history = iam_audit.History((), "o-test123456")
+    tracking = iam_audit.open_tracking(history, folder, Scope(), NOW)
+    shutil.rmtree(folder)
+    found = audited(person("ana", administrator="true"), account=ACCOUNT)
+    iam_audit.track_account(tracking, found, [])
+    assert [each.change for each in tracking.changes] == ["api-key-deleted", "administrator-added"]
+    assert tracking.passed_over == {}
 
 
 # --- users who were renamed, or came and went, as CloudTrail tells ----------------------------------------------------

@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from builders import (
     backdate,
     changes,
     edit_summary,
+    in_its_place,
     in_units,
     key_id,
     lines,
@@ -44,7 +44,7 @@ from conftest import Program, Result, Serve
 from endpoint import Json, account, event, key, root, root_key, rule, user
 
 import iam_audit
-from iam_audit import Account, Scope
+from iam_audit import Account, Scope, Tracking
 
 pytestmark = pytest.mark.program
 
@@ -328,6 +328,14 @@ def with_format_1(nights: Nights, days: float) -> Path:
     folder = nights.folder(days)
     shutil.copytree(Path(__file__).parent / "run_of_format_1", folder)
     backdate(folder, ago(days))
+    where = f"{ONE},one-prod,true,ana"
+    rows = [
+        ",".join(iam_audit.FINDINGS_COLUMNS),
+        f"1,console-without-mfa,{where},N/A,,Nunca,N/A,console user without MFA; production,",
+        f"2,key-older-than-1-year,{where},AKIA00000000000000A1,1000,Nunca utilizada,N/A,old,",
+        f"7,inactive-key,{where},AKIA00000000000000A2,1000,Nunca utilizada,N/A,inactive,",
+    ]
+    (folder / "findings.csv").write_text("\n".join([*rows, ""]), "utf-8")
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o700 if path.is_dir() else 0o600)
     return folder
@@ -402,20 +410,20 @@ def test_each_file_of_an_earlier_run_is_read_once_and_few_before_the_audit(
 
     monkeypatch.setattr(Path, "read_bytes", reading)
     history = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
-    tracking = iam_audit.open_tracking(history, None, Scope())
-    assert opened == {SUMMARY: 11}
+    tracking = iam_audit.open_tracking(history, None, Scope(), NOW)
+    assert opened == {SUMMARY: 1}  # it has the figures of the runs before it
     found = {one: iam_audit.baseline_of(tracking, one) for one in (TWO, ONE, FIVE)}
     started_runs = [each.run.started if each.run else None for each in found.values()]
     assert started_runs == [NOW, NOW - 2 * DAY, None]
-    assert opened == {SUMMARY: 11, f"{ONE}.csv": 1, f"{TWO}.csv": 1}
+    assert opened == {SUMMARY: 3, f"{ONE}.csv": 1, f"{TWO}.csv": 1}
     assert iam_audit.baseline_of(tracking, THREE).since == NOW - 49 * DAY
     assert opened == {SUMMARY: 50, f"{ONE}.csv": 1, f"{TWO}.csv": 1}
     opened.clear()
     other = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
-    iam_audit.open_tracking(other, None, Scope(accounts=frozenset([ONE])))
+    iam_audit.open_tracking(other, None, Scope(accounts=frozenset([ONE])), NOW)
     assert opened == {SUMMARY: 30}
     opened.clear()
-    named = iam_audit.open_tracking(iam_audit.History((), "o-test123456"), base, Scope())
+    named = iam_audit.open_tracking(iam_audit.History((), "o-test123456"), base, Scope(), NOW)
     iam_audit.baseline_of(named, TWO)
     assert opened == {SUMMARY: 1, f"{TWO}.csv": 1}
 
@@ -427,7 +435,7 @@ def test_with_cloudtrail_a_csv_is_read_once_too(
     found = audited(user_value("ana"), account=Account(ONE, "name", "ACTIVE"))
     write_run(tmp_path, [found])
     history = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
-    tracking = iam_audit.open_tracking(history, None, Scope())
+    tracking = iam_audit.open_tracking(history, None, Scope(), NOW)
     assert iam_audit.events_since(tracking, None, NOW + DAY, ONE) == NOW
     monkeypatch.setattr(iam_audit, "read_states", None)
     iam_audit.track_account(tracking, found, [])
@@ -435,17 +443,141 @@ def test_with_cloudtrail_a_csv_is_read_once_too(
     assert tracking.baselines == {}  # its users are kept no longer
 
 
+# --- the runs that the page and the terminal show, and runs of some age ----------------------------------------------
+
+
+def figures(days: float, audited: int = 1) -> Json:
+    """The line of a run in the table of runs."""
+    gaps = dict.fromkeys(iam_audit.RUN_GAPS, 0)
+    return {"started": (NOW - days * DAY).isoformat(), "audited": audited, **gaps}
+
+
+class Reports:
+    """Earlier runs as files: one account, and what else their summaries say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        account = Account(ONE, "name", "ACTIVE")
+        self.base = write_run(folder / "base", [audited(user_value("ana"), account=account)])
+
+    def add(self, days: float, **changed: Any) -> Path:
+        started = NOW - days * DAY
+        folder = self.folder / f"{started:%Y%m%dT%H%M%SZ}"
+        shutil.copytree(self.base, folder)
+        edit_summary(folder, started=started.isoformat(), **changed)
+        return folder
+
+    def opened(self, previous: Path | timedelta | None = None, **scope: Any) -> Tracking:
+        history = iam_audit.History(iam_audit.finished_runs(self.folder, NOW), "o-test123456")
+        return iam_audit.open_tracking(history, previous, Scope(**scope), NOW)
+
+
+@pytest.fixture
+def written_runs(tmp_path: Path) -> Reports:
+    return Reports(tmp_path)
+
+
+def days_shown(tracking: Tracking) -> list[float]:
+    return [(NOW - datetime.fromisoformat(one["started"])) / DAY for one in tracking.runs]
+
+
+def test_the_newest_run_of_the_scope_tells_of_the_runs_before_it(written_runs: Reports) -> None:
+    """Also of those that are gone. Its own figures are those of its summary."""
+    written_runs.add(5)  # is not asked, and not shown twice
+    written_runs.add(4, runs=[figures(50), figures(40), figures(5), figures(4)])
+    written_runs.add(3, scope={**iam_audit.scope_document(Scope()), "ous": ["ou-1"]})
+    tracking = written_runs.opened()
+    assert days_shown(tracking) == [50, 40, 5, 4]
+    assert tracking.runs[0] == figures(50)
+    assert days_shown(written_runs.opened(ous=frozenset(["ou-1"]))) == [3]
+
+
+def test_where_summaries_do_not_tell_of_others_the_last_runs_are_read(
+    written_runs: Reports,
+) -> None:
+    """Until one of them does."""
+    for days in (2, 3, 4):
+        written_runs.add(days, runs=None)
+    written_runs.add(5, runs=[figures(7), figures(6), figures(5)])
+    written_runs.add(8, runs=None)
+    assert days_shown(written_runs.opened()) == [7, 6, 5, 4, 3, 2]
+
+
+def test_at_most_60_runs_are_kept(written_runs: Reports) -> None:
+    written_runs.add(1, runs=[figures(days) for days in range(80, 0, -1)])
+    assert days_shown(written_runs.opened()) == [*range(59, 0, -1)]  # and the one that runs
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [{**figures(2), "audited": "1"}],
+        [{**figures(2), "active_keys": True}],
+        [{**figures(2), "started": "yesterday"}],
+        [{"started": figures(2)["started"]}],
+        ["text"],
+        7,
+    ],
+)
+def test_a_run_whose_table_of_runs_is_damaged_is_passed_over(
+    written_runs: Reports, runs: Any
+) -> None:
+    folder = written_runs.add(1, runs=runs)
+    tracking = written_runs.opened()
+    assert (tracking.runs, tracking.earlier) == ([], None)
+    [message] = tracking.unreadable
+    assert str(folder / SUMMARY) in message
+
+
+@pytest.mark.parametrize("then", [{}, {"exclude_ous": []}])
+def test_a_scope_of_before_there_was_exclude_ou_is_the_same(
+    written_runs: Reports, then: Json
+) -> None:
+    scope = iam_audit.scope_document(Scope())
+    scope.pop("exclude_ous", None)
+    written_runs.add(2, scope={**scope, **then})
+    written_runs.add(1, scope={**scope, "exclude_ous": ["ou-1"]})
+    assert days_shown(written_runs.opened()) == [2]
+
+
+def test_previous_may_be_an_age(written_runs: Reports) -> None:
+    """Each account has its newest run that began at least so long ago; all runs are shown."""
+    failed = {"accounts": [{"id": ONE, "name": "name", "result": "failed"}]}
+    for days in (40, 31, 7, 1):
+        written_runs.add(days, runs=None, **(failed if days == 31 else {}))
+    found: dict[float, list[float | None]] = {}
+    for age in (0.0, 1, 2, 7, 7.01, 30, 40, 41):
+        tracking = written_runs.opened(age * DAY)
+        baseline = iam_audit.baseline_of(tracking, ONE)
+        earlier = tracking.earlier.started if tracking.earlier else None
+        found[age] = [
+            (NOW - moment) / DAY if moment else None
+            for moment in (earlier, baseline.run.started if baseline.run else None)
+        ]
+        assert days_shown(tracking) == [40, 31, 7, 1]
+    assert found == {
+        0: [1, 1],
+        1: [1, 1],
+        2: [7, 7],
+        7: [7, 7],
+        7.01: [31, 40],
+        30: [31, 40],
+        40: [40, 40],
+        41: [None, None],
+    }
+
+
+def test_a_newer_run_that_cannot_be_read_does_not_matter_where_an_age_is_asked_for(
+    written_runs: Reports,
+) -> None:
+    (written_runs.add(1) / SUMMARY).write_text("{", "utf-8")
+    written_runs.add(8)
+    tracking = written_runs.opened(7 * DAY)
+    assert iam_audit.baseline_of(tracking, ONE).passed_over == []
+    assert len(tracking.unreadable) == 1
+
+
 # --- earlier runs that cannot be read ---------------------------------------------------------------------------------
-
-
-def in_its_place(name: str, make: Callable[[Path], object]) -> Damage:
-    """Something else where that file was."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
 
 
 def text_for_a_number(content: bytes) -> bytes:

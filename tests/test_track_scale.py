@@ -59,7 +59,7 @@ folder, now = Path(sys.argv[1]), tuple(people())
 floors = floor()
 before = spent()
 history = iam_audit.History(iam_audit.finished_runs(folder, CREATED), "o-test123456")
-tracking = iam_audit.open_tracking(history, None, iam_audit.Scope())
+tracking = iam_audit.open_tracking(history, None, iam_audit.Scope(), CREATED)
 for number in range(1000):
     iam_audit.track_account(tracking, account(number), [])
 seconds = spent() - before
