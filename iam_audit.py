@@ -104,13 +104,7 @@ import botocore.session
 import botocore.utils
 from botocore.config import Config
 from botocore.credentials import Credentials, RefreshableCredentials
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    NoCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
 # === Run: the story, from the command line to the files, the summary and the exit code ===========
@@ -724,7 +718,7 @@ def open_session(profile: str | None) -> boto3.Session:
     try:
         credentials = core.get_credentials()
         if credentials is None:
-            raise NoCredentialsError
+            raise botocore.exceptions.NoCredentialsError
         terminal = any(map(os.isatty, (0, 1, 2)))  # where not, botocore might wait forever
         if credentials.method == "assume-role" and asks_for_mfa_code(core) and not terminal:
             raise AuditError(
@@ -733,8 +727,8 @@ def open_session(profile: str | None) -> boto3.Session:
             )
         credentials.get_frozen_credentials()
     except (OSError, json.JSONDecodeError, KeyError) as error:  # a credential_process; a proxy
-        why = f"{type(error).__name__}: {error}"
-        raise CredentialRetrievalError(provider=f"profile {name}", error_msg=why) from error
+        why = {"provider": f"profile {name}", "error_msg": f"{type(error).__name__}: {error}"}
+        raise botocore.exceptions.CredentialRetrievalError(**why) from error
     session = boto3.Session(botocore_session=core)
     # The SDK's user agent with ours at its end, built once: otherwise the SDK builds it again for
     # each request, which takes a fifth of the CPU time of a call.
@@ -1025,10 +1019,10 @@ class Pace:
         return now - self._throttled_since < self.PATIENCE
 
 
-# --workers auto begins with FIRST_THREADS. Once calls have waited for a thread for a second in which
-# the process used less than BUSY of one CPU, it adds threads: as many as the CPU can feed at that
-# rate, at most GROWTH times those there are (new connections cost CPU too), and never more than
-# there are calls waiting. A throttled account's pauses hold no thread, so refusals add none.
+# --workers auto begins with FIRST_THREADS. Once calls have waited for a thread for a second and the
+# process used less than BUSY of one CPU meanwhile, it adds threads: up to as many as the CPU can
+# feed at that rate and to GROWTH times those there are (new connections cost CPU too), and never
+# more than there are calls waiting. A throttled account's pauses hold no thread: refusals add none.
 FIRST_THREADS, MOST_THREADS, GROWTH, BUSY = 16, 256, 2, 0.85
 # One call per account needs few connections: so many, and one more for every 16 threads added
 ASSUME_ROLE_AT_ONCE, THREADS_PER_ASSUME_ROLE = 4, 16
@@ -1366,7 +1360,7 @@ CANNOT_START = {
     "the profile's Region, or aws_session_token may be missing.": UNKNOWN_KEY,
     "Name a profile with --profile, or set AWS_PROFILE.": {"NoCredentialsError"},
     "`aws configure list-profiles` shows the ones there are.": {"ProfileNotFound"},
-    "Correct profile {profile}, then check with `aws sts get-caller-identity --profile {profile}`.": {
+    "Correct profile {profile}; check with `aws sts get-caller-identity --profile {profile}`.": {
         "PartialCredentialsError", "InvalidConfigError", "ConfigParseError",
         "CredentialRetrievalError",
     },

@@ -704,7 +704,7 @@ def role_profile(name: str, *, source: str = "source_profile = base", mfa: bool 
     return f"[{name}]\nrole_arn = arn:aws:iam::{MANAGEMENT}:role/Operator\n{source}\n{serial}"
 
 
-CORRECT_IT = "Correct profile p, then check with `aws sts get-caller-identity --profile p`."
+CORRECT_IT = "Correct profile p; check with `aws sts get-caller-identity --profile p`."
 SIGN_IN_AGAIN = "Sign in again, for example with `aws sso login --profile p`."
 SSO = "sso_account_id = 999999999999\nsso_role_name = Admin\n"
 START = "sso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
