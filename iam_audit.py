@@ -708,31 +708,32 @@ IAM_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-
 
 # --- the profile, its partition, the clients ---
 
-CONNECT_TIMEOUT = 10  # seconds
-GUESS_TIMEOUT = 3  # seconds to connect to a partition that may not be the profile's
-READ_TIMEOUT = 30  # seconds
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
 REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
-ASSUME_ROLE_AT_ONCE = 4  # one call per account needs few connections, and each costs CPU
 PARENTS_AT_ONCE = 4
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
+# The profile's name, for advice on what keeps the program from starting
+PROFILE: contextvars.ContextVar[str] = contextvars.ContextVar("PROFILE", default="default")
 
 
 def open_session(profile: str | None) -> boto3.Session:
-    """The SDK's session, its credentials resolved, so that it asks for an MFA code before all else.
-
-    Raises AuditError where nobody can type that code: botocore would wait on a pipe forever.
-    """
+    """The SDK's session. Its credentials are resolved: an MFA code is asked for before all else."""
     core = botocore.session.Session(profile=profile)
-    credentials = core.get_credentials()
-    if credentials is None:
-        raise AuditError("No AWS credentials: name a profile with --profile, or set AWS_PROFILE.")
-    if credentials.method == "assume-role" and asks_for_mfa_code(core) and not has_terminal():
-        raise AuditError(
-            f"Profile {core.profile or 'default'} asks for an MFA code (mfa_serial), and there is "
-            "no terminal to type it on: run it from a terminal, or give cron a profile without "
-            "mfa_serial."
-        )
-    credentials.get_frozen_credentials()
+    PROFILE.set(name := core.profile or "default")
+    try:
+        credentials = core.get_credentials()
+        if credentials is None:
+            raise botocore.exceptions.NoCredentialsError
+        terminal = any(map(os.isatty, (0, 1, 2)))  # where not, botocore might wait forever
+        if credentials.method == "assume-role" and asks_for_mfa_code(core) and not terminal:
+            raise AuditError(
+                f"Profile {name} asks for an MFA code (mfa_serial), and there is no terminal to "
+                "type it on: run it from a terminal, or give cron a profile without mfa_serial."
+            )
+        credentials.get_frozen_credentials()
+    except (OSError, json.JSONDecodeError, KeyError) as error:  # a credential_process; a proxy
+        why = {"provider": f"profile {name}", "error_msg": f"{type(error).__name__}: {error}"}
+        raise botocore.exceptions.CredentialRetrievalError(**why) from error
     session = boto3.Session(botocore_session=core)
     # The SDK's user agent with ours at its end, built once: otherwise the SDK builds it again for
     # each request, which takes a fifth of the CPU time of a call.
@@ -753,54 +754,35 @@ def parse_timestamp(value: Any) -> datetime:
 def asks_for_mfa_code(core: botocore.session.Session) -> bool:
     """Whether the profile, or one that it takes credentials from, is a role with an mfa_serial."""
     profiles: dict[str, dict[str, str]] = core.full_config["profiles"]
-    name, seen = core.profile or "default", set[str]()
-    while name in profiles and name not in seen:
-        seen.add(name)
-        if {"role_arn", "mfa_serial"} <= profiles[name].keys():
+    name = core.profile or "default"
+    for _ in profiles:  # none is its own source
+        found = profiles.get(name, {})
+        if {"role_arn", "mfa_serial"} <= found.keys():
             return True
-        name = profiles[name].get("source_profile", "")
+        name = found.get("source_profile", "")
     return False
 
 
-def has_terminal() -> bool:
-    """Whether getpass can ask: it opens the controlling terminal, or else reads standard input."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | getattr(os, "O_NOCTTY", 0)))
-        return True
-    except OSError:
-        return sys.stdin is not None and sys.stdin.isatty()
-
-
 def connect(session: boto3.Session, workers: int) -> Aws:
-    """Identify the caller and create the clients for their partition.
-
-    If the profile names no Region, each partition is asked until one knows the access key; if none
-    does, the first refusal is raised.
-    """
+    """Identify the caller and create the clients for their partition."""
+    # Without a Region, each partition is asked until one knows the access key.
     regions = [session.region_name] if session.region_name else list(IAM_REGIONS.values())
     credentials = frozen_credentials(session)
-    refusal: Exception | None = None
+    refusals: list[Exception] = []
     for region in regions:
-        config = client_config(connections=1, attempts=3)
-        if refusal is not None:  # a guess, perhaps behind a firewall
-            once: Any = {"max_attempts": 0}
-            config = config.merge(Config(connect_timeout=GUESS_TIMEOUT, retries=once))
-        sts = signed_client(session, "sts", region, config)
+        sts = signed_client(session, "sts", region, connections=1, attempts=1 if refusals else 3)
         try:
-            caller = call_as(credentials, get_caller_identity, {"sts": sts, "region": region})
-            return Aws(session, caller, workers)
+            identity = call_as(credentials, sts.get_caller_identity, {})
+            account, arn = identity["Account"], identity["Arn"]
+            return Aws(session, Caller(account, arn, arn.split(":")[1], region), workers)
+        except KeyError as error:
+            raise ResponseParserError from error
         except SDK_ERRORS as error:
             known = isinstance(error, ClientError) and error_code(error) not in UNKNOWN_KEY
-            if known or (refusal is None and not isinstance(error, ClientError)):
+            if known or not (refusals or isinstance(error, ClientError)):
                 raise
-            refusal = refusal or error
-    raise refusal or AuditError("There is no Region to ask.")
-
-
-def get_caller_identity(sts: Any, region: str) -> Caller:
-    identity = sts.get_caller_identity()
-    account, arn = identity["Account"], identity["Arn"]
-    return Caller(account, arn, partition=arn.split(":")[1], region=region)
+            refusals.append(error)
+    raise refusals[0]
 
 
 def frozen_credentials(session: boto3.Session) -> Credentials:
@@ -810,25 +792,21 @@ def frozen_credentials(session: boto3.Session) -> Credentials:
     return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
 
-def signed_client(session: boto3.Session, service: Any, region: Any, config: Config) -> Any:
-    """A client that can make calls only inside `call_as`, which signs them.
-
-    It has placeholders for credentials, so that nothing is signed with the profile's by mistake.
-    """
-    client: Any = session.client(
-        service, region, config=config, aws_access_key_id="none", aws_secret_access_key="none"
-    )
-    client.meta.events.register(f"before-sign.{service}", sign_as_set)
-    return client
-
-
-def client_config(*, connections: int, attempts: int) -> Config:
-    return Config(
+def signed_client(
+    session: boto3.Session, service: Any, region: Any, *, connections: int, attempts: int = 1
+) -> Any:
+    """A client without credentials: it can make calls only inside `call_as`, which signs them."""
+    config = Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
         max_pool_connections=connections,
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
+    client: Any = session.client(
+        service, region, config=config, aws_access_key_id="none", aws_secret_access_key="none"
+    )
+    client.meta.events.register(f"before-sign.{service}", sign_as_set)
+    return client
 
 
 class Aws:
@@ -840,39 +818,25 @@ class Aws:
     """
 
     def __init__(self, session: boto3.Session, caller: Caller, workers: int) -> None:
-        self.caller = caller
-        self.threads = Threads(workers)
-        once = client_config(connections=min(workers, ASSUME_ROLE_AT_ONCE), attempts=1)
-        self.sts = signed_client(session, "sts", caller.region, once)
-        few = client_config(connections=PARENTS_AT_ONCE, attempts=10)
-        self.organizations = signed_client(session, "organizations", caller.region, few)
-        shared = client_config(connections=workers, attempts=1)
-        self.iam = signed_client(session, "iam", caller.region, shared)
-        self.session, self._workers, self._shared = session, workers, shared
+        self.session, self.caller, self.threads = session, caller, Threads(workers)
+        home, iam_home = caller.region, IAM_REGIONS.get(caller.partition, caller.region)
+        most = workers or MOST_THREADS  # connections, each opened when a thread first needs it
+        self.sts = signed_client(session, "sts", home, connections=most)
+        self.iam = signed_client(session, "iam", home, connections=most)
+        self.cloudtrail = signed_client(session, "cloudtrail", iam_home, connections=most)
+        few: Any = {"connections": PARENTS_AT_ONCE, "attempts": 10}
+        self.organizations = signed_client(session, "organizations", home, **few)
         self._refresh_failure = ""
 
-    @functools.cached_property
-    def cloudtrail(self) -> Any:
-        """The CloudTrail client, created on first use, in the partition's Region for IAM."""
-        region = IAM_REGIONS.get(self.caller.partition, self.caller.region)
-        return signed_client(self.session, "cloudtrail", region, self._shared)
-
-    @functools.cached_property
-    def assume_role_gate(self) -> asyncio.Semaphore:
-        """Created on first use, because Python 3.9 binds it to the current event loop."""
-        return asyncio.Semaphore(min(self._workers, ASSUME_ROLE_AT_ONCE))
-
     async def profile_credentials(self) -> Credentials:
-        """The profile's own credentials. Raises StepFailed if they cannot be refreshed.
-
-        A refresh runs in a thread of its own, because it may hang: a credential_process may wait
-        for a person. What has hung once is not tried again.
-        """
+        """The profile's own credentials. Raises StepFailed if they cannot be refreshed."""
         found = self.session.get_credentials()
         get = functools.partial(frozen_credentials, self.session)
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
             return get()
         answer: Future[Credentials] = Future()
+        # A refresh may hang, for example if a credential_process waits for a person: it runs in a
+        # thread of its own, and what has hung once is not tried again.
         if not self._refresh_failure:
             threading.Thread(target=settle, args=(answer, get), daemon=True).start()
             try:
@@ -938,16 +902,11 @@ CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls: AWS allows two per s
 
 
 class AccountSession:
-    """The calls for one account: their credentials, their pace, their retries.
-
-    `turn` is the account's place in the queue for threads: urgent steps first, then the accounts in
-    the order in which they were begun.
-    """
+    """The calls for one account, which was begun as number `turn`: credentials, pace, retries."""
 
     def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
         self.aws, self.account, self.role = aws, account, role
-        self.log = log
-        self._turn = turn
+        self.log, self._turn = log, turn
         self._logged = set[str]()
         self._pace = Pace()
         self._cloudtrail_pace = Pace(least_gap=CLOUDTRAIL_GAP)
@@ -961,15 +920,12 @@ class AccountSession:
         if self.role.own_account != self.account.id:
             arguments = {"aws": self.aws, "role": self.role, "account_id": self.account.id}
             assume = functools.partial(call_as, credentials, assume_role, arguments)
-            gate = self.aws.assume_role_gate
+            gate = self.aws.threads.assume_role_gate
             credentials = await self._retry("AssumeRole", assume, self._pace, gate)
         self._credentials = credentials
 
     async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
-        """Call an operation of a shared client in this account, or raise StepFailed.
-
-        A session that has expired is renewed once.
-        """
+        """Call an operation of a shared client in this account; renew an expired session once."""
         client = operation.__self__  # type: ignore[attr-defined]
         step = client.meta.method_to_api_mapping[operation.__name__]
         pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
@@ -989,19 +945,16 @@ class AccountSession:
     async def _retry(
         self, step: str, request: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
     ) -> T:
-        """Make a request in a thread until it is answered or a retry cannot help.
-
-        Only the attempts pass the gate, not the pauses: a throttled account holds up no other.
-        """
+        """Make a request in a thread until it is answered or a retry cannot help."""
         STEP.set(step)
         if step not in self._logged:
             self._logged.add(step)
             self.log(f"{self.account.id} {self.account.name}: {step}")
-        rank = (step not in URGENT_STEPS, self._turn)
-        attempts = 0
+        rank, attempts = (step not in URGENT_STEPS, self._turn), 0
         while True:
             await pace.wait()
             try:
+                # Only attempts pass the gate, not pauses: a throttled account holds up no other.
                 async with gate or contextlib.AsyncExitStack():
                     answer = await self.aws.threads.run(rank, request)
             except SDK_ERRORS as error:
@@ -1071,8 +1024,17 @@ class Pace:
         return now - self._throttled_since < self.PATIENCE
 
 
+# --workers auto begins with FIRST_THREADS. Once calls have waited for a thread for a second and the
+# process used less than BUSY of one CPU meanwhile, it adds threads: up to as many as the CPU can
+# feed at that rate and to GROWTH times those there are (new connections cost CPU too), and never
+# more than there are calls waiting. A throttled account's pauses hold no thread: refusals add none.
+FIRST_THREADS, MOST_THREADS, GROWTH, BUSY = 16, 256, 2, 0.85
+# One call per account needs few connections: so many, and one more for every 16 threads added
+ASSUME_ROLE_AT_ONCE, THREADS_PER_ASSUME_ROLE = 4, 16
+
+
 class Threads:
-    """Threads that make the calls, the most urgent first.
+    """Threads that make the calls, the most urgent first; a size of 0 is `--workers auto`.
 
     The standard library's executor has no priorities, and at exit it waits for its threads: one
     that hangs in a read would keep an interrupted program alive. These are daemons.
@@ -1082,15 +1044,50 @@ class Threads:
         self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], Future[Any]]]
         self._calls = queue.PriorityQueue()
         self._order = itertools.count()
-        stay_on_one_cpu()
-        for _ in range(size):
-            threading.Thread(target=self._work, daemon=True).start()
+        self._automatic, self.size, self._unanswered = size == 0, 0, 0
+        self._measured = time.monotonic(), time.process_time()
+        # Python runs one thread at a time: on several CPUs a run costs a fifth more CPU and time.
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # some containers do not allow it
+                os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
+        self._start(size or FIRST_THREADS)
+
+    @functools.cached_property
+    def assume_role_gate(self) -> asyncio.Semaphore:
+        """Created on first use, because Python 3.9 binds it to the current event loop."""
+        return asyncio.Semaphore(min(self.size, ASSUME_ROLE_AT_ONCE))
 
     async def run(self, rank: tuple[bool, int], call: Callable[[], T]) -> T:
         """Make a call in a thread when its turn has come; the lowest rank goes first."""
         answer: Future[T] = Future()
         self._calls.put((rank, next(self._order), call, answer))
-        return await asyncio.wrap_future(answer)
+        self._unanswered += 1
+        try:
+            if self._automatic:
+                self._adapt()
+            return await asyncio.wrap_future(answer)
+        finally:
+            self._unanswered -= 1
+
+    def _adapt(self) -> None:
+        """Add threads by the rule above. The second begins anew whenever no call waits."""
+        now, cpu = time.monotonic(), time.process_time()
+        seconds, used = now - self._measured[0], cpu - self._measured[1]
+        waiting = self._unanswered - self.size
+        if waiting > 0 and seconds < 1:
+            return
+        self._measured = now, cpu
+        if waiting > 0:
+            of_use = int(self.size * min(BUSY * seconds / max(used, 0.01), GROWTH))
+            more = max(0, min(of_use, MOST_THREADS, self.size + waiting) - self.size)
+            self._start(more)
+            for _ in range(more // THREADS_PER_ASSUME_ROLE):
+                self.assume_role_gate.release()
+
+    def _start(self, number: int) -> None:
+        self.size += number
+        for _ in range(number):
+            threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
         while True:
@@ -1105,16 +1102,6 @@ def settle(answer: Future[T], call: Callable[[], T]) -> None:
             answer.set_result(call())
         except BaseException as error:  # it belongs to the caller, not to this thread
             answer.set_exception(error)
-
-
-def stay_on_one_cpu() -> None:
-    """Keep this thread and those that it starts on one CPU, where the system allows it.
-
-    Python runs one at a time anyway; on several CPUs a run costs a fifth more CPU and time.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # some containers do not allow it
-            os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
 
 
 # --- operations with the profile's credentials, signed by `Aws.ask`; assume_role by `sign_in`, and
@@ -1366,34 +1353,44 @@ DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 NO_SUCH_ENTITY = "NoSuchEntity"
 # As is every HTTP status from 500
 TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
-# botocore's own text quotes the answer, which may hold credentials.
 NOT_UNDERSTOOD = "AWS's answer could not be understood"
-SIGN_IN_AGAIN = "Sign in again (aws sso login, for one)."
+# What to do about an error at the start, by AWS's code, if need be with its operation, or the SDK's
+# fmt: off
 CANNOT_START = {
-    "AWSOrganizationsNotInUseException": "The profile's account must be in an organization.",
-    "AccessDenied": "The profile needs the permissions that README.md lists.",
-    "AccessDeniedException": "The profile must belong to the management account or to a delegated "
-    "administrator, and have the permissions that README.md lists.",
-    "ExpiredToken": SIGN_IN_AGAIN,
-    "ExpiredTokenException": SIGN_IN_AGAIN,
+    "This is the profile's own role, not the audit role: its trust policy must trust the caller, "
+    "who needs sts:AssumeRole.": {"AssumeRole: AccessDenied"},
+    "The profile must belong to the management account or to a delegated administrator, and have "
+    "the permissions that README.md lists.": DENIED,
+    "The profile's account must be in an organization.": {"AWSOrganizationsNotInUseException"},
+    "Sign in again, for example with `aws sso login --profile {profile}`.": {
+        "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError",
+        "UnauthorizedException", "LoginRefreshRequired", *SESSION_EXPIRED,
+    },
+    "AWS does not know this access key. It may be deleted, inactive or of another partition than "
+    "the profile's Region, or aws_session_token may be missing.": UNKNOWN_KEY,
+    "Name a profile with --profile, or set AWS_PROFILE.": {"NoCredentialsError"},
+    "`aws configure list-profiles` shows the ones there are.": {"ProfileNotFound"},
+    "Correct profile {profile}; check with `aws sts get-caller-identity --profile {profile}`.": {
+        "PartialCredentialsError", "InvalidConfigError", "ConfigParseError",
+        "CredentialRetrievalError",
+    },
+    "Check the network, HTTPS_PROXY and, if a proxy replaces certificates, AWS_CA_BUNDLE.": {
+        "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "HTTPClientError",
+        "ConnectionClosedError", "ProxyConnectionError", "SSLError", "ResponseParserError",
+    },
 }
+# fmt: on
 
 
 def step_failed(step: str, error: Exception) -> StepFailed:
     """What an error of the SDK means for the account that the call was made for."""
-    kind = "final"
+    code, message = code_and_message(error)
+    status, kind = 0, "final"
     if isinstance(error, ClientError):
-        code, message = error_code(error), error_message(error)
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code in THROTTLED or status == 429:
-            kind = "throttled"
-        elif code in TRANSIENT or status >= 500:
-            kind = "transient"
-        return StepFailed(step, code, message, kind)
-    code, message = type(error).__name__, without_secrets(str(error))
-    if isinstance(error, ResponseParserError):
-        message = NOT_UNDERSTOOD
-    if isinstance(error, TRANSIENT_ERRORS):
+    if code in THROTTLED or status == 429:
+        kind = "throttled"
+    elif code in TRANSIENT or status >= 500 or isinstance(error, TRANSIENT_ERRORS):
         kind = "transient"
     return StepFailed(step, code, message, kind)
 
@@ -1402,23 +1399,29 @@ def error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def error_message(error: ClientError) -> str:
-    return without_secrets(str(error.response.get("Error", {}).get("Message", "")))
+def code_and_message(error: Exception) -> tuple[str, str]:
+    """AWS's code and message, or the SDK's name for the error and its text."""
+    if isinstance(error, ClientError):
+        message = str(error.response.get("Error", {}).get("Message", ""))
+        return error_code(error), without_secrets(message)
+    # botocore's own text quotes an answer that it cannot parse, which may hold credentials.
+    message = NOT_UNDERSTOOD if isinstance(error, ResponseParserError) else str(error)
+    return type(error).__name__, without_secrets(message)
 
 
 def sdk_error_in_words(error: Exception) -> str:
     """What an error of the SDK means for somebody who cannot start; empty for any other error."""
-    if isinstance(error, ClientError):
-        code = error_code(error)
-        words = f"{error.operation_name}: {code}: {error_message(error)}"
-        return f"{words} {CANNOT_START[code]}" if code in CANNOT_START else words
-    if isinstance(error, botocore.exceptions.ProfileNotFound):
-        return f"{error}: `aws configure list-profiles` shows the ones there are."
-    if isinstance(error, ResponseParserError):
-        return f"{NOT_UNDERSTOOD}: is a proxy in between?"
-    if isinstance(error, BotoCoreError):
-        return f"{type(error).__name__}: {without_secrets(str(error))}"
-    return ""
+    if not isinstance(error, SDK_ERRORS):
+        return ""
+    code, message = code_and_message(error)
+    operation = f"{error.operation_name}: " if isinstance(error, ClientError) else ""
+    if not code or code.isdecimal():  # an HTTP status: a proxy's page, and no answer of AWS
+        code, message = "ResponseParserError", NOT_UNDERSTOOD
+    words = f"{operation}{code}: {message}"
+    for advice, codes in CANNOT_START.items():
+        if not codes.isdisjoint({code, operation + code}):
+            return f"{words.rstrip(': .')}. {advice.format(profile=PROFILE.get())}"
+    return words
 
 
 def without_secrets(message: str) -> str:
@@ -1454,7 +1457,7 @@ async def audit_organization(
     `finish` gets each outcome as soon as there is one. If it raises, the audit ends with its error.
     """
     organization, plan = run.organization, run.plan
-    slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER)
+    slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or MOST_THREADS)
     audits: list[asyncio.Task[None]] = []
 
     async def audit(account: Account, turn: int) -> None:

@@ -85,6 +85,41 @@ before = time.monotonic()
 found = len(list(tracking.history))
 print(time.monotonic() - before, found)
 """
+# The same job with other means: argv[1] is the role, argv[2] is boto3 (a plain loop) or botocove (20 threads).
+PEER = """
+import sys, time, boto3
+role = sys.argv[1]
+
+def job(session):
+    iam = session.client("iam")
+    while iam.generate_credential_report()["State"] != "COMPLETE":
+        time.sleep(2)
+    iam.get_credential_report()
+    for page in iam.get_paginator("list_users").paginate():
+        for user in page["Users"]:
+            iam.list_mfa_devices(UserName=user["UserName"])
+            for key in iam.list_access_keys(UserName=user["UserName"])["AccessKeyMetadata"]:
+                iam.get_access_key_last_used(AccessKeyId=key["AccessKeyId"])
+
+def loop():
+    organizations, sts = boto3.client("organizations"), boto3.client("sts")
+    management = organizations.describe_organization()["Organization"]["MasterAccountId"]
+    done = 0
+    for page in organizations.get_paginator("list_accounts").paginate():
+        for account in page["Accounts"]:
+            if account["Id"] != management:
+                arn = f"arn:aws:iam::{account['Id']}:role/{role}"
+                issued = sts.assume_role(RoleArn=arn, RoleSessionName="peer")["Credentials"]
+                job(boto3.Session(issued["AccessKeyId"], issued["SecretAccessKey"], issued["SessionToken"]))
+                done += 1
+    return done
+
+if sys.argv[2] == "boto3":
+    print(loop())
+else:
+    from botocove import cove
+    print(len(cove(job, rolename=role)()["Results"]))
+"""
 VERSIONS = "import sys, boto3, botocore; print(sys.version.split()[0], boto3.__version__, botocore.__version__)"
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -197,7 +232,8 @@ def run(
     output = Path(tempfile.mkdtemp(dir=bench.folder, prefix="reports-"))
     options = bench.options
     command = [*shlex.split(options.wrap), options.python, str(options.program)]
-    command += ["--role", ROLE, "--output-dir", str(output), "--workers", str(options.workers)]
+    command += ["--role", ROLE, "--output-dir", str(output)]
+    command += ["--workers", str(options.workers)] if options.workers else []
     command += [] if terminal else ["--quiet"]
     endpoint.reset()
     screen = Screen() if terminal else None
@@ -502,8 +538,8 @@ def scenario_connections(bench: Bench) -> list[Verdict]:
                     limit,
                 )
                 for service, limit in (
-                    ("iam", bench.options.workers),
-                    ("sts", bench.options.workers),
+                    ("iam", bench.options.workers or 256),
+                    ("sts", bench.options.workers or 20),
                 )
             ]
             verdicts += [exact_requests(endpoint, made), exit_code(made, 0)]
@@ -710,8 +746,58 @@ def scenario_history(bench: Bench) -> list[Verdict]:
     ]
 
 
+def scenario_latency(bench: Bench) -> list[Verdict]:
+    """Wall time against CPU time at 20, 50, 100 and 200 ms: 150 accounts of 20 users."""
+    verdicts = []
+    accounts = bench.options.accounts or bench.size(150, 15)
+    users = bench.options.users or bench.size(20, 10)
+    with bench.endpoint(bench.plan(accounts, users)) as endpoint:
+        plans = endpoint.world.described["generate"]
+        for latency, limit in ((0.02, 1.25), (0.05, 1.15), (0.1, 1.25), (0.2, 1.5)):
+            endpoint.update({"latency": latency, "generate": plans})  # reports start anew
+            made = run(bench, endpoint)
+            show(f"{accounts} accounts of {users} users, {1000 * latency:g} ms a call", made)
+            verdicts.append(at_most(f"wall / CPU at {latency:g} s", made.wall / made.cpu, limit))
+            verdicts.append(exit_code(made, 0))
+    return verdicts
+
+
+def scenario_peers(bench: Bench) -> list[Verdict]:
+    """The same job with botocove, if it is installed, and in a plain loop of boto3: 20 accounts of 20 users."""
+    verdicts = []
+    accounts = bench.options.accounts or bench.size(20, 4)
+    users = bench.options.users or bench.size(20, 5)
+    with bench.endpoint(bench.plan(accounts, users)) as endpoint:
+        plans = endpoint.world.described["generate"]
+        made = run(bench, endpoint)
+        show(f"{accounts} accounts of {users} users", made)
+        for peer in ("botocove", "boto3"):
+            endpoint.update({"generate": plans})  # reports start anew
+            command = [bench.options.python, "-c", PEER, ROLE, peer]
+            began = time.monotonic()
+            process = subprocess.Popen(
+                command, env=endpoint.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            _, usage = wait(process, began, None)
+            wall, cpu = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+            printed, said = process.communicate()
+            if b"No module named 'botocove'" in said:
+                print("\n  botocove is not installed")
+                continue
+            print(f"\n  {peer}: {wall:.1f} s, {cpu:.1f} s of CPU, {usage.ru_maxrss / 1024:.0f} MB")
+            done = int(printed or 0)
+            verdicts += [
+                Verdict(f"accounts of {peer}", str(done), str(accounts), done == accounts),
+                at_most(f"wall / {peer}'s", made.wall / wall, 1),
+                at_most(f"CPU / {peer}'s", made.cpu / cpu, 1),
+            ]
+    return [*verdicts, exit_code(made, 0)]
+
+
 SCENARIOS: dict[str, Callable[[Bench], list[Verdict]]] = {
     "floor": scenario_floor,
+    "latency": scenario_latency,
+    "peers": scenario_peers,
     "connections": scenario_connections,
     "memory": scenario_memory,
     "large-account": scenario_large_account,
@@ -740,8 +826,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--quick", action="store_true", help="small sizes, to see that all is in order"
     )
-    made.add_argument("--accounts", type=int, metavar="N", help="accounts of scenario floor")
-    made.add_argument("--users", type=int, metavar="N", help="users an account of scenario floor")
+    made.add_argument("--accounts", type=int, metavar="N", help="accounts of floor, latency, peers")
+    made.add_argument("--users", type=int, metavar="N", help="users an account of these")
     made.add_argument(
         "--rate",
         type=float,
@@ -755,7 +841,7 @@ def parser() -> argparse.ArgumentParser:
         "--report-delay", type=float, default=4.0, metavar="SECONDS", help="default: 4"
     )
     made.add_argument(
-        "--workers", type=int, default=32, metavar="N", help="of the program, default: 32"
+        "--workers", type=int, metavar="N", help="of the program, default: its own, which is auto"
     )
     made.add_argument("--http", action="store_true", help="HTTP in place of TLS")
     made.add_argument(
@@ -785,7 +871,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"Python {versions[0]}, boto3 {versions[1]}, botocore {versions[2]}, {os.cpu_count()} CPUs; "
         f"{'HTTP' if options.http else 'TLS'}, latency {options.latency:g} s, report after {options.report_delay:g} s, "
-        f"{options.workers} workers"
+        f"{options.workers or 'auto'} workers"
     )
     names = list(SCENARIOS) if options.scenario == "all" else [options.scenario]
     all_met = True

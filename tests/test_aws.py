@@ -112,7 +112,8 @@ def test_every_client_waits_10_s_for_a_connection_and_30_s_for_an_answer(
     in_this_process: Endpoint,
 ) -> None:
     aws = asyncio.run(connected())
-    configs: list[Any] = [client.meta.config for client in (aws.sts, aws.organizations, aws.iam)]
+    clients = (aws.sts, aws.organizations, aws.iam, aws.cloudtrail)
+    configs: list[Any] = [client.meta.config for client in clients]
     assert {(config.connect_timeout, config.read_timeout) for config in configs} == {(10, 30)}
 
 
@@ -304,6 +305,111 @@ def test_a_throttled_account_holds_up_no_other(serve: Serve, run_program: Progra
         len(recorded) - 1 - max(n for n, one in enumerate(recorded) if one not in (ONE, MANAGEMENT))
         >= 2
     )
+
+
+# --- how many threads ------------------------------------------------------------------------------------------------
+
+
+class Clocks:
+    """Stands in for the module `time`: one second of it passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = self.cpu = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.cpu
+
+    def second(self, used: float) -> None:
+        self.now, self.cpu = self.now + 1, self.cpu + used
+
+
+async def sizes(
+    monkeypatch: pytest.MonkeyPatch, size: int, seconds: list[tuple[int, float]]
+) -> tuple[list[int], int]:
+    """How many threads there are after each second, and roles that may be assumed at a time in the end.
+
+    Of each second: so many calls unanswered, so much CPU used meanwhile.
+    """
+    clocks, answered = Clocks(), threading.Event()
+    monkeypatch.setattr(iam_audit, "time", clocks)
+    threads, calls, seen = iam_audit.Threads(size), list[Any](), list[int]()
+    for unanswered, used in seconds:
+        while len(calls) < unanswered:
+            calls.append(asyncio.create_task(threads.run((True, 0), answered.wait)))
+            await asyncio.sleep(0)
+        clocks.second(used)
+        calls.append(asyncio.create_task(threads.run((True, 0), answered.wait)))
+        await asyncio.sleep(0)
+        seen.append(threads.size)
+    answered.set()
+    await asyncio.gather(*calls)
+    permits = 0
+    while not threads.assume_role_gate.locked():
+        await threads.assume_role_gate.acquire()
+        permits += 1
+    return seen, permits
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "expected"),
+    [
+        (0, [(100, 0.1), (100, 0.1), (400, 0.2), (400, 0.3), (400, 0.4)], [32, 64, 128, 256, 256]),
+        (0, [(100, 0.7), (100, 0.84)], [19, 19]),
+        (0, [(100, 0.85), (100, 1.0)], [16, 16]),
+        (0, [(19, 0.0)], [20]),
+        (0, [(13, 0.0), (15, 0.0)], [16, 16]),
+        (4, [(100, 0.1), (100, 0.1)], [4, 4]),
+    ],
+    ids=["doubled", "as the CPU can feed", "busy", "as wait", "none waited", "a number"],
+)
+def test_threads_are_added_while_calls_wait_and_the_cpu_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    seconds: list[tuple[int, float]],
+    expected: list[int],
+) -> None:
+    """With --workers auto, which is 0; a number of threads stays as it is."""
+    seen, roles = asyncio.run(sizes(monkeypatch, size, seconds))
+    assert seen == expected
+    assert roles == 4 + (seen[-1] - 16) // 16 if size == 0 else 4
+
+
+def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program run with --workers auto."""
+    parse = iam_audit.parse_arguments
+
+    def parse_arguments(argv: Any) -> Any:
+        options = parse(argv)
+        options.workers = 0
+        return options
+
+    monkeypatch.setattr(iam_audit, "parse_arguments", parse_arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "grows"),
+    [
+        ({"latency": 0.3, "accounts": {}}, True),
+        ({"latency": 0.01, "accounts": {"rate": 4.0}}, False),
+    ],
+    ids=["far away", "throttled"],
+)
+def test_connections_grow_with_latency_and_not_with_throttling(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: Json, grows: bool
+) -> None:
+    """Eight accounts make 64 calls at a time at most. What is throttled pauses without a thread."""
+    plan = generate(8, 14 if grows else 6, account=options["accounts"])
+    endpoint = reach(serve(generate=plan, latency=options["latency"]), monkeypatch)
+    automatic(monkeypatch)
+    assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path), "--quiet"]) == 0
+    stats = endpoint.stats()
+    assert (stats["throttled"] > 20) == (not grows)
+    assert (stats["connections"]["iam"] > 16) == grows
+    assert stats["connections"]["iam"] <= 65
+    assert stats["connections"]["sts"] <= 1 + 4 + 64 // 16  # one of GetCallerIdentity
 
 
 # --- who asks, and where ----------------------------------------------------------------------------------------------

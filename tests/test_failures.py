@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import itertools
+import json
 import os
 import re
 import resource
@@ -619,10 +621,27 @@ def test_accounts_whose_role_is_throttled_hold_up_no_other(
 
 # --- the audit cannot start or finish ---------------------------------------------------------------------------------
 
+PAGE = "<html><body>Blocked by the proxy</body></html>"
+PROXY = ["could not be understood", "HTTPS_PROXY"]
 STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stderr says
     "expired at the start": (
         {"rules": [rule("GetCallerIdentity", error="ExpiredToken", status=403)]},
-        ["ExpiredToken", "ign in"],
+        ["ExpiredToken", "Sign in again, for example with `aws sso login --profile default`."],
+    ),
+    "an access key that AWS does not know": (
+        {"rules": [rule("GetCallerIdentity", error="InvalidClientTokenId", status=403)]},
+        ["InvalidClientTokenId", "deleted, inactive or of another partition", "aws_session_token"],
+    ),
+    "a proxy's page": ({"rules": [rule("GetCallerIdentity", raw=PAGE)]}, PROXY),
+    "a proxy's page that is no XML": (
+        {"rules": [rule("GetCallerIdentity", raw=f"<!DOCTYPE html>{PAGE}<br>")]},
+        PROXY,
+    ),
+    "a proxy's refusal": ({"rules": [rule("GetCallerIdentity", raw=PAGE, status=403)]}, PROXY),
+    "a proxy's refusal later": ({"rules": [rule("ListAccounts", raw=PAGE, status=403)]}, PROXY),
+    "a proxy that reaches nobody": (
+        {"rules": [rule("GetCallerIdentity", raw=PAGE, status=503)]},
+        PROXY,
     ),
     "not an organization": (
         {"organization": None},
@@ -661,6 +680,7 @@ def test_what_keeps_the_audit_from_starting_is_said_in_a_line(
     assert result.stderr.count("\n") == 1
     assert result.files == []
     assert list(result.output_dir.glob("*")) == [], "an empty run folder is left"
+    assert "Blocked" not in result.stderr
     assert endpoint.stats()["assumed"] == {}
     if stop == "neither State nor Status":
         assert program_versions["botocore"] in result.stderr
@@ -684,50 +704,122 @@ def role_profile(name: str, *, source: str = "source_profile = base", mfa: bool 
     return f"[{name}]\nrole_arn = arn:aws:iam::{MANAGEMENT}:role/Operator\n{source}\n{serial}"
 
 
-def test_an_unknown_profile_is_refused_before_any_request(
-    serve: Serve, run_program: Program, tmp_path: Path
+CORRECT_IT = "Correct profile p; check with `aws sts get-caller-identity --profile p`."
+SIGN_IN_AGAIN = "Sign in again, for example with `aws sso login --profile p`."
+SSO = "sso_account_id = 999999999999\nsso_role_name = Admin\n"
+START = "sso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
+MISCONFIGURED: dict[str, tuple[str, list[str]]] = {  # lines of the config file, what stderr says
+    "unknown": ("", ["(p)", "`aws configure list-profiles`"]),
+    "no credentials": ("[profile p]\n", ["NoCredentials", "--profile", "AWS_PROFILE"]),
+    "no SSO token": (
+        f"[profile p]\nsso_session = corp\n{SSO}[sso-session corp]\n{START}",
+        ["SSOTokenLoadError", SIGN_IN_AGAIN],
+    ),
+    "no SSO token, the older way": (
+        f"[profile p]\n{SSO}{START}",
+        ["SSOTokenLoadError", SIGN_IN_AGAIN],
+    ),
+    "no such session": (f"[profile p]\nsso_session = corp\n{SSO}", ["corp", CORRECT_IT]),
+    "credential_process missing": (
+        "[profile p]\ncredential_process = /nowhere/it --now\n",
+        ["/nowhere/it", "No such file", CORRECT_IT],
+    ),
+    "credential_process is no program": (
+        "[profile p]\ncredential_process = /etc/hostname\n",
+        ["/etc/hostname", CORRECT_IT],
+    ),
+    "credential_process fails": (
+        "[profile p]\ncredential_process = sh -c 'echo no luck >&2; exit 3'\n",
+        ["no luck", CORRECT_IT],
+    ),
+    "credential_process says nothing": (
+        "[profile p]\ncredential_process = true\n",
+        ["JSONDecodeError", CORRECT_IT],
+    ),
+    "no secret key": (
+        "[profile p]\naws_access_key_id = AKIA0000000000000001\n",
+        ["missing: aws_secret_access_key", CORRECT_IT],
+    ),
+    "no source": (
+        f"[profile p]\nrole_arn = arn:aws:iam::{MANAGEMENT}:role/Operator\n",
+        ["source_profile or credential_source", CORRECT_IT],
+    ),
+    "source unknown": (role_profile("profile p", source="source_profile = gone"), ["gone"]),
+    "no config file": ("[profile p", ["ConfigParseError", "Correct profile"]),
+}
+
+
+@pytest.mark.parametrize("which", MISCONFIGURED)
+def test_a_misconfigured_profile_stops_the_run_before_any_request_and_says_what_to_do(
+    serve: Serve, run_program: Program, tmp_path: Path, which: str
 ) -> None:
+    config, said = MISCONFIGURED[which]
     endpoint = serve(account(ONE, "one"))
-    result = run_program(profile_env(endpoint, tmp_path, ""), "--profile", "nowhere")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "nowhere" in result.stderr
+    result = run_program(profile_env(endpoint, tmp_path, config), "--profile", "p")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    for words in said:
+        assert words in result.stderr
     assert endpoint.stats()["requests"] == {}
 
 
-def test_without_credentials_nothing_is_asked(
+def test_an_expired_sso_token_stops_the_run_and_says_how_to_sign_in(
     serve: Serve, run_program: Program, tmp_path: Path
 ) -> None:
+    """As `aws sso login` left it in the cache, a day after."""
+    cache = tmp_path / ".aws" / "sso" / "cache"
+    cache.mkdir(parents=True)
+    token = {"startUrl": "https://example.awsapps.com/start", "region": "us-east-1"}
+    token |= {"accessToken": "gone", "expiresAt": "2026-01-01T00:00:00Z"}
+    name = hashlib.sha1(b"corp").hexdigest()
+    (cache / f"{name}.json").write_text(json.dumps(token), encoding="utf-8")
+    config = f"[profile p]\nsso_session = corp\n{SSO}[sso-session corp]\n{START}"
     endpoint = serve(account(ONE, "one"))
-    result = run_program(profile_env(endpoint, tmp_path, ""))
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "credentials" in result.stderr
-    assert "--profile" in result.stderr
+    result = run_program(profile_env(endpoint, tmp_path, config), "--profile", "p")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert SIGN_IN_AGAIN in result.stderr
     assert endpoint.stats()["requests"] == {}
 
 
-def test_half_the_credentials_are_none(serve: Serve, run_program: Program) -> None:
-    env = {
-        name: value
-        for name, value in serve(account(ONE, "one")).env().items()
-        if name != "AWS_SECRET_ACCESS_KEY"
-    }
+def test_half_the_credentials_in_the_environment_are_none(
+    serve: Serve, run_program: Program
+) -> None:
+    env = serve(account(ONE, "one")).env()
+    del env["AWS_SECRET_ACCESS_KEY"]
     result = run_program(env)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "credentials" in result.stderr.lower()
+    assert "missing: AWS_SECRET_ACCESS_KEY" in result.stderr
 
 
-def test_an_expired_sso_session_stops_the_run_before_any_request(
+def test_the_profiles_own_role_that_is_denied_is_not_taken_for_the_audit_role(
     serve: Serve, run_program: Program, tmp_path: Path
 ) -> None:
-    config = (
-        "[profile sso]\nsso_session = corp\nsso_account_id = 999999999999\nsso_role_name = Admin\nregion = us-east-1\n"
-        "[sso-session corp]\nsso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
-    )
-    endpoint = serve(account(ONE, "one"))
-    result = run_program(profile_env(endpoint, tmp_path, config), "--profile", "sso")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "sso" in result.stderr.lower()
-    assert endpoint.stats()["requests"] == {}
+    refused = rule("AssumeRole", MANAGEMENT, error="AccessDenied", status=403)
+    endpoint = serve(account(MANAGEMENT, "management"), rules=[refused])
+    env = profile_env(endpoint, tmp_path, role_profile("profile p", mfa=False))
+    result = run_program(env, "--profile", "p")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "the profile's own role, not the audit role: its trust policy" in result.stderr
+    assert "README" not in result.stderr
+    assert endpoint.stats()["requests"] == {"AssumeRole": 1}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "EndpointConnectionError"),
+        ("AWS_ENDPOINT_URL", "http://nowhere.invalid", "EndpointConnectionError"),
+        ("HTTPS_PROXY", "http://127.0.0.1:9", "ProxyConnectionError"),
+    ],
+)
+def test_without_a_network_the_proxy_is_what_to_look_at(
+    serve: Serve, run_program: Program, variable: str, value: str, said: str
+) -> None:
+    env = serve(account(ONE, "one")).env()
+    del env["AWS_ENDPOINT_URL"]
+    result = run_program({**env, variable: value})
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert said in result.stderr
+    assert "Check the network, HTTPS_PROXY" in result.stderr
 
 
 MFA_PROFILES = {
