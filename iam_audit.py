@@ -2140,8 +2140,7 @@ PASSWORD, USER, KEY_PAIR = "password", "user", "two active access keys"
 ACTIVE_KEY, INACTIVE_KEY = f"active {ACCESS_KEY}", f"inactive {ACCESS_KEY}"
 ACTIVE_API_KEY, ACTIVE_SERVICE = f"active {API_KEY}", f"active {SERVICE_PASSWORD}"
 ACTIVE_CERTIFICATE = f"active {SIGNING_CERTIFICATE}"
-ONE_YEAR, UNUSED_AFTER = timedelta(days=365), timedelta(days=90)
-IN_USE_WITHIN, ROTATED_WITHIN = timedelta(days=30), timedelta(days=30)
+DAYS_30, DAYS_90, ONE_YEAR = timedelta(days=30), timedelta(days=90), timedelta(days=365)
 NEVER, NO_TIME = timedelta.max, timedelta(0)
 
 
@@ -2155,25 +2154,28 @@ class Case(NamedTuple):
     production: bool
     max_age: timedelta
     max_unused: timedelta
+    no_mfa: bool
     age: timedelta = NO_TIME  # of two keys: that of the younger one
     unused: timedelta = NO_TIME  # since the last use; NEVER: a key that was never used
     key: Any = None  # a Credential, where rules ask for it
 
 
 def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterator[Case]:
-    root, limits = user.name == ROOT, (plan.max_key_age, plan.max_unused)
-    yield Case(USER, user, root, production, *limits)
+    of_user = Case(
+        *(USER, user, user.name == ROOT, production, plan.max_key_age, plan.max_unused),
+        not user.mfa,
+    )
+    yield of_user
     if user.password:
         last = user.password_last_used or user.password_changed  # if neither is known: no time
-        unused = now - last if last else NO_TIME
-        yield Case(PASSWORD, user, root, production, *limits, unused=unused)
+        yield of_user._replace(about=PASSWORD, unused=now - last if last else NO_TIME)
     ages = [now - key.created for key in user.keys if is_active(key.status)]
     if len(ages) > 1:
-        yield Case(KEY_PAIR, user, root, production, *limits, age=min(ages))
+        yield of_user._replace(about=KEY_PAIR, age=min(ages))
     for key in (*user.keys, *user.others):
         about = f"{'active' if is_active(key.status) else 'inactive'} {key.kind}"
-        age, unused = now - key.created, now - key.last_used if key.last_used else NEVER
-        yield Case(about, user, root, production, *limits, age, unused, key)
+        unused = now - key.last_used if key.last_used else NEVER
+        yield of_user._replace(about=about, key=key, age=now - key.created, unused=unused)
 
 
 # The oldest active access key somewhere, and whose it is
@@ -2182,7 +2184,7 @@ KEY_AGES = ("< 30 days", "< 90 days", "< 180 days", "< 1 year", "< 2 years", "< 
 KEY_AGE_DAYS = (30, 90, 180, 365, 2 * 365, 5 * 365)
 
 
-def counted(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: str = "") -> Any:
+def cases(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: str = "") -> Any:
     """A field of Gaps: the number of cases about this for which `where` holds."""
     return field(default=0, metadata={"about": (about, or_about), "where": where})
 
@@ -2191,33 +2193,27 @@ def counted(about: str, where: Callable[[Case], bool] = lambda _: True, or_about
 class Gaps:
     """Long-term credentials, counted, per account or in all. Root counts as a user."""
 
-    console_users: int = counted(PASSWORD)
-    console_users_without_mfa: int = counted(PASSWORD, lambda it: not it.user.mfa)
-    access_keys: int = counted(ACTIVE_KEY, or_about=INACTIVE_KEY)
-    active_keys: int = counted(ACTIVE_KEY)
-    inactive_keys: int = counted(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
-    expired_keys: int = counted(INACTIVE_KEY, lambda it: it.key.status == "Expired")
-    active_keys_older_than_max_age: int = counted(ACTIVE_KEY, lambda it: it.age > it.max_age)
-    active_keys_older_than_1_year: int = counted(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
-    active_keys_never_used: int = counted(ACTIVE_KEY, lambda it: it.unused == NEVER)
-    active_keys_not_used_for_90_days: int = counted(
-        ACTIVE_KEY, lambda it: UNUSED_AFTER < it.unused < NEVER
+    console_users: int = cases(PASSWORD)
+    console_users_without_mfa: int = cases(PASSWORD, lambda it: it.no_mfa)
+    access_keys: int = cases(ACTIVE_KEY, or_about=INACTIVE_KEY)
+    active_keys: int = cases(ACTIVE_KEY)
+    inactive_keys: int = cases(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
+    expired_keys: int = cases(INACTIVE_KEY, lambda it: it.key.status == "Expired")
+    active_keys_older_than_max_age: int = cases(ACTIVE_KEY, lambda it: it.age > it.max_age)
+    active_keys_older_than_1_year: int = cases(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
+    active_keys_never_used: int = cases(ACTIVE_KEY, lambda it: it.unused == NEVER)
+    active_keys_not_used_for_90_days: int = cases(
+        ACTIVE_KEY, lambda it: DAYS_90 < it.unused < NEVER
     )
-    active_keys_used_within_30_days: int = counted(
-        ACTIVE_KEY, lambda it: it.unused <= IN_USE_WITHIN
-    )
-    root_access_keys: int = counted(ACTIVE_KEY, lambda it: it.root, INACTIVE_KEY)
-    users_with_two_active_keys: int = counted(KEY_PAIR)
-    active_api_keys: int = counted(ACTIVE_API_KEY)
-    active_api_keys_without_expiry: int = counted(ACTIVE_API_KEY, lambda it: not it.key.expires)
-    active_api_keys_older_than_max_age: int = counted(
-        ACTIVE_API_KEY, lambda it: it.age > it.max_age
-    )
-    active_service_passwords: int = counted(ACTIVE_SERVICE)
-    active_signing_certificates: int = counted(ACTIVE_CERTIFICATE)
-    active_key_ages: tuple[int, ...] = (0,) * len(
-        KEY_AGES
-    )  # of access keys, as KEY_AGES names them
+    active_keys_used_within_30_days: int = cases(ACTIVE_KEY, lambda it: it.unused <= DAYS_30)
+    root_access_keys: int = cases(ACTIVE_KEY, lambda it: it.root, INACTIVE_KEY)
+    users_with_two_active_keys: int = cases(KEY_PAIR)
+    active_api_keys: int = cases(ACTIVE_API_KEY)
+    active_api_keys_without_expiry: int = cases(ACTIVE_API_KEY, lambda it: not it.key.expires)
+    active_api_keys_older_than_max_age: int = cases(ACTIVE_API_KEY, lambda it: it.age > it.max_age)
+    active_service_passwords: int = cases(ACTIVE_SERVICE)
+    active_signing_certificates: int = cases(ACTIVE_CERTIFICATE)
+    active_key_ages: tuple[int, ...] = (0,) * len(KEY_AGES)  # of access keys
     oldest_active_key: OldestKey | None = None
 
     def __add__(self, other: Gaps) -> Gaps:
@@ -2321,7 +2317,7 @@ CREDENTIALS_COLUMNS = (
     *("last_used_date", "unused_days", "service_name", "expires", "mfa_status"),
 )
 FLAGS = {True: "true", False: "false", None: ""}
-NEVER_USED = {PASSWORD: PASSWORD_NEVER_USED, ACCESS_KEY: KEY_NEVER_USED}  # of others, AWS is silent
+NEVER_USED = {PASSWORD: PASSWORD_NEVER_USED, ACCESS_KEY: KEY_NEVER_USED}  # others: unknown
 NEVER_EXPIRES = {API_KEY: "never", SERVICE_PASSWORD: "never"}  # others cannot expire
 
 
@@ -2356,14 +2352,14 @@ def date_cells(
 FINDINGS_COLUMNS = (
     *("priority", "finding", "account_id", "account_name", "production", "username"),
     *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
-    *("owner", "administrator", "ou", "older_than_max_age", "controls", "new", "exception"),
-    "until",
+    *("owner", "administrator", "ou", "older_than_max_age", "controls"),
+    *("new", "exception", "until"),
 )
 
 
 class Rule(NamedTuple):
-    """A reason for the finding of this name. What is in braces in `reason` and `advice` is filled in
-    on output, for `controls` see `controls_of`."""
+    """A reason for the finding of this name; {words} in `reason` and `advice` are filled in on
+    output. `controls_of` chooses from `controls`."""
 
     name: str
     priority: int
@@ -2375,27 +2371,23 @@ class Rule(NamedTuple):
 
 
 # fmt: off
-UNUSED = ("1.11", "IAM.8", "IAM.22")
+NO_ROOT_KEY, ROTATED, IN_USE = ("1.3", "IAM.4"), ("1.13", "IAM.3"), ("1.11", "IAM.8", "IAM.22")
 EACH_KEY = (
     "`aws iam list-access-keys {user}` in account {account}, then "
     "`aws iam update-access-key {user} --access-key-id=ID --status=Inactive`"
 )
 FOLLOW_CASE = (
-    f"Follow AWS's support case: deactivate all of the user's access keys ({EACH_KEY}), replace "
-    "what is needed, and look in CloudTrail for what they did. Only then detach the quarantine "
-    "policy from the user."
+    f"Follow AWS's support case: deactivate and replace each of the user's keys ({EACH_KEY}), look "
+    "in CloudTrail for what they were used for, and only then detach the quarantine policy."
 )
 KEEP_ONE = f"Keep one key: move what uses the other one to it, then deactivate that: {EACH_KEY}."
 REMOVE = "`aws iam delete-login-profile {user}` in account {account}."
-ADD_MFA = (
-    "Have the user register an MFA device or, if temporary credentials serve, remove the password: "
-    f"{REMOVE}"
-)
+ADD_MFA = f"Have the user register an MFA device or, if roles serve, remove the password: {REMOVE}"
 MOVE = "Move what uses it to temporary credentials (an IAM role), then "
 DEACTIVATE = "`aws iam update-{name} {user} {key} --status=Inactive` in account {account}"
 DEACTIVATE_USED = f"{MOVE}deactivate it: {DEACTIVATE}."
 DEACTIVATE_UNUSED = f"Deactivate it: {DEACTIVATE}; delete it once nobody has missed it."
-REPLACE = f"{MOVE}deactivate it: {DEACTIVATE}; in the end `aws iam delete-{{name}} {{user}} {{key}}`."
+REPLACE = f"{MOVE}deactivate it: {DEACTIVATE}; finally `aws iam delete-{{name}} {{user}} {{key}}`."
 REPLACE_CERTIFICATE = f"Find its ID: `aws iam list-signing-certificates {{user}}`. {REPLACE}"
 ASK_OWNER = f"Ask its owner what it is for, then deactivate it: {DEACTIVATE}."
 FIND_OUT = f"Find out what used it last, then deactivate it: {DEACTIVATE}."
@@ -2407,46 +2399,45 @@ RULES = (
     Rule("exposed-credential", 1, USER, lambda it: it.user.exposed,
          "AWS found a key of the user in public", FOLLOW_CASE),
     Rule("root-access-key", 1, ACTIVE_KEY, lambda it: it.root, "active root access key",
-         controls=("1.3", "IAM.4")),
-    Rule("console-without-mfa", 4, PASSWORD, lambda it: not it.user.mfa,
-         "console user without MFA", ADD_MFA, ("1.9", "IAM.5", "IAM.19")),
-    Rule("console-without-mfa", 4, PASSWORD, lambda it: not it.user.mfa and it.root, "root",
+         controls=NO_ROOT_KEY),
+    Rule("console-without-mfa", 4, PASSWORD, lambda it: it.no_mfa, "console user without MFA",
+         ADD_MFA, ("1.9", "IAM.5", "IAM.19")),
+    Rule("console-without-mfa", 4, PASSWORD, lambda it: it.no_mfa and it.root, "root",
          controls=("1.4", "IAM.9")),
-    Rule("console-without-mfa", 1, PASSWORD, lambda it: not it.user.mfa and it.production,
-         "production"),
+    Rule("console-without-mfa", 1, PASSWORD, lambda it: it.no_mfa and it.production, "production"),
     Rule("unused-password", 5, PASSWORD, lambda it: it.unused > it.max_unused and not it.root,
-         "not used for {max_unused} days", f"Remove the password: {REMOVE}", UNUSED),
+         "not used for {max_unused} days", f"Remove the password: {REMOVE}", IN_USE),
     Rule("key-older-than-1-year", 2, ACTIVE_KEY, lambda it: it.age > ONE_YEAR, "older than 1 year",
-         controls=("1.13", "IAM.3")),
-    Rule("api-key-without-expiry", 2, ACTIVE_API_KEY, lambda it: not it.key.expires, "never expires",
-         REPLACE),
-    Rule("root-signing-certificate", 2, ACTIVE_CERTIFICATE, lambda it: it.root, "active, of root"),
-    Rule("inactive-root-access-key", 2, INACTIVE_KEY, lambda it: it.root, "{status} root key",
-         controls=("1.3", "IAM.4")),
-    Rule("key-in-use", 3, ACTIVE_KEY, lambda it: it.unused <= IN_USE_WITHIN,
-         "used within 30 days", DEACTIVATE_USED),
-    Rule("api-key", 3, ACTIVE_API_KEY, lambda _: True, "active API key", REPLACE),
+         controls=ROTATED),
+    Rule("key-in-use", 3, ACTIVE_KEY, lambda it: it.unused <= DAYS_30, "used within 30 days",
+         DEACTIVATE_USED),
     Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > it.max_unused and it.unused == NEVER,
-         "never used", DEACTIVATE_UNUSED, UNUSED),  # a younger one may yet be used
+         "never used", DEACTIVATE_UNUSED, IN_USE),  # a younger one may yet be used
     Rule("unused-key", 5, ACTIVE_KEY,
          lambda it: it.age > it.max_unused and it.max_unused < it.unused < NEVER,
-         "not used for {max_unused} days", DEACTIVATE_UNUSED, UNUSED),
-    Rule("service-password", 5, ACTIVE_SERVICE, lambda _: True, "password for a service", REPLACE),
-    Rule("signing-certificate", 5, ACTIVE_CERTIFICATE, lambda it: not it.root,
-         "active certificate", REPLACE_CERTIFICATE),
+         "not used for {max_unused} days", DEACTIVATE_UNUSED, IN_USE),
     Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
-         "older than {max_key_age} days", controls=("1.13", "IAM.3")),
-    Rule("two-active-keys", 6, KEY_PAIR, lambda it: it.age > ROTATED_WITHIN and not it.root,
+         "older than {max_key_age} days", controls=ROTATED),
+    Rule("two-active-keys", 6, KEY_PAIR, lambda it: it.age > DAYS_30 and not it.root,
          "two active keys, both older than 30 days", KEEP_ONE, ("1.12",)),
+    Rule("inactive-root-access-key", 2, INACTIVE_KEY, lambda it: it.root, "{status} root key",
+         controls=NO_ROOT_KEY),
     Rule("inactive-key", 7, INACTIVE_KEY, lambda it: not it.root, "{status}", DELETE),
+    Rule("api-key-without-expiry", 2, ACTIVE_API_KEY, lambda it: not it.key.expires,
+         "API key that never expires", REPLACE),
+    Rule("api-key", 3, ACTIVE_API_KEY, lambda it: it.key.expires, "API key", REPLACE),
+    Rule("service-password", 5, ACTIVE_SERVICE, lambda _: True, "password for a service", REPLACE),
+    Rule("root-signing-certificate", 2, ACTIVE_CERTIFICATE, lambda it: it.root,
+         "active root signing certificate"),
+    Rule("signing-certificate", 5, ACTIVE_CERTIFICATE, lambda it: not it.root,
+         "active signing certificate", REPLACE_CERTIFICATE),
 )
 # fmt: on
 
 
 class Finding(NamedTuple):
-    """One thing to fix, with all rules that apply; `key` is None if it is a user, their password or
-    their two keys. `new` is None where nobody knows if the account's baseline had it. What an
-    `exception` covers does not count for --fail-on and --quiet."""
+    """One thing to fix, with all rules that apply; `key` is None for a user, their password or two
+    keys, `new` if nobody knows. With an `exception` it does not count for --fail-on and --quiet."""
 
     priority: int
     finding: str
@@ -2465,7 +2456,8 @@ class Finding(NamedTuple):
 
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
     account, production = audited.account, is_production(audited.account, plan.production)
-    exceptions = [one for one in plan.exceptions if one.until >= now.date()]
+    today, ids = now.date(), ("*", account.id)
+    exceptions = [one for one in plan.exceptions if one.account_id in ids and one.until >= today]
     exceptions.sort(key=attrgetter("until"), reverse=True)  # the one that lasts longest covers
     for user in audited.users:
         for case in cases_of(user, production, plan, now):
@@ -2545,11 +2537,10 @@ def recommendation(finding: Finding, run: Run) -> str:
     advised.append(FIND_OUT if key and key.last_used else ASK_OWNER)
     user = f"--user-name={shlex.quote(printable(finding.user))}"
     user = re.sub(",(?=[=+@-])", r",\\", user)  # else `neutral` puts an apostrophe into a command
-    name, key_id = "service-specific-credential", key.id if key else ""
-    if key and key.kind in (ACCESS_KEY, SIGNING_CERTIFICATE):
-        name = key.kind
-    key_id = "ID" if key_id in CERTIFICATES else shlex.quote(printable(key_id))
-    key_id = f"--{name.replace('signing-', '')}-id={key_id}"
+    name, key_id = (key.kind, shlex.quote(printable(key.id))) if key else ("", "")
+    if name in NEVER_EXPIRES:
+        name = "service-specific-credential"
+    key_id = f"--{name}-id={key_id}" if name != SIGNING_CERTIFICATE else "--certificate-id=ID"
     return advised[0].format(name=name, user=user, key=key_id, account=finding.account.id)
 
 
@@ -2592,10 +2583,10 @@ EXCEPTION_CELLS = {
 
 
 def is_excepted(finding: Finding, one: KnownException) -> bool:
-    asked = (one.account_id, one.username, one.credential_id, one.finding)
-    credential = finding.key.id if finding.key else NOT_APPLICABLE
-    found = (finding.account.id, finding.user, credential, finding.finding)
-    return all(cell in ("*", name) for cell, name in zip(asked, found))
+    """Whether this exception, one for the finding's account, covers the finding."""
+    key_id = finding.key.id if finding.key else NOT_APPLICABLE
+    same_user, same_key = one.username in ("*", finding.user), one.credential_id in ("*", key_id)
+    return same_user and same_key and one.finding in ("*", finding.finding)
 
 
 def parse_exceptions(text: str) -> tuple[KnownException, ...]:
