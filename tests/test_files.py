@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -63,6 +64,16 @@ def test_cells_read_back(text: str) -> None:
     assert iam_audit.original(iam_audit.neutral(text)) == text
     for field in re.split("[;,\t\n]", iam_audit.neutral(text)):
         assert not field.startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
+@given(cells)
+def test_a_quoted_cell_is_the_neutral_one(text: str) -> None:
+    """Whether or not it takes the short way; and no separator stands outside quotes."""
+    cell = iam_audit.quoted(text)
+    assert [*csv.reader(io.StringIO(cell, newline=""), strict=True)] == (
+        [[iam_audit.neutral(text)]] if text else []
+    )
+    assert cell.startswith('"') or not re.search("[;,\t\r\n]", cell)
 
 
 @given(st.lists(st.lists(cells, min_size=3, max_size=3), max_size=5))
