@@ -2480,24 +2480,24 @@ def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
     key = finding.key
     born = key.created if key else finding.password_changed
     rank = (finding.exception is not None, finding.priority, not finding.production)
-    age = (key is None, born.timestamp() if born else float("inf"))
+    oldest = (key is None, born.timestamp() if born else float("inf"))
     where = (finding.account.id, finding.user, key.id if key else "", finding.finding)
-    return (*rank, finding.administrator != "true", *age, *where)
+    return (*rank, finding.administrator != "true", *oldest, *where)
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
     """The finding's row in findings.csv."""
     account, key, now = finding.account, finding.key, run.started
-    key_id, age, used, service, old = NOT_APPLICABLE, "", NOT_APPLICABLE, NOT_APPLICABLE, False
+    key_id, age_days, used, service, old = NOT_APPLICABLE, "", NOT_APPLICABLE, NOT_APPLICABLE, False
     if key:
-        _, age, used, _ = date_cells(key.kind, key.created, key.last_used, now)
+        _, age_days, used, _ = date_cells(key.kind, key.created, key.last_used, now)
         key_id, service, old = key.id, key.service_name, now - key.created > run.plan.max_key_age
     elif finding.rules[0].about == PASSWORD:
         _, _, used, _ = date_cells(PASSWORD, None, finding.password_last_used, now)
     reasons, covered = "; ".join(reasons_of(finding, run.plan)), finding.exception
     return (
         *(str(finding.priority), finding.finding, account.id, account.name),
-        *(FLAGS[finding.production], finding.user, key_id, age, used, service, reasons),
+        *(FLAGS[finding.production], finding.user, key_id, age_days, used, service, reasons),
         *(recommendation(finding, run), finding.owner, finding.administrator, account.ou),
         *(FLAGS[old], controls_of(finding, run.plan), FLAGS[finding.new]),
         *((covered.reason, covered.until.isoformat()) if covered else ("", "")),
@@ -2521,8 +2521,8 @@ def controls_of(finding: Finding, plan: Plan) -> str:
     """The controls of CIS AWS Foundations 5.0 and Security Hub that the finding fails. One with a
     number of days is named if the option has that number, so that all that fail it are findings.
     https://docs.aws.amazon.com/securityhub/latest/userguide/iam-controls.html"""
-    age, unused = plan.max_key_age.days, plan.max_unused.days
-    other_days = {"1.13": age != 90, "IAM.3": age != 90, "1.11": unused < 45}
+    old, unused = plan.max_key_age.days, plan.max_unused.days
+    other_days = {"1.13": old != 90, "IAM.3": old != 90, "1.11": unused < 45}
     other_days.update({"IAM.8": unused != 90, "IAM.22": unused != 45})
     failed: dict[str, list[str]] = {"CIS 5.0": [], "Security Hub": []}
     for control in dict.fromkeys(itertools.chain(*(rule.controls for rule in finding.rules))):
