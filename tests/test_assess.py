@@ -6,6 +6,7 @@ All of it is pure, so the clock stands still here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import random
 import re
@@ -14,7 +15,7 @@ import stat
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
+from datetime import date, timedelta
 
 import pytest
 from builders import (
@@ -38,32 +39,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iam_audit import (
+    ACCESS_KEY,
     ADVANCED,
+    API_KEY,
+    CERTIFICATES,
     COMPLETE,
+    CREDENTIALS_COLUMNS,
     FINDINGS_COLUMNS,
     GAP_COUNTS,
     IN_PROGRESS,
+    KEY_AGES,
     LEVELS,
     NOT_STARTED,
     ROOT,
+    RULES,
+    SERVICE_PASSWORD,
+    SIGNING_CERTIFICATE,
     Account,
     AccountFigures,
     AuditedAccount,
+    AuditError,
     Caller,
     Credential,
+    FailOn,
     Finding,
     Gaps,
+    KnownException,
     OldestKey,
     Outcome,
+    Plan,
     SkippedAccount,
     User,
     assess,
+    controls_of,
+    credential_rows,
+    exit_code,
     finding_row,
     findings_of,
     is_production,
     most_urgent_first,
     neutral,
     organization_level,
+    parse_exceptions,
     phase1_level,
     reasons_of,
     recommendation,
@@ -84,7 +101,7 @@ def findings(one: AuditedAccount, *arguments: str) -> list[Finding]:
     return sorted(findings_of(one, plan(*arguments), NOW), key=most_urgent_first)
 
 
-# --- production -------------------------------------------------------------------------------------------------------
+# --- production -----------------------------------------------------------------------------------------------------
 
 PRODUCTION_NAMES = [
     *("payments-prod", "Production EU", "prd-web", "live-site"),
@@ -185,7 +202,7 @@ def test_an_account_without_a_path_is_judged_by_name_and_id() -> None:
     assert not is_production(nowhere, plan("--production", "None|workloads").production)
 
 
-# --- gaps -------------------------------------------------------------------------------------------------------------
+# --- gaps -----------------------------------------------------------------------------------------------------------
 
 ONE = {"access_keys": 1, "active_keys": 1}
 NEVER = {**ONE, "active_keys_never_used": 1}
@@ -360,7 +377,7 @@ def test_the_oldest_active_key_is_found_with_its_owner() -> None:
     )
 
 
-# --- maturity ---------------------------------------------------------------------------------------------------------
+# --- maturity -------------------------------------------------------------------------------------------------------
 
 LEVEL_CASES: dict[str, tuple[list[User], str, str]] = {
     "no users at all": ([], COMPLETE, ADVANCED),
@@ -443,7 +460,7 @@ def test_the_order_of_the_levels_is_the_models() -> None:
     assert LEVELS == ("Not Started", "In Progress", "Complete", "Advanced")
 
 
-# --- findings ---------------------------------------------------------------------------------------------------------
+# --- findings -------------------------------------------------------------------------------------------------------
 
 MAX_AGE, IN_USE = "older than 90 days", "used within 30 days"
 YEAR_OLD, UNUSED, NEVER_USED = "older than 1 year", "not used for 90 days", "never used"
@@ -646,7 +663,7 @@ def test_findings_go_by_priority_production_age_account_and_name() -> None:
 def test_findings_csv_has_these_columns() -> None:
     assert ",".join(FINDINGS_COLUMNS) == (
         "priority,finding,account_id,account_name,production,username,access_key_id,age_days,last_used_date,"
-        "service_name,reasons,recommendation"
+        "service_name,reasons,recommendation,owner,administrator,ou,older_than_max_age,controls,new,exception,until"
     )
 
 
@@ -672,11 +689,20 @@ def test_the_row_of_a_key_says_whose_it_is_and_how_old() -> None:
         "last_used_date": "2026-11-23T08:50:00+00:00",
         "service_name": "s3",
         "reasons": "older than 1 year; used within 30 days; older than 90 days",
+        "owner": "",
+        "administrator": "unknown",
+        "ou": "",
+        "older_than_max_age": "true",
+        "controls": "CIS 5.0: 1.13; Security Hub: IAM.3",
+        "new": "",
+        "exception": "",
+        "until": "",
     }
 
 
 def test_the_row_of_a_user_says_that_no_key_is_meant() -> None:
-    (row,) = rows(audited(User("alice", True, NOW - DAY, (), ())))
+    one = User("alice", True, NOW - DAY, (), (), owner="team-a", administrator="true")
+    (row,) = rows(audited(one, account=dataclasses.replace(SANDBOX, ou="Sandboxes/Spain")))
     assert "aws iam delete-login-profile" in row.pop("recommendation")
     assert row == {
         "priority": "4",
@@ -690,6 +716,14 @@ def test_the_row_of_a_user_says_that_no_key_is_meant() -> None:
         "last_used_date": "2026-11-22T20:50:00+00:00",
         "service_name": "N/A",
         "reasons": "console user without MFA",
+        "owner": "team-a",
+        "administrator": "true",
+        "ou": "Sandboxes/Spain",
+        "older_than_max_age": "false",
+        "controls": "CIS 5.0: 1.9; Security Hub: IAM.5, IAM.19",
+        "new": "",
+        "exception": "",
+        "until": "",
     }
 
 
@@ -710,7 +744,7 @@ def test_age_counts_whole_days(old: timedelta, expected: str) -> None:
     assert row["age_days"] == expected
 
 
-# --- recommendations --------------------------------------------------------------------------------------------------
+# --- recommendations ------------------------------------------------------------------------------------------------
 
 PLAIN_NAMES = [
     *(
@@ -970,12 +1004,713 @@ def test_an_ordinary_user_of_the_management_account_is_no_special_case() -> None
     assert "update-access-key" in text
 
 
-def test_the_recommendation_is_the_rows_last_cell() -> None:
-    found = run_of([audited(user("alice", key(91 * DAY)))])
-    assert finding_row(found.findings[0], found)[-1] == recommendation(found.findings[0], found)
+# --- credentials other than passwords and access keys -----------------------------------------------------------------
 
 
-# --- properties -------------------------------------------------------------------------------------------------------
+def other(
+    kind: str,
+    old: timedelta = DAY,
+    *,
+    status: str = "Active",
+    expires: timedelta | None = None,
+    credential_id: str = "ACCA0000000000000001",
+) -> Credential:
+    """A credential of this kind, created that long ago; it expires so long from now, or never."""
+    until = None if expires is None else NOW + expires
+    return Credential(credential_id, status, NOW - old, None, "bedrock.amazonaws.com", kind, until)
+
+
+def owner_of(*others: Credential, name: str = "alice") -> User:
+    return dataclasses.replace(user(name), others=others)
+
+
+def with_days(max_unused: int = 90, max_key_age: int = 90) -> Plan:
+    return dataclasses.replace(
+        plan("--max-key-age", str(max_key_age)), max_unused=timedelta(days=max_unused)
+    )
+
+
+def found_in(*users: User, under: Plan | None = None, account: Account = SANDBOX) -> list[Finding]:
+    under = under or plan()
+    return sorted(findings_of(audited(*users, account=account), under, NOW), key=most_urgent_first)
+
+
+NEW_GAPS: dict[str, tuple[Credential, dict[str, int], str]] = {
+    "an API key that never expires": (
+        other(API_KEY),
+        {"active_api_keys": 1, "active_api_keys_without_expiry": 1},
+        IN_PROGRESS,
+    ),
+    "an API key that expires": (
+        other(API_KEY, 90 * DAY, expires=DAY),
+        {"active_api_keys": 1},
+        COMPLETE,
+    ),
+    "an API key older than the limit": (
+        other(API_KEY, 90 * DAY + SECOND, expires=DAY),
+        {"active_api_keys": 1, "active_api_keys_older_than_max_age": 1},
+        IN_PROGRESS,
+    ),
+    "an inactive API key": (other(API_KEY, 900 * DAY, status="Inactive"), {}, ADVANCED),
+    "an expired API key": (other(API_KEY, 900 * DAY, status="Expired"), {}, ADVANCED),
+    "an API key of a status that AWS added": (
+        other(API_KEY, expires=DAY, status="New"),
+        {"active_api_keys": 1},
+        COMPLETE,
+    ),
+    "an old password for a service": (
+        other(SERVICE_PASSWORD, 900 * DAY),
+        {"active_service_passwords": 1},
+        COMPLETE,
+    ),
+    "an inactive password": (other(SERVICE_PASSWORD, status="Inactive"), {}, ADVANCED),
+    "an old certificate": (
+        other(SIGNING_CERTIFICATE, 900 * DAY),
+        {"active_signing_certificates": 1},
+        COMPLETE,
+    ),
+    "an inactive certificate": (other(SIGNING_CERTIFICATE, status="Inactive"), {}, ADVANCED),
+}
+
+
+@pytest.mark.parametrize(("one", "expected", "level"), NEW_GAPS.values(), ids=NEW_GAPS)
+def test_what_other_credentials_add_to_the_gaps(
+    one: Credential, expected: dict[str, int], level: str
+) -> None:
+    figures = assess(audited(owner_of(one)), plan(), NOW)
+    assert counted(figures.gaps) == expected
+    assert figures.phase2 == level
+    assert figures.gaps.oldest_active_key is None
+    assert sum(figures.gaps.active_key_ages) == 0
+
+
+@pytest.mark.parametrize(
+    ("not_checked", "users", "level"),
+    [
+        ({"ListServiceSpecificCredentials": "AccessDenied"}, [user("alice")], COMPLETE),
+        ({"ListServiceSpecificCredentials": "AccessDenied"}, [], COMPLETE),
+        (
+            {"ListServiceSpecificCredentials": "AccessDenied"},
+            [user("alice", key(91 * DAY))],
+            IN_PROGRESS,
+        ),
+        ({"GetAccountAuthorizationDetails": "AccessDenied"}, [user("alice")], ADVANCED),
+    ],
+)
+def test_nothing_is_claimed_of_api_keys_that_were_not_read(
+    not_checked: dict[str, str], users: list[User], level: str
+) -> None:
+    figures = assess(dataclasses.replace(audited(*users), not_checked=not_checked), plan(), NOW)
+    assert (figures.phase2, figures.not_checked) == (level, not_checked)
+
+
+@pytest.mark.parametrize(
+    ("old", "name"),
+    [
+        (timedelta(0), "< 30 days"),
+        (-60 * SECOND, "< 30 days"),
+        (30 * DAY - SECOND, "< 30 days"),
+        (30 * DAY, "< 90 days"),
+        (90 * DAY - SECOND, "< 90 days"),
+        (90 * DAY, "< 180 days"),
+        (180 * DAY, "< 1 year"),
+        (365 * DAY - SECOND, "< 1 year"),
+        (365 * DAY, "< 2 years"),
+        (730 * DAY, "< 5 years"),
+        (1825 * DAY - SECOND, "< 5 years"),
+        (1825 * DAY, "older"),
+        (9999 * DAY, "older"),
+    ],
+)
+def test_active_access_keys_are_counted_by_age(old: timedelta, name: str) -> None:
+    inactive = key(old, status="Inactive")
+    found = gaps(user("alice", key(old), inactive), owner_of(other(API_KEY, old)))
+    assert dict(zip(KEY_AGES, found.active_key_ages, strict=True)) == {
+        **dict.fromkeys(KEY_AGES, 0),
+        name: 1,
+    }
+    assert sum((found + found).active_key_ages) == 2
+
+
+def test_production_is_searched_in_the_names_of_the_ous_too() -> None:
+    account = dataclasses.replace(SANDBOX, ou="Workloads/Prod")
+    assert is_production(account, plan().production)
+    assert not is_production(
+        dataclasses.replace(account, ou="Workloads/NonProd"), plan().production
+    )
+
+
+NEW_FINDINGS: dict[str, tuple[User, list[tuple[int, str]]]] = {
+    "an API key that never expires": (
+        owner_of(other(API_KEY)),
+        [(2, "api-key-without-expiry")],
+    ),
+    "an API key that expires": (owner_of(other(API_KEY, expires=DAY)), [(3, "api-key")]),
+    "an old API key that expires": (
+        owner_of(other(API_KEY, 900 * DAY, expires=DAY)),
+        [(3, "api-key")],
+    ),
+    "an inactive API key": (owner_of(other(API_KEY, status="Inactive")), []),
+    "an expired API key": (owner_of(other(API_KEY, status="Expired")), []),
+    "a password for a service": (owner_of(other(SERVICE_PASSWORD)), [(5, "service-password")]),
+    "an inactive one": (owner_of(other(SERVICE_PASSWORD, status="Inactive")), []),
+    "a certificate": (owner_of(other(SIGNING_CERTIFICATE)), [(5, "signing-certificate")]),
+    "an inactive certificate": (owner_of(other(SIGNING_CERTIFICATE, status="Inactive")), []),
+    "root's certificate": (
+        owner_of(other(SIGNING_CERTIFICATE), name=ROOT),
+        [(2, "root-signing-certificate")],
+    ),
+    "root's inactive certificate": (
+        owner_of(other(SIGNING_CERTIFICATE, status="Inactive"), name=ROOT),
+        [],
+    ),
+    "an exposed user": (
+        dataclasses.replace(user("alice"), exposed=True),
+        [(1, "exposed-credential")],
+    ),
+    "an exposed user without MFA": (
+        dataclasses.replace(user("alice", password=True), exposed=True),
+        [(1, "exposed-credential"), (4, "console-without-mfa")],
+    ),
+    "two active keys of 30 days and a second": (
+        user("alice", key(31 * DAY, key_id="A"), key(30 * DAY + SECOND, key_id="B")),
+        [(6, "two-active-keys")],
+    ),
+    "two active keys, one of 30 days": (
+        user("alice", key(80 * DAY, key_id="A"), key(30 * DAY, key_id="B")),
+        [],
+    ),
+    "two old keys, one inactive": (
+        user("alice", key(80 * DAY, key_id="A"), key(80 * DAY, status="Inactive", key_id="B")),
+        [(7, "inactive-key")],
+    ),
+    "two active keys of root": (
+        user(ROOT, key(80 * DAY, key_id="A"), key(80 * DAY, key_id="B")),
+        [(1, "root-access-key"), (1, "root-access-key")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("one", "expected"), NEW_FINDINGS.values(), ids=NEW_FINDINGS)
+def test_what_is_found_about_other_credentials(one: User, expected: list[tuple[int, str]]) -> None:
+    found = found_in(one)
+    assert [(each.priority, each.finding) for each in found] == expected
+    for each in found:
+        about_user = each.finding in (
+            "exposed-credential",
+            "two-active-keys",
+            "console-without-mfa",
+        )
+        assert (each.key is None) == about_user
+
+
+def signed_in(used: timedelta | None, changed: timedelta | None, *, name: str = "alice") -> User:
+    """A console user with MFA, by when they last signed in and last changed the password."""
+    return User(
+        name,
+        True,
+        None if used is None else NOW - used,
+        ("Virtual",),
+        (),
+        password_changed=None if changed is None else NOW - changed,
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "max_unused", "unused"),
+    [
+        (signed_in(90 * DAY, 900 * DAY), 90, False),
+        (signed_in(90 * DAY + SECOND, 900 * DAY), 90, True),
+        (signed_in(90 * DAY + SECOND, None), 90, True),
+        (signed_in(90 * DAY + SECOND, DAY), 90, True),  # what counts is the last use
+        (signed_in(45 * DAY, DAY), 45, False),
+        (signed_in(45 * DAY + SECOND, DAY), 45, True),
+        (signed_in(None, 90 * DAY), 90, False),
+        (signed_in(None, 90 * DAY + SECOND), 90, True),
+        (signed_in(None, None), 1, False),  # nobody knows since when
+        (signed_in(900 * DAY, 900 * DAY, name=ROOT), 90, False),
+        (user("alice"), 1, False),
+    ],
+)
+def test_a_password_is_unused_by_its_last_use_or_else_its_last_change(
+    one: User, max_unused: int, unused: bool
+) -> None:
+    found = found_in(one, under=with_days(max_unused))
+    assert [(each.priority, each.finding) for each in found] == (
+        [(5, "unused-password")] if unused else []
+    )
+    if unused:
+        assert reasons_of(found[0], with_days(max_unused)) == [f"not used for {max_unused} days"]
+
+
+def test_a_password_is_one_finding_whatever_is_wrong_with_it() -> None:
+    one = dataclasses.replace(signed_in(None, 91 * DAY), mfa=())
+    (found,) = found_in(one)
+    assert (found.priority, found.finding) == (4, "console-without-mfa")
+    assert reasons_of(found, plan()) == ["console user without MFA", "not used for 90 days"]
+
+
+@pytest.mark.parametrize(
+    ("one", "max_unused", "unused"),
+    [
+        (key(45 * DAY), 45, False),
+        (key(45 * DAY + SECOND), 45, True),
+        (key(60 * DAY, 45 * DAY), 45, False),
+        (key(60 * DAY, 45 * DAY + SECOND), 45, True),
+        (key(200 * DAY, 150 * DAY), 180, False),
+        (key(200 * DAY), 180, True),
+    ],
+)
+def test_max_unused_decides_which_keys_are_unused(
+    one: Credential, max_unused: int, unused: bool
+) -> None:
+    found = found_in(user("alice", one), under=with_days(max_unused, 365))
+    assert [each.finding for each in found] == (["unused-key"] if unused else [])
+
+
+def test_administrators_come_before_others_and_production_before_both() -> None:
+    names = {"alice": "false", "bob": "true", "carol": "unknown"}
+    users = [
+        dataclasses.replace(user(name, key(400 * DAY, key_id=name)), administrator=word)
+        for name, word in names.items()
+    ]
+    found = [*found_in(*users), *found_in(users[0], account=PAYMENTS)]
+    order = [(each.account.name, each.user) for each in sorted(found, key=most_urgent_first)]
+    assert order == [
+        ("payments-prod", "alice"),
+        ("sandbox", "bob"),
+        ("sandbox", "alice"),
+        ("sandbox", "carol"),
+    ]
+
+
+def test_passwords_come_by_their_last_change_after_keys() -> None:
+    users = [
+        signed_in(100 * DAY, None, name="a"),
+        signed_in(100 * DAY, 100 * DAY, name="b"),
+        signed_in(100 * DAY, 900 * DAY, name="c"),
+        user("d", key(100 * DAY)),
+    ]
+    assert [each.user for each in found_in(*users)] == ["d", "c", "b", "a"]
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+CONTROLS: dict[str, tuple[User, Plan, str]] = {
+    "a user without MFA": (
+        user("alice", password=True),
+        plan(),
+        "CIS 5.0: 1.9; Security Hub: IAM.5, IAM.19",
+    ),
+    "root without MFA": (user(ROOT, password=True), plan(), "CIS 5.0: 1.4; Security Hub: IAM.9"),
+    "root's key": (user(ROOT, key(900 * DAY)), plan(), "CIS 5.0: 1.3; Security Hub: IAM.4"),
+    "root's inactive key": (
+        user(ROOT, key(DAY, status="Inactive")),
+        plan(),
+        "CIS 5.0: 1.3; Security Hub: IAM.4",
+    ),
+    "an old key": (
+        user("alice", key(91 * DAY, 60 * DAY)),
+        plan(),
+        "CIS 5.0: 1.13; Security Hub: IAM.3",
+    ),
+    "a key older than another limit": (
+        user("alice", key(91 * DAY, 60 * DAY)),
+        with_days(90, 89),
+        "",
+    ),
+    "a key older than a year": (
+        user("alice", key(400 * DAY, 60 * DAY)),
+        plan(),
+        "CIS 5.0: 1.13; Security Hub: IAM.3",
+    ),
+    "a key older than a year under another limit": (
+        user("alice", key(400 * DAY, 60 * DAY)),
+        with_days(90, 91),
+        "",
+    ),
+    "an old key in use": (
+        user("alice", key(91 * DAY, DAY)),
+        plan(),
+        "CIS 5.0: 1.13; Security Hub: IAM.3",
+    ),
+    "an unused key": (
+        user("alice", key(95 * DAY)),
+        with_days(90, 365),
+        "CIS 5.0: 1.11; Security Hub: IAM.8",
+    ),
+    "an unused key at 45 days": (
+        user("alice", key(95 * DAY)),
+        with_days(45, 365),
+        "CIS 5.0: 1.11; Security Hub: IAM.22",
+    ),
+    "an unused key at 60 days": (user("alice", key(95 * DAY)), with_days(60, 365), "CIS 5.0: 1.11"),
+    "an unused key at 44 days": (user("alice", key(95 * DAY)), with_days(44, 365), ""),
+    "an unused password": (
+        signed_in(95 * DAY, None),
+        plan(),
+        "CIS 5.0: 1.11; Security Hub: IAM.8",
+    ),
+    "an old and unused key": (
+        user("alice", key(95 * DAY)),
+        plan(),
+        "CIS 5.0: 1.11, 1.13; Security Hub: IAM.8, IAM.3",
+    ),
+    "an inactive key": (user("alice", key(DAY, status="Inactive")), plan(), ""),
+    "an API key": (owner_of(other(API_KEY)), plan(), ""),
+}
+
+
+@pytest.mark.parametrize(("one", "under", "expected"), CONTROLS.values(), ids=CONTROLS)
+def test_the_controls_of_a_finding(one: User, under: Plan, expected: str) -> None:
+    (found,) = found_in(one, under=under)
+    assert controls_of(found, under) == expected
+
+
+def test_the_control_of_two_active_keys() -> None:
+    (found,) = found_in(user("alice", key(40 * DAY), key(40 * DAY)))
+    assert controls_of(found, plan()) == "CIS 5.0: 1.12"
+
+
+# --- rows and advice for other credentials ----------------------------------------------------------------------------
+
+
+def test_the_row_of_an_api_key_says_nothing_of_its_last_use() -> None:
+    (row,) = rows(audited(owner_of(other(API_KEY, 100 * DAY))))
+    assert row["access_key_id"] == "ACCA0000000000000001"
+    assert (row["age_days"], row["last_used_date"]) == ("100", "")
+    assert (row["service_name"], row["older_than_max_age"]) == ("bedrock.amazonaws.com", "true")
+
+
+def test_the_row_of_a_user_without_password_has_no_last_use() -> None:
+    (row,) = rows(audited(dataclasses.replace(user("alice"), exposed=True)))
+    assert (row["access_key_id"], row["last_used_date"], row["service_name"]) == ("N/A",) * 3
+
+
+@pytest.mark.parametrize("name", ["alice", "-x", "smith,-john", "a b", "$(touch pwned)"])
+def test_the_commands_for_other_credentials_take_the_name_as_it_is(shell: Shell, name: str) -> None:
+    service_specific = "service-specific-credential"
+    cases = {
+        API_KEY: ["update-" + service_specific, "delete-" + service_specific],
+        SERVICE_PASSWORD: ["update-" + service_specific, "delete-" + service_specific],
+        SIGNING_CERTIFICATE: [
+            "list-signing-certificates",
+            "update-signing-certificate",
+            "delete-signing-certificate",
+        ],
+    }
+    for kind, commands in cases.items():
+        certificate = kind == SIGNING_CERTIFICATE
+        one = other(kind, credential_id=CERTIFICATES[0] if certificate else "ACCA 1")
+        cell = only_row(audited(owner_of(one, name=name)))["recommendation"]
+        assert neutral(cell) == cell
+        words = [shell(command) for command in re.findall(r"`(aws [^`]*)`", cell)]
+        assert [each[1] for each in words] == commands
+        for _, operation, *arguments in words:
+            given = dict(each.removeprefix("--").split("=", 1) for each in arguments)
+            assert given.pop("user-name") == name
+            expected = (
+                {"certificate-id": "ID"} if certificate else {f"{service_specific}-id": "ACCA 1"}
+            )
+            if operation.startswith("update"):
+                expected["status"] = "Inactive"
+            assert given == (expected if not operation.startswith("list") else {})
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        (dataclasses.replace(user("a b"), exposed=True), ["list-access-keys", "update-access-key"]),
+        (user("a b", key(40 * DAY), key(40 * DAY)), ["list-access-keys", "update-access-key"]),
+        (signed_in(91 * DAY, None, name="a b"), ["delete-login-profile"]),
+    ],
+    ids=["exposed", "two keys", "unused password"],
+)
+def test_the_commands_for_a_user(shell: Shell, one: User, expected: list[str]) -> None:
+    cell = only_row(audited(one))["recommendation"]
+    words = [shell(command) for command in re.findall(r"`(aws [^`]*)`", cell)]
+    assert [each[1] for each in words] == expected
+    assert all("--user-name=a b" in each for each in words)
+    assert SANDBOX.id in cell
+
+
+def test_an_exposed_user_is_sent_to_awss_support_case_and_cloudtrail() -> None:
+    """AWS says of the policy: do not remove it, follow the instructions of the support case."""
+    cell = only_row(audited(dataclasses.replace(user("alice"), exposed=True)))["recommendation"]
+    assert re.search("support case.*CloudTrail.*only then detach", cell)
+
+
+def test_roots_certificate_is_deleted_with_assume_root_or_by_root(shell: Shell) -> None:
+    one = owner_of(other(SIGNING_CERTIFICATE, credential_id=CERTIFICATES[0]), name=ROOT)
+    cell = only_row(audited(one))["recommendation"]
+    words = [shell(command)[:2] for command in re.findall(r"`(aws [^`]*)`", cell)]
+    assert words == [
+        ["sts", "assume-root"],
+        ["iam", "list-signing-certificates"],
+        ["iam", "delete-signing-certificate"],
+    ]
+    management = Account(MANAGEMENT, "management", "ACTIVE")
+    cell = only_row(audited(one, account=management))["recommendation"]
+    assert re.match("Sign in as root .* and delete the signing certificate", cell)
+
+
+def test_every_rule_can_be_written_out() -> None:
+    """No advice or reason has a placeholder that is not filled in, and each priority is one of 1 to 7."""
+    words = dict.fromkeys(["name", "user", "key", "account"], "x")
+    days = dict.fromkeys(["max_key_age", "max_unused", "status"], "x")
+    for rule in RULES:
+        assert "{" not in rule.advice.format(**words) + rule.reason.format(**days)
+        assert 1 <= rule.priority <= 7
+
+
+# --- credentials.csv --------------------------------------------------------------------------------------------------
+
+
+def test_credentials_csv_has_these_columns() -> None:
+    assert ",".join(CREDENTIALS_COLUMNS) == (
+        "account_id,account_name,account_email,ou,production,username,owner,administrator,kind,credential_id,"
+        "status,created_date,age_days,last_used_date,unused_days,service_name,expires,mfa_status"
+    )
+
+
+def cells_of(*users: User) -> list[list[str]]:
+    """The cells of an account's rows of credentials.csv from `kind` on."""
+    found = [*credential_rows(audited(*users), plan(), NOW)]
+    assert all(len(row) == len(CREDENTIALS_COLUMNS) for row in found)
+    return [[*row[8:]] for row in found]
+
+
+DATES = {days: (NOW - days * DAY).isoformat() for days in (1, 10, 100)}
+CREDENTIAL_CELLS: dict[str, tuple[User, str]] = {
+    "a password": (
+        signed_in(10 * DAY, 100 * DAY),
+        f"password||Configurada|{DATES[100]}|100|{DATES[10]}|10|||Virtual",
+    ),
+    "a password never used": (
+        signed_in(None, 100 * DAY),
+        f"password||Configurada|{DATES[100]}|100|Nunca|100|||Virtual",
+    ),
+    "a password of which little is known": (
+        signed_in(None, None),
+        "password||Configurada|||Nunca||||Virtual",
+    ),
+    "root's password without a date": (
+        User(ROOT, True, NOW - 10 * DAY, (), ()),
+        f"password||Configurada|||{DATES[10]}|10|||None",
+    ),
+    "an access key": (
+        user("alice", key(100 * DAY, 10 * DAY), mfa=["Hardware", "Virtual"]),
+        f"access-key|AKIA0000000000000001|Active|{DATES[100]}|100|{DATES[10]}|10|s3||Hardware+Virtual",
+    ),
+    "an access key never used": (
+        user("alice", key(100 * DAY, status="Inactive")),
+        f"access-key|AKIA0000000000000001|Inactive|{DATES[100]}|100|Nunca utilizada|100|N/A||None",
+    ),
+    "an API key that never expires": (
+        owner_of(other(API_KEY, 100 * DAY)),
+        f"api-key|ACCA0000000000000001|Active|{DATES[100]}|100|||bedrock.amazonaws.com|never|None",
+    ),
+    "an API key that has expired": (
+        owner_of(other(API_KEY, 100 * DAY, status="Expired", expires=-10 * DAY)),
+        f"api-key|ACCA0000000000000001|Expired|{DATES[100]}|100|||bedrock.amazonaws.com|{DATES[10]}|None",
+    ),
+    "a password for a service": (
+        owner_of(other(SERVICE_PASSWORD, DAY)),
+        f"service-password|ACCA0000000000000001|Active|{DATES[1]}|1|||bedrock.amazonaws.com|never|None",
+    ),
+    "a certificate": (
+        owner_of(Credential(CERTIFICATES[1], "Inactive", NOW - DAY, None, "", SIGNING_CERTIFICATE)),
+        f"signing-certificate|<signing_certificate_2>|Inactive|{DATES[1]}|1|||||None",
+    ),
+}
+
+
+@pytest.mark.parametrize(("one", "expected"), CREDENTIAL_CELLS.values(), ids=CREDENTIAL_CELLS)
+def test_the_row_of_a_credential(one: User, expected: str) -> None:
+    assert ["|".join(cells) for cells in cells_of(one)] == [expected]
+
+
+def test_a_row_of_credentials_csv_says_whose_it_is() -> None:
+    account = dataclasses.replace(SANDBOX, email="team@example.com", ou="Workloads/Prod")
+    alice = dataclasses.replace(user("alice", key(DAY)), owner="payments", administrator="true")
+    ((*whose, _kind),) = [
+        row[:9] for row in credential_rows(audited(alice, account=account), plan(), NOW)
+    ]
+    assert whose == [
+        *(SANDBOX.id, "sandbox", "team@example.com", "Workloads/Prod", "true"),
+        *("alice", "payments", "true"),
+    ]
+
+
+def test_the_rows_of_an_account_come_by_user_and_kind() -> None:
+    alice = dataclasses.replace(
+        user("alice", key(2 * DAY, key_id="A1"), key(DAY, key_id="A2"), password=True),
+        others=(
+            other(API_KEY, credential_id="P1"),
+            other(SERVICE_PASSWORD, credential_id="S1"),
+            other(SIGNING_CERTIFICATE, credential_id="C1"),
+        ),
+    )
+    found = cells_of(user(ROOT, password=True), alice, user("nobody"))
+    assert [(kind, one_id) for kind, one_id, *_ in found] == [
+        *(("password", ""), ("password", ""), (ACCESS_KEY, "A1"), (ACCESS_KEY, "A2")),
+        *((API_KEY, "P1"), (SERVICE_PASSWORD, "S1"), (SIGNING_CERTIFICATE, "C1")),
+    ]
+
+
+# --- exceptions -------------------------------------------------------------------------------------------------------
+
+HEADER = "account_id,username,credential_id,finding,until,reason\n"
+A_ROW = f"{SANDBOX.id},alice,AKIA0000000000000001,key-in-use,2026-12-31,moved in May\n"
+
+
+def test_a_file_of_exceptions_is_read() -> None:
+    """Also as spreadsheets save it: a BOM, CRLF, quotes, our own apostrophe, empty rows at the end."""
+    text = "\ufeff" + HEADER + '*,*,*,*,2026-11-23,"one,\ntwo"\n' + A_ROW
+    text += "*,'=cmd,N/A,unused-password,2027-01-01, later \n,,,,,\n\n"
+    for each in (text, text.replace("\n", "\r\n")):
+        first, second, third = parse_exceptions(each)
+        assert first[:5] == ("*", "*", "*", "*", date(2026, 11, 23))
+        assert first.reason.split() == ["one,", "two"]
+        assert second == KnownException(
+            SANDBOX.id,
+            "alice",
+            "AKIA0000000000000001",
+            "key-in-use",
+            date(2026, 12, 31),
+            "moved in May",
+            4,
+        )
+        assert (third.username, third.reason, third.line) == ("=cmd", "later", 5)
+
+
+def test_a_file_of_exceptions_may_have_none() -> None:
+    assert parse_exceptions(HEADER) == ()
+    assert parse_exceptions(HEADER.strip()) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "cell"),
+    [
+        ("", 1, "''"),
+        ("\n" + HEADER, 1, "''"),
+        (A_ROW, 1, SANDBOX.id),
+        (HEADER.replace(",", ";"), 1, "account_id;username"),
+        (HEADER.replace("until,reason", "reason,until"), 1, "reason,until"),
+        (HEADER.replace("reason\n", "reason,ticket\n"), 1, "ticket"),
+        (HEADER + A_ROW.replace(SANDBOX.id, "11111111111"), 2, "account_id '11111111111'"),
+        (HEADER + A_ROW.replace(SANDBOX.id, "1111-1111-1111"), 2, "1111-1111-1111"),
+        (HEADER + A_ROW.replace(SANDBOX.id, "\u0661" * 12), 2, "account_id"),
+        (HEADER + A_ROW.replace(SANDBOX.id, ""), 2, "account_id ''"),
+        (HEADER + A_ROW.replace("alice", ""), 2, "username ''"),
+        (HEADER + A_ROW.replace("AKIA0000000000000001", " "), 2, "credential_id ' '"),
+        (HEADER + A_ROW + A_ROW.replace("key-in-use", "key-in-us"), 3, "finding 'key-in-us'"),
+        (HEADER + A_ROW.replace("2026-12-31", ""), 2, "until ''"),
+        (HEADER + A_ROW.replace("2026-12-31", "31.12.2026"), 2, "until '31.12.2026'"),
+        (HEADER + A_ROW.replace("2026-12-31", "20261231"), 2, "until '20261231'"),
+        (HEADER + A_ROW.replace("2026-12-31", "2026-02-30"), 2, "until '2026-02-30'"),
+        (HEADER + A_ROW.replace("2026-12-31", "2026-12-31T00:00"), 2, "until"),
+        (HEADER + A_ROW.replace("moved in May", "  "), 2, "reason '  '"),
+        (HEADER + A_ROW.replace(",moved in May", ""), 2, "5 cells"),
+        (HEADER + A_ROW.replace("moved", "moved,"), 2, "7 cells"),
+        (HEADER + '*,*,*,*,2026-12-31,"one\ntwo"\n' + A_ROW.replace("alice", ""), 4, "username"),
+        (HEADER + A_ROW + '*,*,*,*,2026-12-31,"open\n', 3, ""),
+        (HEADER + A_ROW + '*,"a"b,*,*,2026-12-31,x\n', 3, ""),
+    ],
+)
+def test_a_malformed_file_of_exceptions_is_refused(text: str, line: int, cell: str) -> None:
+    with pytest.raises(AuditError, match=rf"^--exceptions: line {line}: ") as raised:
+        parse_exceptions(text)
+    assert cell in str(raised.value)
+
+
+def excepting(*lines: str, **cells: str) -> Plan:
+    """A plan with these rows of exceptions; `cells` make one that covers all but for them."""
+    columns = HEADER.strip().split(",")
+    default = dict.fromkeys(columns, "*") | {"until": "2026-12-31", "reason": "known"} | cells
+    text = HEADER + "".join(lines or [",".join(default[each] for each in columns)])
+    return dataclasses.replace(plan(), exceptions=parse_exceptions(text))
+
+
+OLD_KEY = user("alice", key(400 * DAY))
+
+
+@pytest.mark.parametrize(
+    ("cells", "one", "covered"),
+    [
+        ({}, OLD_KEY, True),
+        ({"account_id": SANDBOX.id}, OLD_KEY, True),
+        ({"account_id": PAYMENTS.id}, OLD_KEY, False),
+        ({"username": "alice"}, OLD_KEY, True),
+        ({"username": "alic"}, OLD_KEY, False),
+        ({"username": "Alice"}, OLD_KEY, False),
+        ({"credential_id": "AKIA0000000000000001"}, OLD_KEY, True),
+        ({"credential_id": "AKIA0000000000000002"}, OLD_KEY, False),
+        ({"credential_id": "N/A"}, OLD_KEY, False),
+        ({"finding": "key-older-than-1-year"}, OLD_KEY, True),
+        ({"finding": "unused-key"}, OLD_KEY, False),  # a reason, not its name
+        ({"credential_id": "N/A"}, user("alice", password=True), True),
+        ({"finding": "console-without-mfa"}, user("alice", password=True), True),
+        ({"until": "2026-11-23"}, OLD_KEY, True),  # this very day
+        ({"until": "2026-11-22"}, OLD_KEY, False),
+        (
+            {"credential_id": CERTIFICATES[0]},
+            owner_of(other(SIGNING_CERTIFICATE, credential_id=CERTIFICATES[0])),
+            True,
+        ),
+    ],
+)
+def test_what_an_exception_covers(cells: dict[str, str], one: User, covered: bool) -> None:
+    under = excepting(**cells)
+    (found,) = found_in(one, under=under)
+    assert found.exception == (under.exceptions[0] if covered else None)
+
+
+def test_the_last_day_of_an_exception_is_one_in_utc() -> None:
+    under = excepting(until="2026-11-23")
+    midnight = NOW.replace(hour=0, minute=0)
+    for moment, covered in ((midnight + DAY - SECOND, True), (midnight + DAY, False)):
+        (found,) = findings_of(audited(OLD_KEY), under, moment)
+        assert (found.exception is not None) is covered
+
+
+def test_of_several_exceptions_the_one_that_lasts_longest_covers() -> None:
+    """Otherwise one would be called unused that will be needed."""
+    days = ["2026-11-30", "2027-11-30", "2025-11-30", "2027-01-01"]
+    under = excepting(*(f"*,*,*,*,{day},until {day}\n" for day in days))
+    (found,) = found_in(OLD_KEY, under=under)
+    assert found.exception == under.exceptions[1]
+
+
+def test_what_is_covered_goes_to_the_end_and_changes_neither_gaps_nor_levels() -> None:
+    users = [user("alice", key(400 * DAY, key_id="A")), user("bob", key(DAY, status="Inactive"))]
+    under = excepting(username="alice", reason="=1+1")
+    assert [each.user for each in found_in(*users)] == ["alice", "bob"]
+    found = found_in(*users, under=under)
+    assert [each.user for each in found] == ["bob", "alice"]
+    assert assess(audited(*users), under, NOW) == assess(audited(*users), plan(), NOW)
+    run = dataclasses.replace(run_of([]), plan=under)
+    cells = [dict(zip(FINDINGS_COLUMNS, finding_row(each, run), strict=True)) for each in found]
+    assert [(one["exception"], one["until"]) for one in cells] == [("", ""), ("=1+1", "2026-12-31")]
+
+
+def test_what_is_covered_does_not_count_for_fail_on() -> None:
+    covered = run_of([audited(OLD_KEY)])
+    (found,) = found_in(OLD_KEY, under=excepting())
+    fail_on = FailOn(7)
+    assert exit_code(covered, fail_on) == 4
+    covered.findings = [found]
+    assert exit_code(covered, fail_on) == 0
+
+
+@settings(max_examples=200)
+@given(st.text(st.sampled_from(["*", ",", "\n", '"', "\r", "1", "a", ";", "\ufeff", "\x00"])))
+def test_any_file_of_exceptions_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(AuditError):
+        parse_exceptions(HEADER + text)
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
 
 
 def all_users(outcomes: Iterable[Outcome]) -> list[tuple[Account, User]]:
@@ -1028,13 +1763,23 @@ def test_totals_count_what_is_there_and_are_the_sum_over_accounts(outcomes: list
 @given(organizations())
 def test_every_gap_is_found_once_and_nothing_else_is(outcomes: list[Outcome]) -> None:
     found = run_of(outcomes).findings
-    users = Counter((one.account.id, one.user) for one in found if one.key is None)
+    passwords = [one for one in found if one.finding == "console-without-mfa"]
+    users = Counter((one.account.id, one.user) for one in passwords)
+    pairs = {(one.account.id, one.user) for one in found if one.finding == "two-active-keys"}
     keys = Counter(one.key.id for one in found if one.key is not None)
     assert users == Counter(
         (account.id, one.name)
         for account, one in all_users(outcomes)
         if one.password and not one.mfa
     )
+    assert pairs == {
+        (account.id, one.name)
+        for account, one in all_users(outcomes)
+        if one.name != ROOT
+        and len([each for each in one.keys if each.status == "Active"]) == 2
+        and all(NOW - each.created > 30 * DAY for each in one.keys)
+    }
+    assert len(found) == len(passwords) + len(pairs) + len(keys)
     assert all(number == 1 for number in keys.values())
     harmless = {
         each.id

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
 import stat
+import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -64,6 +66,16 @@ def test_cells_read_back(text: str) -> None:
         assert not field.startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
+@given(cells)
+def test_a_quoted_cell_is_the_neutral_one(text: str) -> None:
+    """Whether or not it takes the short way; and no separator stands outside quotes."""
+    cell = iam_audit.quoted(text)
+    assert [*csv.reader(io.StringIO(cell, newline=""), strict=True)] == (
+        [[iam_audit.neutral(text)]] if text else []
+    )
+    assert cell.startswith('"') or not re.search("[;,\t\r\n]", cell)
+
+
 @given(st.lists(st.lists(cells, min_size=3, max_size=3), max_size=5))
 def test_tables_read_back(tmp_path: Path, rows: list[list[str]]) -> None:
     """By the csv module as every Python has it; on disk each row ends in one line feed."""
@@ -112,6 +124,94 @@ def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
         iam_audit.write_csv(path, ["a"], ([str(1 // n)] for n in (1, 0)))
     assert path.read_text(encoding="utf-8") == "a\nold\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[0-9]{12}", fullmatch=True),
+        st.lists(st.lists(cells, min_size=2, max_size=2), max_size=4),
+        max_size=5,
+    )
+)
+def test_a_spool_gives_back_the_rows_by_account(
+    tmp_path: Path, accounts: dict[str, list[list[str]]]
+) -> None:
+    """In whatever order they came; what stands in the file is what `write_csv` would have written."""
+    spool = iam_audit.Spool(tmp_path / "spooled.csv")
+    for account_id, rows in accounts.items():
+        spool.add(account_id, rows)
+    spool.write_csv(["a", "b"])
+    rows = [row for account_id in sorted(accounts) for row in accounts[account_id]]
+    iam_audit.write_csv(tmp_path / "table.csv", ["a", "b"], rows)
+    written = (tmp_path / "spooled.csv").read_bytes()
+    assert written == (tmp_path / "table.csv").read_bytes()
+    assert stat.S_IMODE((tmp_path / "spooled.csv").stat().st_mode) == 0o600
+
+
+def test_a_spool_keeps_its_rows_on_disk(tmp_path: Path) -> None:
+    """Beyond a megabyte, so that memory stays flat; and nothing is left of it that has a name."""
+    spool = iam_audit.Spool(tmp_path / "credentials.csv")
+    tracemalloc.start()
+    try:
+        for number in range(2000, 0, -1):
+            spool.add(f"{number:012}", [["x" * 100, "\ud83d", f"{number}"]] * 100)
+        kept, _ = tracemalloc.get_traced_memory()
+        spool.write_csv(["a", "b", "c"])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 2_000_000
+    assert peak < 4_000_000
+    assert list(tmp_path.iterdir()) == [tmp_path / "credentials.csv"]
+    with (tmp_path / "credentials.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file, strict=True)
+    assert header == ["a", "b", "c"]
+    assert [row[2] for row in rows[::100]] == [str(number) for number in range(1, 2001)]
+    assert rows[0][1] == "\\ud83d"
+
+
+def test_a_spool_that_cannot_write_says_which_file(tmp_path: Path) -> None:
+    spool = iam_audit.Spool(tmp_path / "gone" / "credentials.csv")
+    with pytest.raises(
+        iam_audit.AuditError, match=r"^Cannot write .*/gone/credentials\.csv: No such"
+    ):
+        spool.add(ONE, [["x" * 1_100_000]])
+
+
+@pytest.mark.program
+def test_credentials_csv_has_every_credential_by_account(
+    serve: Serve, run_program: Program
+) -> None:
+    """Whichever account is done first; with quotes against formulas; empty but for a header if there are none."""
+    keys = [key("AKIA000000000000ANA2", created="2026-01-02"), key("AKIA000000000000ANA1")]
+    endpoint = serve(
+        account(THREE, "three", users=[user("=cmd", password=True, keys=keys), user("bea")]),
+        account(ONE, "one;-1", users=[user("zoe", keys=[key("AKIA000000000000ZOE1")])]),
+        account(TWO, "two", role="denied"),
+    )
+    result = run_program(endpoint.env())
+    path = result.folder / "credentials.csv"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    text = path.read_text(encoding="utf-8")
+    assert "one;'-1" in text
+    header, *rows = csv.reader(text.splitlines(), strict=True)
+    assert tuple(header) == iam_audit.CREDENTIALS_COLUMNS
+    found = [dict(zip(header, map(iam_audit.original, row), strict=True)) for row in rows]
+    assert [(one["account_id"], one["username"], one["kind"]) for one in found] == [
+        (ONE, "zoe", "access-key"),
+        *((THREE, "=cmd", kind) for kind in ("password", "access-key", "access-key")),
+    ]
+    for one in found:
+        if one["kind"] == "access-key":
+            [row] = [
+                row
+                for row in result.rows(one["account_id"])
+                if row["access_key_id"] == one["credential_id"]
+            ]
+            same = ("account_name", "status", "created_date", "last_used_date", "service_name")
+            assert [one[name] for name in same] == [iam_audit.original(row[name]) for name in same]
+    empty = run_program(serve(account(TWO, "two", role="denied")).env())
+    assert (empty.folder / "credentials.csv").read_text(encoding="utf-8") == ",".join(header) + "\n"
 
 
 def test_the_summary_is_written_last(
