@@ -3368,9 +3368,8 @@ def texts(value: Any) -> tuple[str, ...]:
 
 FINDINGS_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
 LINES_SHOWN = 10  # of other lists
-Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 API_KEYS_READ = "ListServiceSpecificCredentials"
-FROM_API_KEYS_READ = ("active_api_keys", "active_service_passwords")
+Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 # What is bold, red or yellow on a terminal, and the codes that begin and end it
 PAINT = (
     (r"(\A|(?<=\n\n)).+", 1, 22),  # the title of each block
@@ -3387,21 +3386,17 @@ def terminal_summary(
         title = printable(f"Organization {run.organization.id}, {summary['started']}: {run.folder}")
         text = laid_out([quiet_lines(run, summary)], width)
         return f"{title}\n{text}" if text else ""
-    blocks = [
-        heading_lines(summary),
-        failed_lines(summary, quiet),
-        not_checked_lines(summary, quiet),
-    ]
+    blocks = [heading_lines(summary), failed_lines(summary), not_checked_lines(summary)]
     blocks += [change_lines(run, summary), new_lines(run), witness_lines(run, summary)]
-    blocks.append(damage_lines(run, [*run.tracking.unreadable, *run.tracking.passed_over]))
-    blocks += [maturity_lines(summary), most_gaps_lines(summary), priority_lines(run, summary)]
-    blocks += [most_urgent_lines(run), gap_lines(summary), enforcement_lines(summary)]
-    text = laid_out([*blocks, run_lines(summary)], width)
+    blocks += [damage_lines(run, run.tracking.unreadable), maturity_lines(summary)]
+    blocks += [most_gaps_lines(summary), priority_lines(run, summary), most_urgent_lines(run)]
+    blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
+    text = laid_out(blocks, width)
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
     if summary["page"]:
         text += f"Page: {printable(str(run.folder / summary['page']))}\n"
     for pattern, begin, end in PAINT if color else ():
-        text = re.sub(pattern, rf"\x1b[{begin}m\g<0>\x1b[{end}m", text)
+        text = re.sub(pattern, f"\x1b[{begin}m\\g<0>\x1b[{end}m", text)
     return text
 
 
@@ -3415,7 +3410,7 @@ def quiet_lines(run: Run, summary: Summary) -> list[str]:
         *failed_lines(summary, quiet=True),
         *listed_findings(run, urgent, "New findings of priority 1"),
         *new_lines(run),
-        *damage_lines(run, run.tracking.passed_over),
+        *damage_lines(run, []),
         *not_checked_lines(summary, quiet=True),
         *exception_lines(summary, "expired"),
     ]
@@ -3436,28 +3431,24 @@ def accounts_of(summary: Summary, result: str) -> list[Summary]:
 
 def heading_lines(summary: Summary) -> list[str]:
     totals, organization = summary["totals"], summary["organization"]
+    audited = accounts_of(summary, "audited")
     finished, keys = parse_time(summary["finished"]), summary["gaps"]["organization"]["access_keys"]
     took = clock(finished - parse_time(summary["started"]))
     accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
     users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
     lines = [f"Organization {organization['id']}, {summary['started']}, took {took}"]
     lines.append(f"Audited: {accounts}, {users}")
-    reports = sorted(map(itemgetter("report_generated"), accounts_of(summary, "audited")))
-    if reports:
-        span = age(finished - parse_time(reports[0]))
+    for generated in sorted(map(itemgetter("report_generated"), audited))[:1]:
+        span = age(finished - parse_time(generated))
         lines.append(f"  password and root data is up to {span} old")
-    others, management = (
-        {*map(itemgetter("id"), summary["out_of_scope"])},
-        organization["management_account"],
-    )
-    if management in others:
+    left_out, management = len(summary["out_of_scope"]), organization["management_account"]
+    if management in map(itemgetter("id"), summary["out_of_scope"]):
         lines.append(f"Not included: management account {management} (see --include-management)")
-    if number := len(others - {management}):
-        lines.append(f"Out of scope: {count(number, 'account')}")
-    return lines
+        left_out -= 1
+    return lines + ([f"Out of scope: {count(left_out, 'account')}"] if left_out else [])
 
 
-def failed_lines(summary: Summary, quiet: bool) -> list[str]:
+def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """The failed accounts by cause, with the next step for each; skipped ones; root where unseen."""
     failed, groups = accounts_of(summary, "failed"), dict[str, list[str]]()
     for one in failed:
@@ -3484,18 +3475,15 @@ ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
 # fmt: off
 NEXT_STEPS = (
     (f"^AssumeRole: .*({ACCESS_DENIED})",
-     "check that role {role} exists in the account, that its trust policy allows {caller} and the "
-     "external ID, that the profile may assume it, and that no SCP denies it. AWS gives the same "
-     "answer for all of these."),
+     "check that role {role} exists in the account, that its trust policy allows {arn} and the "
+     "external ID, that the profile may assume it, and that no SCP denies it: AWS answers all of "
+     "these alike."),
     ("^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)",
      "sign in again (for example with `aws sso login`), or fix the profile's credential_process, "
      "which must not wait for input; then run the audit again."),
     (f"^DescribeOrganizationalUnit: .*({ACCESS_DENIED})",
      "add organizations:DescribeOrganizationalUnit to the profile's policy."),
-    (f"^LookupEvents: .*({ACCESS_DENIED})",
-     "add cloudtrail:LookupEvents to the role's policy, and check that no SCP denies it."),
-    (ACCESS_DENIED, "add iam:{step} to the role's policy, and check that no SCP denies it; README.md "
-     "lists the permissions."),
+    (ACCESS_DENIED, "add {service}:{step} to the role's policy, and check that no SCP denies it."),
     ("RegionDisabled", "set AWS_DEFAULT_REGION to a Region that is enabled there (us-east-1)."),
     ("ReportTimeout", "run the audit again, or allow more time with --report-timeout."),
     ("Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
@@ -3505,11 +3493,11 @@ NEXT_STEPS = (
 
 
 def next_step(cause: str, summary: Summary) -> list[str]:
-    words = {"step": cause.partition(":")[0], "role": summary["role"], **summary["caller"]}
-    for pattern, advice in NEXT_STEPS:
-        if re.search(pattern, cause):
-            return [f"  Next: {advice.format_map(words)}"]
-    return []
+    """What to do about a failed step; `cause` has its name and the error code."""
+    words = {**summary["caller"], "role": summary["role"], "step": cause.partition(":")[0]}
+    words["service"] = "cloudtrail" if words["step"] == "LookupEvents" else "iam"
+    fitting = [advice for pattern, advice in NEXT_STEPS if re.search(pattern, cause)]
+    return [f"  Next: {advice.format_map(words)}" for advice in fitting[:1]]
 
 
 NOT_CHECKED_WORDS = {
@@ -3518,7 +3506,7 @@ NOT_CHECKED_WORDS = {
 }
 
 
-def not_checked_lines(summary: Summary, quiet: bool) -> list[str]:
+def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """What was denied without failing an account, once for each cause."""
     groups, lines = dict[str, list[str]](), list[str]()
     for account_id, error in sorted((summary["cloudtrail"] or {}).get("unavailable", {}).items()):
@@ -3561,32 +3549,28 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
     if others := sorted({each.max_key_age_days for each in compared} - {days}):
         was = f"--max-key-age was {' or '.join(map(str, others))} and is {days} now"
         lines.append(f"{was}: phase 2 and the numbers of old keys do not compare")
-    older = [each.started for each in compared if each is not run.tracking.earlier]
+    older = sorted(iso(each.started) for each in compared if each is not run.tracking.earlier)
     if older:
-        lines.append(
-            f"{count(len(older), 'account')} compared with older runs, since {iso(min(older))}"
-        )
+        lines.append(f"{count(len(older), 'account')} compared with older runs, since {older[0]}")
     if number := changes["accounts_not_compared"]:
-        lines.append(
-            f"not compared: {count(number, 'account')}, not audited now or in no earlier run"
-        )
+        lines.append(f"not compared: {count(number, 'account')}, not audited now or never before")
     before = age(parse_time(summary["started"]) - parse_time(changes["since"]))
     return titled(f"Since the run of {changes['since']}, {before} before", lines)
 
 
-def damage_lines(run: Run, messages: Iterable[str]) -> list[str]:
+def damage_lines(run: Run, unreadable: list[str]) -> list[str]:
     """Earlier files that could not be read, and the accounts that lack a baseline for it."""
     output_dir, blind = f"{run.folder.parent}{os.sep}", run.tracking.blind
-    told = [message.replace(output_dir, "") for message in dict.fromkeys(messages)]
+    messages = "\n".join(dict.fromkeys([*unreadable, *run.tracking.passed_over]))
+    told = messages.replace(output_dir, "").splitlines()
     lines = titled("Files of earlier runs that cannot be read and were skipped", told)
-    if blind:
-        number = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
-        told = [f"{one.id} {one.name}" for one in blind[:ACCOUNTS_SHOWN]]
-        lines += titled(f"{number}: no earlier run can be read", told)
-        lines.append(
-            "  Next: let the user who runs the audit read the earlier runs, or restore the files. "
-            "Otherwise this run is the baseline, and these accounts' CSV files list their keys."
-        )
+    number = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
+    told = [f"{one.id} {one.name}" for one in blind[:ACCOUNTS_SHOWN]]
+    advice = (
+        "  Next: let the user who runs the audit read the earlier runs, or restore the files. "
+        "Otherwise this run is the baseline, and these accounts' CSV files list their keys."
+    )
+    lines += titled(f"{number}: no earlier run can be read", told) + ([advice] if told else [])
     return lines
 
 
@@ -3622,12 +3606,7 @@ def change_line(change: Change) -> str:
     return " ".join(filter(None, parts))
 
 
-WITNESSES = {
-    "confirmed": "confirms",
-    "contradicted": "contradicts",
-    "not found": "has no matching event for",
-    "unavailable": "could not be asked about",
-}
+WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
 
 
 def witness_lines(run: Run, summary: Summary) -> list[str]:
@@ -3642,56 +3621,58 @@ def witness_lines(run: Run, summary: Summary) -> list[str]:
     elif began and began[0] < trail["since"]:
         lines.append("  it was not asked about the time before, back to the earlier runs")
     for witness, number in sorted((summary["changes"] or {"witnesses": {}})["witnesses"].items()):
-        told.append(f"{WITNESSES[witness]} {count(number, 'change')}")
+        words = WITNESSES.get(witness, f"has {witness}")
+        told.append(f"{words} {count(number, 'change')}")
     lines += [f"  CloudTrail {', '.join(told)}"] if told else []
     events = count(trail["events"], "IAM event")
     return [f"CloudTrail since {trail['since']}: {events}, in events.csv", *lines]
 
 
-# For each phase: gaps and what they are a part of
+# For each phase: gaps, and what they are a part of
 PHASE_GAPS = (
     ("phase1", "console_users_without_mfa", "console_users"),
     ("phase2", "active_keys_older_than_max_age", "active_keys"),
     ("phase2", "active_api_keys_without_expiry", "active_api_keys"),
     ("phase2", "active_api_keys_older_than_max_age", "active_api_keys"),
-    ("phase2", "", "active_service_passwords"),
-    ("phase2", "", "active_signing_certificates"),
+    ("phase2", "active_service_passwords", "active_service_passwords"),
+    ("phase2", "active_signing_certificates", "active_signing_certificates"),
 )
+TITLES = {
+    "phase1": "Phase 1, multi-factor authentication",
+    "phase2": "Phase 2, use temporary credentials",
+}
 
 
 def maturity_lines(summary: Summary) -> list[str]:
     """Per phase, the organization's level, the reason for it, and the accounts at each level."""
     gaps, lines, days = summary["gaps"]["organization"], list[str](), summary["max_key_age_days"]
-    titles = ("Phase 1, multi-factor authentication", "Phase 2, use temporary credentials")
-    for title, (phase, maturity) in zip(titles, summary["maturity"].items()):
-        told, there = [], {}
+    for phase, title in TITLES.items():
+        told, maturity = list[str](), summary["maturity"][phase]
         for of_phase, gap, total in PHASE_GAPS:
-            if of_phase == phase and gap and gaps[gap]:
+            if of_phase == phase and gaps[total]:
                 told.append(f"{in_words(gap, days)}: {gaps[gap]:,} of {gaps[total]:,}")
-            elif of_phase == phase and gaps[total]:
-                there[total] = f"{in_words(total)}: {gaps[total]:,}"
+        told = told or ["no console users" if phase == "phase1" else "no active keys"]
         if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
             told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
-        told = told or [*there.values()]
-        if phase == "phase2" and (codes := summary["not_checked"].get(API_KEYS_READ)):
+        codes = summary["not_checked"].get(API_KEYS_READ, {})
+        if codes and phase == "phase2":
             told.append(f"API keys not checked in {count(sum(codes.values()), 'account')}")
-        nothing = "no console users" if phase == "phase1" else "no active keys"
-        at_each = f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}"
-        lines += titled(f"{title}: {maturity['level']}", [", ".join(told) or nothing, at_each])
+        told.append(f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
+        lines += titled(f"{title}: {maturity['level']}", told)
     return lines
 
 
 def most_gaps_lines(summary: Summary) -> list[str]:
-    columns, sized = [gap for _phase, gap, _total in PHASE_GAPS[:3]], []
+    names, days = [gap for _phase, gap, _total in PHASE_GAPS[:3]], summary["max_key_age_days"]
+    sized = []
     for one in accounts_of(summary, "audited"):
-        numbers = [one["gaps"][name] for name in columns]
+        numbers = [one["gaps"][name] for name in names]
         if any(numbers):
-            cells = map("{:>14,}".format, numbers)
-            sized.append((-sum(numbers), f"  {label(one)}{''.join(cells)}"))
-    days = f"over {summary['max_key_age_days']} days"
-    title = f"{'Accounts with the most gaps':<35}{'without MFA':>14}{days:>14}{'endless API':>14}"
-    lines = [line for _size, line in sorted(sized)]  # of the same size: by ID
-    return [title, *lines[:ACCOUNTS_SHOWN]] if lines else []
+            cells = "{:>14,}{:>14,}{:>16,}".format(*numbers)
+            sized.append((-sum(numbers), f"  {label(one)}{cells}"))
+    title = f"{'Accounts with the most gaps':<35}{'without MFA':>14}{f'over {days} days':>14}"
+    lines = map(itemgetter(1), sorted(sized)[:ACCOUNTS_SHOWN])  # of the same size: by ID
+    return [f"{title}{'API, no expiry':>16}", *lines] if sized else []
 
 
 def priority_lines(run: Run, summary: Summary) -> list[str]:
@@ -3746,15 +3727,15 @@ def listed_findings(run: Run, findings: Iterable[Finding], title: str) -> list[s
 def gap_lines(summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
     lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
-    for name, number in summary["gaps"]["organization"].items():
+    unsure = " (where checked)" if API_KEYS_READ in summary["not_checked"] else ""
+    for name in summary["gaps"]["organization"]:
         if name in ("active_key_ages", "oldest_active_key"):
             continue
-        line = f"  {in_words(name, summary['max_key_age_days']):<36}"
+        words = in_words(name, summary["max_key_age_days"])
+        words += unsure if name.startswith(("active_api", "active_service")) else ""
+        line = f"  {words:<36}"
         for gaps in summary["gaps"].values():
-            cell = "no console users" if gaps[name] is None else f"{gaps[name]:,}"
-            if name.startswith(FROM_API_KEYS_READ) and API_KEYS_READ in summary["not_checked"]:
-                cell = f"at least {cell}" if number else "not checked"
-            line += f"{cell:>18}"
+            line += f"{'no console users' if gaps[name] is None else f'{gaps[name]:,}':>18}"
         lines.append(line)
     if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
         key = (
@@ -3872,27 +3853,26 @@ def age(span: timedelta) -> str:
     for unit, name in ((timedelta(days=1), "day"), (timedelta(hours=1), "hour")):
         if span >= 2 * unit:
             return count(round(span / unit + 0.4), name)
-    return count(max(0, round(span / timedelta(minutes=1) + 0.4)), "minute")
+    return count(max(1, round(span / timedelta(minutes=1) + 0.4)), "minute")
 
 
-def laid_out(blocks: Iterable[Iterable[str]], width: int) -> str:
+def laid_out(blocks: Iterable[Sequence[str]], width: int) -> str:
     """The blocks as text that does not steer the terminal, with an empty line between them. Lines
     are folded at spaces; a word that is too long, such as a path or an ARN, stays whole."""
+    fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
     texts = []
-    for block in blocks:
-        lines = ""
+    for block in filter(None, blocks):
+        text = ""
         for line in map(printable, block):
-            indent = " " * (len(line) - len(line.lstrip()) + 2)
-            fold = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False)
-            fold.break_long_words = False
-            lines += fold.fill(line) + "\n"
-        texts += [lines] if lines else []
+            fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
+            text += f"{fold.fill(line)}\n"
+        texts.append(text)
     return "\n".join(texts)
 
 
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
-    plan, caller, organization = run.plan, run.caller, run.organization
+    plan, included = run.plan, run.plan.scope.include_management
     production = [figures for figures in run.audited if figures.production]
     gaps, totals = {}, dict[str, int]()
     for name in ("audited", "failed", "skipped", "out_of_scope"):
@@ -3910,7 +3890,9 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         for operation, code in figures.not_checked.items():
             codes = not_checked.setdefault(operation, {})
             codes[code] = codes.get(code, 0) + 1
-    priorities = map(str, range(MOST_URGENT, LEAST_URGENT + 1))
+    findings = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
+    for finding in uncovered(run):
+        findings[str(finding.priority)] += 1
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
@@ -3922,18 +3904,10 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "max_key_age_days": plan.max_key_age.days,
         "max_unused_days": plan.max_unused.days,
         "scope": scope_document(plan.scope),
-        "options": {
-            "workers": plan.workers,
-            "report_timeout_seconds": plan.report_timeout,
-            "owner_tags": plan.owner_tags,
-        },
+        "options": {"workers": plan.workers, "owner_tags": plan.owner_tags},
         "page": "report.html" if plan.page else None,
-        "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
-        "organization": {
-            "id": organization.id,
-            "management_account": organization.management_account,
-            "management_account_included": plan.scope.include_management,
-        },
+        "caller": vars(run.caller),
+        "organization": {**vars(run.organization), "management_account_included": included},
         "totals": totals,
         "not_checked": not_checked,
         "ous_why_not": run.ous_why_not or None,
@@ -3945,17 +3919,11 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "runs": [*run.tracking.runs, this_run],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
-        "findings": tally(priorities, (str(finding.priority) for finding in uncovered(run))),
+        "findings": findings,
         "exceptions": exceptions_document(run),
         "accounts": account_entries(run),
         "out_of_scope": sorted(left_out, key=itemgetter("id")),
     }
-
-
-def tally(names: Iterable[str], found: Iterable[str]) -> dict[str, int]:
-    """How often each of the names was found, zeros too."""
-    numbers = Counter(found)
-    return {name: numbers[name] for name in names}
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
@@ -3971,7 +3939,8 @@ def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
     document, failed = {}, len(run.failed)
     for phase in PHASES:
         levels = list(map(attrgetter(phase), run.audited))
-        accounts = tally(LEVELS, levels + [NOT_STARTED] * failed)
+        accounts = Counter(dict.fromkeys(LEVELS, 0))
+        accounts.update(levels + [NOT_STARTED] * failed)
         document[phase] = {"level": organization_level(levels, failed), "accounts": accounts}
     return document
 
@@ -3984,17 +3953,26 @@ def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, USER_CAME_AND_WENT, "account-joined", "account-left")
     stayed = earlier.accounts.keys() & accounts_now(run).keys()
     stayed -= {one.account.id for one in run.out_of_scope}
+    keys = list[dict[str, Any]]()
+    for key in new_keys(run):
+        row: dict[str, Any] = dict(zip(CHANGES_COLUMNS, change_row(key)))
+        if key.event is None:
+            row.update(dict.fromkeys(("event_name", "event_time", "actor", "source_ip")))
+        keys.append({**row, "account_compared": key.account_id in tracking.compared})
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
         "accounts_not_compared": len(stayed - tracking.compared.keys()),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": tally(kinds, map(attrgetter("change"), tracking.changes)),
+        "counts": {
+            **dict.fromkeys(kinds, 0),
+            **Counter(map(attrgetter("change"), tracking.changes)),
+        },
         "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
         "maturity": {phase: level_changes(run, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
-        "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
+        "new_access_keys": keys,
     }
 
 
@@ -4008,13 +3986,6 @@ def level_changes(run: Run, phase: str, maturity: Summary) -> dict[str, Any]:
     lowest = min(now, key=LEVELS.index, default=None)
     level_then = LEVELS[min(then)] if then else None
     return {"then": level_then, "now": maturity[phase]["level"], "compared_now": lowest}
-
-
-def new_key_document(key: Change, run: Run) -> dict[str, Any]:
-    document: dict[str, Any] = dict(zip(CHANGES_COLUMNS, change_row(key)))
-    for name in ("since", "event_name", "event_time", "actor", "source_ip"):
-        document[name] = document[name] or None
-    return {**document, "account_compared": key.account_id in run.tracking.compared}
 
 
 def cloudtrail_document(run: Run) -> dict[str, Any] | None:
@@ -4032,15 +4003,15 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
 
 def enforcement_document(run: Run) -> dict[str, Any]:
     """How many of the accounts in scope have each verdict of each control."""
-    accounts = {}
+    accounts, found = {}, run.enforcement
     for control in CONTROLS:
-        found = map(itemgetter(control), run.controls.values())
-        accounts[control] = tally(VERDICTS, map(attrgetter("verdict"), found))
+        accounts[control] = Counter(dict.fromkeys(VERDICTS, 0))
+        accounts[control].update(each[control].verdict for each in run.controls.values())
     return {
-        "why_not_checked": run.enforcement.why_not or None,
+        "why_not_checked": found.why_not or None,
         "accounts": accounts,
-        "root_credentials_managed_centrally": run.enforcement.root_credentials_managed,
-        "root_credentials_why_not_checked": run.enforcement.root_why_not or None,
+        "root_credentials_managed_centrally": found.root_credentials_managed,
+        "root_credentials_why_not_checked": found.root_why_not or None,
     }
 
 
@@ -4048,8 +4019,9 @@ def exceptions_document(run: Run) -> dict[str, Any]:
     """How many findings are covered; exceptions that have expired, and those that cover nothing.
     Of accounts that failed, are out of scope or were read in part nothing is claimed."""
     used = [finding.exception for finding in run.findings if finding.exception]
-    unknown = {one.account.id for one in (*run.failed, *run.out_of_scope)}
-    unknown |= {figures.account.id for figures in run.audited if figures.not_checked}
+    everyone: list[Any] = [*run.failed, *run.out_of_scope]
+    everyone += [figures for figures in run.audited if figures.not_checked]
+    unknown = {one.account.id for one in everyone}
     document: dict[str, Any] = {"applied": len(used), "expired": [], "unused": []}
     for one in run.plan.exceptions:
         entry = {**one._asdict(), "until": one.until.isoformat()}

@@ -1196,7 +1196,10 @@ def test_credentials_whose_refresh_hangs_fail_the_accounts_that_need_them(
     assert 0 < len(result.failures) < 40
     said = " ".join(stdout.split())
     assert "no answer to the refresh within 3 s" in said
-    assert "sign in again (aws sso login, for one), or mend its credential_process" in said
+    assert (
+        "sign in again (for example with `aws sso login`), or fix the profile's credential_process"
+        in said
+    )
     until(lambda: not is_running(int((tmp_path / "process_id").read_text())))
 
 
