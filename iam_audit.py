@@ -3496,8 +3496,10 @@ def next_step(cause: str, summary: Summary) -> list[str]:
     """What to do about a failed step; `cause` has its name and the error code."""
     words = {**summary["caller"], "role": summary["role"], "step": cause.partition(":")[0]}
     words["service"] = "cloudtrail" if words["step"] == "LookupEvents" else "iam"
-    fitting = [advice for pattern, advice in NEXT_STEPS if re.search(pattern, cause)]
-    return [f"  Next: {advice.format_map(words)}" for advice in fitting[:1]]
+    for pattern, advice in NEXT_STEPS:
+        if re.search(pattern, cause):
+            return [f"  Next: {advice.format_map(words)}"]
+    return []
 
 
 NOT_CHECKED_WORDS = {
@@ -3565,7 +3567,7 @@ def damage_lines(run: Run, unreadable: list[str]) -> list[str]:
     told = messages.replace(output_dir, "").splitlines()
     lines = titled("Files of earlier runs that cannot be read and were skipped", told)
     number = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
-    told = [f"{one.id} {one.name}" for one in blind[:ACCOUNTS_SHOWN]]
+    told = list(map("{0.id} {0.name}".format, blind[:ACCOUNTS_SHOWN]))
     advice = (
         "  Next: let the user who runs the audit read the earlier runs, or restore the files. "
         "Otherwise this run is the baseline, and these accounts' CSV files list their keys."
@@ -3637,16 +3639,13 @@ PHASE_GAPS = (
     ("phase2", "active_service_passwords", "active_service_passwords"),
     ("phase2", "active_signing_certificates", "active_signing_certificates"),
 )
-TITLES = {
-    "phase1": "Phase 1, multi-factor authentication",
-    "phase2": "Phase 2, use temporary credentials",
-}
+PHASE_TITLES = ("multi-factor authentication", "use temporary credentials")
 
 
 def maturity_lines(summary: Summary) -> list[str]:
     """Per phase, the organization's level, the reason for it, and the accounts at each level."""
     gaps, lines, days = summary["gaps"]["organization"], list[str](), summary["max_key_age_days"]
-    for phase, title in TITLES.items():
+    for phase, title in zip(PHASES, PHASE_TITLES):
         told, maturity = list[str](), summary["maturity"][phase]
         for of_phase, gap, total in PHASE_GAPS:
             if of_phase == phase and gaps[total]:
@@ -3658,21 +3657,20 @@ def maturity_lines(summary: Summary) -> list[str]:
         if codes and phase == "phase2":
             told.append(f"API keys not checked in {count(sum(codes.values()), 'account')}")
         told.append(f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
-        lines += titled(f"{title}: {maturity['level']}", told)
+        lines += titled(f"Phase {phase[-1]}, {title}: {maturity['level']}", told)
     return lines
 
 
 def most_gaps_lines(summary: Summary) -> list[str]:
-    names, days = [gap for _phase, gap, _total in PHASE_GAPS[:3]], summary["max_key_age_days"]
-    sized = []
+    sized, days = [], f"over {summary['max_key_age_days']} days"
     for one in accounts_of(summary, "audited"):
-        numbers = [one["gaps"][name] for name in names]
+        numbers = itemgetter(*map(itemgetter(1), PHASE_GAPS[:3]))(one["gaps"])
         if any(numbers):
             cells = "{:>14,}{:>14,}{:>16,}".format(*numbers)
             sized.append((-sum(numbers), f"  {label(one)}{cells}"))
-    title = f"{'Accounts with the most gaps':<35}{'without MFA':>14}{f'over {days} days':>14}"
     lines = map(itemgetter(1), sorted(sized)[:ACCOUNTS_SHOWN])  # of the same size: by ID
-    return [f"{title}{'API, no expiry':>16}", *lines] if sized else []
+    titles = f"{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
+    return [f"{'Accounts with the most gaps':<35}{titles}", *lines] if sized else []
 
 
 def priority_lines(run: Run, summary: Summary) -> list[str]:
@@ -3693,10 +3691,8 @@ def priority_lines(run: Run, summary: Summary) -> list[str]:
 
 def exception_lines(summary: Summary, which: str) -> list[str]:
     what = {"expired": "have expired", "unused": "cover nothing any more"}[which]
-    words = (
-        "line {line}: {account_id} {username} {credential_id} {finding}, until {until}: {reason}"
-    )
-    told = list(map(words.format_map, summary["exceptions"][which]))
+    who = "line {line}: {account_id} {username} {credential_id} {finding}"
+    told = list(map(f"{who}, until {{until}}: {{reason}}".format_map, summary["exceptions"][which]))
     return titled(f"Exceptions that {what}", shortened(told))
 
 
@@ -3727,22 +3723,18 @@ def listed_findings(run: Run, findings: Iterable[Finding], title: str) -> list[s
 def gap_lines(summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
     lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
-    unsure = " (where checked)" if API_KEYS_READ in summary["not_checked"] else ""
+    days, oldest = summary["max_key_age_days"], summary["gaps"]["organization"]["oldest_active_key"]
     for name in summary["gaps"]["organization"]:
-        if name in ("active_key_ages", "oldest_active_key"):
-            continue
-        words = in_words(name, summary["max_key_age_days"])
-        words += unsure if name.startswith(("active_api", "active_service")) else ""
-        line = f"  {words:<36}"
-        for gaps in summary["gaps"].values():
-            line += f"{'no console users' if gaps[name] is None else f'{gaps[name]:,}':>18}"
-        lines.append(line)
-    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
-        key = (
-            f"{count(oldest['age_days'], 'day')}, {oldest['access_key_id']} of {oldest['username']}"
-        )
-        where = f"{oldest['account_id']} {oldest['account_name']}"
-        lines.append(f"  oldest active key: {key} in {where}")
+        if name not in ("active_key_ages", "oldest_active_key"):
+            line = f"  {in_words(name, days):<36}"
+            for gaps in summary["gaps"].values():
+                line += f"{'no console users' if gaps[name] is None else f'{gaps[name]:,}':>18}"
+            lines.append(line)
+    if API_KEYS_READ in summary["not_checked"]:
+        lines.append("  API keys and service passwords count only where they were checked")
+    if oldest:
+        words = "  oldest active key: {age_days:,} days, {access_key_id} of {username} in "
+        lines.append(f"{words}{{account_id}} {{account_name}}".format_map(oldest))
     return lines
 
 
@@ -3761,11 +3753,9 @@ def enforcement_lines(summary: Summary) -> list[str]:
     if why_not := enforcement["root_credentials_why_not_checked"]:
         lines.append(f"    {why_not}")
     for one in accounts_of(summary, "audited"):
-        keys, verdicts = (
-            one["gaps"]["active_keys"],
-            map(itemgetter("verdict"), one["controls"].values()),
-        )
-        if keys and {*verdicts} == {ABSENT}:
+        keys = one["gaps"]["active_keys"]
+        verdicts = map(itemgetter("verdict"), one["controls"].values())
+        if keys and set(verdicts) == {ABSENT}:
             bare.append((-keys, f"{label(one)} {count(keys, 'active key')}"))
     most = map(itemgetter(1), sorted(bare)[:ACCOUNTS_SHOWN])
     return lines + titled("Accounts with the most active keys and none of the controls", most)
@@ -3799,9 +3789,9 @@ def limit_in_words(text: str) -> str:
 def run_lines(summary: Summary) -> list[str]:
     """The table of runs; empty for the first one, which has nothing to be compared with."""
     days = f"over {summary['max_key_age_days']} days"
-    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{days:>16}"]
+    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{days:>13}"]
     for one in summary["runs"][-RUNS_LISTED:]:
-        cells = map("{:>13,}".format, (one[name] for name in RUN_GAPS))
+        cells = map("{:>13,}".format, itemgetter(*RUN_GAPS)(one))
         lines.append(f"{one['started']:<28}{one['audited']:>9,}{''.join(cells)}")
     return lines if len(lines) > 2 else []
 
@@ -3881,7 +3871,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     for name, accounts in (("organization", run.audited), ("production", production)):
         gaps[name] = gaps_document(total_gaps(accounts), run.started)
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
-    this_run.update((name, gaps["organization"][name]) for name in RUN_GAPS)
+    this_run.update(zip(RUN_GAPS, itemgetter(*RUN_GAPS)(gaps["organization"])))
     maturity, left_out = maturity_document(run), []
     for outside in run.out_of_scope:
         left_out.append({"id": outside.account.id, "name": outside.account.name})
@@ -3914,7 +3904,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
         "gaps": gaps,
         "maturity": maturity,
         "changes": changes_document(run, maturity),
-        "new_keys_not_ruled_out": sorted(one.id for one in run.tracking.blind),
+        "new_keys_not_ruled_out": sorted(map(attrgetter("id"), run.tracking.blind)),
         "earlier_files_passed_over": list(run.tracking.passed_over),
         "runs": [*run.tracking.runs, this_run],
         "cloudtrail": cloudtrail_document(run),
@@ -3952,12 +3942,12 @@ def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
         return None
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, USER_CAME_AND_WENT, "account-joined", "account-left")
     stayed = earlier.accounts.keys() & accounts_now(run).keys()
-    stayed -= {one.account.id for one in run.out_of_scope}
-    keys = list[dict[str, Any]]()
+    stayed -= set(map(attrgetter("account.id"), run.out_of_scope))
+    keys, happened = list[dict[str, Any]](), map(attrgetter("change"), tracking.changes)
     for key in new_keys(run):
         row: dict[str, Any] = dict(zip(CHANGES_COLUMNS, change_row(key)))
-        if key.event is None:
-            row.update(dict.fromkeys(("event_name", "event_time", "actor", "source_ip")))
+        for name in ("event_name", "event_time", "actor", "source_ip", "since"):
+            row[name] = row[name] or None
         keys.append({**row, "account_compared": key.account_id in tracking.compared})
     return {
         "since": iso(earlier.started),
@@ -3965,11 +3955,8 @@ def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
         "accounts_compared": len(tracking.compared),
         "accounts_not_compared": len(stayed - tracking.compared.keys()),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": {
-            **dict.fromkeys(kinds, 0),
-            **Counter(map(attrgetter("change"), tracking.changes)),
-        },
-        "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
+        "counts": {**dict.fromkeys(kinds, 0), **Counter(happened)},
+        "witnesses": Counter(filter(None, map(attrgetter("witness"), tracking.changes))),
         "maturity": {phase: level_changes(run, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
         "new_access_keys": keys,
@@ -4019,9 +4006,8 @@ def exceptions_document(run: Run) -> dict[str, Any]:
     """How many findings are covered; exceptions that have expired, and those that cover nothing.
     Of accounts that failed, are out of scope or were read in part nothing is claimed."""
     used = [finding.exception for finding in run.findings if finding.exception]
-    everyone: list[Any] = [*run.failed, *run.out_of_scope]
-    everyone += [figures for figures in run.audited if figures.not_checked]
-    unknown = {one.account.id for one in everyone}
+    unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
+    unknown.update(one.account.id for one in run.audited if one.not_checked)
     document: dict[str, Any] = {"applied": len(used), "expired": [], "unused": []}
     for one in run.plan.exceptions:
         entry = {**one._asdict(), "until": one.until.isoformat()}
@@ -4049,7 +4035,7 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
         for name in ("not_checked", "users", "production"):
             entry[name] = getattr(figures, name)
         entry["report_generated"] = iso(figures.report_generated)
-        entry["maturity"] = {phase: getattr(figures, phase) for phase in PHASES}
+        entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
         entry["gaps"] = gaps_document(figures.gaps, run.started)
         earlier = run.tracking.compared.get(figures.account.id)
         entry["since"] = iso(earlier.started) if earlier else None
