@@ -3370,11 +3370,11 @@ FINDINGS_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
 LINES_SHOWN = 10  # of other lists
 API_KEYS_READ = "ListServiceSpecificCredentials"
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
-# What is bold, red or yellow on a terminal, and the codes that begin and end it
+# What is red, yellow or bold on a terminal, and the codes that begin and end it
 PAINT = (
-    (r"(\A|(?<=\n\n)).+", 1, 22),  # the title of each block
     (r"(?m)^([\d,]+ accounts? could not be audited|  1  ).*", 31, 39),
     (r"\b(Not Started|In Progress)\b", 33, 39),
+    (r"(\A|(?<=\n\n)).+", 1, 22),  # the title of each block
 )
 
 

@@ -43,16 +43,20 @@ from hypothesis import strategies as st
 from test_assess import KEY_FINDINGS
 
 from iam_audit import (
+    CONTROLS,
     FINDINGS_COLUMNS,
     GAP_COUNTS,
     LEVELS,
     ROOT,
     Account,
     AuditedAccount,
+    Change,
+    Control,
     Credential,
     EarlierRun,
     FailedAccount,
     Gaps,
+    KnownException,
     Outcome,
     OutOfScopeAccount,
     Run,
@@ -459,6 +463,198 @@ def test_the_columns_of_findings_align() -> None:
         lines[0].index("1" * 12)
     }
     assert {line.index("alice") for line in lines} == {lines[0].index("alice")}
+
+
+# --- what was not checked, exceptions, new API keys -------------------------------------------------------------------
+
+API_KEYS, DETAILS = "ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"
+
+
+def test_what_was_not_checked_is_said_once_with_the_next_step() -> None:
+    partly = [
+        dataclasses.replace(one, not_checked={API_KEYS: "AccessDenied", DETAILS: "AccessDenied"})
+        for one in many(7)
+    ]
+    other = dataclasses.replace(audited(), not_checked={API_KEYS: "ServiceFailure"})
+    found = run_of([*partly, other, audited(account=PAYMENTS)])
+    found.ous_why_not = "DescribeOrganizationalUnit: AccessDeniedException: not authorized"
+    lines = shown(found)
+    said = f"API keys were not checked in 7 accounts: {API_KEYS}: AccessDenied"
+    start = lines.index(said)
+    ids = ", ".join(f"{100_000_000_000 + number}" for number in range(5))
+    assert lines[start + 1] == f"  {ids}, ..."
+    assert lines[start + 2].startswith(f"  Next: add iam:{API_KEYS} to the role's policy")
+    assert f"API keys were not checked in 1 account: {API_KEYS}: ServiceFailure" in lines
+    assert (
+        f"Owners and administrators were not read in 7 accounts: {DETAILS}: AccessDenied" in lines
+    )
+    assert f"OU names were not read: {found.ous_why_not}" in lines
+    assert "  Next: add organizations:DescribeOrganizationalUnit to the profile's policy." in lines
+    assert "API keys not checked in 8 accounts" in phase(lines, 2)
+    assert not any("not checked" in line or "OU" in line for line in shown(found, quiet=True))
+    made = document(found)
+    assert made["not_checked"] == {
+        API_KEYS: {"AccessDenied": 7, "ServiceFailure": 1},
+        DETAILS: {"AccessDenied": 7},
+    }
+    assert made["ous_why_not"] == found.ous_why_not
+    assert {one["id"]: one["not_checked"] for one in made["accounts"]}[PAYMENTS.id] == {}
+
+
+def exceptions_of(found: Run, *exceptions: KnownException) -> Run:
+    found.plan = dataclasses.replace(found.plan, exceptions=exceptions)
+    return found
+
+
+def known(account_id: str, *, days: int = 30, line: int = 2, finding: str = "*") -> KnownException:
+    until = (NOW + days * DAY).date()
+    return KnownException(account_id, "*", "*", finding, until, "ticket 7", line)
+
+
+def test_what_exceptions_cover_is_counted_apart() -> None:
+    found = run_of(OF_PRIORITY.values())
+    covering = known(PAYMENTS.id)
+    found.findings = [
+        one._replace(exception=covering if one.account == PAYMENTS else None)
+        for one in found.findings
+    ]
+    exceptions_of(found, covering)
+    lines = shown(found)
+    assert "1 finding is covered by exceptions" in lines
+    assert PAYMENTS.id not in {one[2] for one in findings_shown(lines)}
+    assert "6 of 6" in only(lines, "What to fix first")
+    assert document(found)["findings"] == {"1": 0, **dict.fromkeys("234567", 1)}
+    assert document(found)["exceptions"] == {"applied": 1, "expired": [], "unused": []}
+    assert findings_shown(shown(found, quiet=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "named"),
+    [
+        (known(SANDBOX.id, days=-1), "expired"),
+        (known(SANDBOX.id, days=0), "unused"),  # it holds until the end of that day
+        (known(SANDBOX.id), "unused"),
+        (known("777777777777"), "unused"),  # the account has left the organization
+        (known(failed().account.id), None),
+        (known("*"), None),  # it may cover something in the account that failed
+        (known(failed().account.id, days=-1), "expired"),
+    ],
+)
+def test_exceptions_that_have_expired_or_cover_nothing_are_named(
+    one: KnownException, named: str | None
+) -> None:
+    found = exceptions_of(run_of([audited(), failed()]), one)
+    made, lines = document(found)["exceptions"], shown(found)
+    assert [name for name in ("expired", "unused") if made[name]] == ([named] if named else [])
+    text = f"  line 2: {one.account_id} * * *, until {one.until}: ticket 7"
+    assert (text in lines) == (named is not None)
+    assert (text in shown(found, quiet=True)) == (named == "expired")
+    if named:
+        assert made[named] == [{**one._asdict(), "until": one.until.isoformat()}]
+
+
+def test_an_exception_for_any_account_covers_nothing_if_all_were_read() -> None:
+    left_out = OutOfScopeAccount(Account(MANAGEMENT, "management", "ACTIVE"))
+    found = exceptions_of(run_of([audited(), left_out]), known("*"), known(MANAGEMENT, line=3))
+    assert [one["line"] for one in document(found)["exceptions"]["unused"]] == [2]
+    partly = dataclasses.replace(audited(), not_checked={API_KEYS: "AccessDenied"})
+    found = exceptions_of(run_of([partly]), known("*"), known(SANDBOX.id, line=3))
+    assert document(found)["exceptions"]["unused"] == []
+
+
+def test_new_api_keys_are_among_the_new_keys() -> None:
+    found = run_of([audited()])
+    changed = Change(SANDBOX.id, SANDBOX.name, "ana", "ACCA1", "api-key-created", since=NOW)
+    gone = changed._replace(key_id="AKIA1", change="access-key-came-and-went")
+    other = changed._replace(key_id="ASCA1", change="api-key-deleted")
+    found.tracking.earlier = EarlierRun(Path(), NOW - DAY, "o-test123456", {}, 90, {}, {})
+    found.tracking.changes = [changed, gone, other]
+    for quiet in (False, True):
+        lines = shown(found, quiet=quiet)
+        start = lines.index("New keys since the last audit of their account")
+        where = f"  {SANDBOX.id} {SANDBOX.name} ana"
+        assert lines[start + 1 : start + 3] == [
+            f"{where} ACCA1 (API key) (account not compared)",
+            f"{where} AKIA1 deleted again (account not compared)",
+        ]
+    assert [one["change"] for one in document(found)["changes"]["new_access_keys"]] == [
+        "api-key-created",
+        "access-key-came-and-went",
+    ]
+    assert any(line.startswith("  API keys: 1 created, 1 deleted") for line in shown(found)), lines
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("NotAction iam:*, sts:*", "does not cover iam:* and sts:*"),
+        ("NotAction a:B, c:D, e:F", "does not cover a:B, c:D and e:F"),
+        ("Action iam:*", "covers only iam:*"),
+        ("Resource arn:a", "covers only arn:a"),
+        ("Bool aws:x true, false", "applies only if Bool aws:x true, false"),
+        (
+            "NotAction iam:* and NotResource arn:a and Bool aws:x a and b",
+            "does not cover iam:*, does not cover arn:a, applies only if Bool aws:x a and b",
+        ),
+    ],
+)
+def test_a_limit_of_a_policy_is_a_sentence(condition: str, words: str) -> None:
+    found = run_of([audited()])
+    control = Control("partial", {"p-1": "RequireMFA"}, (), (condition,))
+    found.controls = {SANDBOX.id: dict.fromkeys(CONTROLS, control)}
+    assert f"partial: RequireMFA {words}" in " ".join(" ".join(shown(found)).split())
+
+
+# --- the last line, colors --------------------------------------------------------------------------------------------
+
+
+def test_the_last_line_names_the_page_if_there_is_one() -> None:
+    found = run_of([audited()])
+    assert shown(found)[-2:] == [f"Files: {found.folder}", f"Page: {found.folder}/report.html"]
+    found.plan = dataclasses.replace(found.plan, page=False)
+    assert shown(found)[-1] == f"Files: {found.folder}"
+    assert document(found)["page"] is None
+
+
+def test_colors_are_never_the_only_sign_and_never_in_the_mail() -> None:
+    found = run_of([*OF_PRIORITY.values(), failed()])
+    summary = summary_document(found, FINISHED)
+    plain, colored = (
+        terminal_summary(found, summary, False, color=color) for color in (False, True)
+    )
+    codes = re.compile(r"\x1b\[(\d+)m")
+    assert codes.sub("", colored) == plain
+    assert set(codes.findall(colored)) == {"1", "22", "31", "33", "39"}
+    assert "\x1b[31m" in only(colored.splitlines(), "\x1b[1m\x1b[31m1 account could not")
+    assert not codes.search(plain)
+    assert not codes.search(terminal_summary(found, summary, True, color=True))
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(
+    ("columns", "width", "env"),
+    [
+        (40, 80, {}),
+        (90, 90, {}),
+        (300, 120, {}),
+        (90, 90, {"NO_COLOR": "1"}),
+        (90, 90, {"NO_COLOR": ""}),
+        (90, 90, {"TERM": "dumb"}),
+    ],
+)
+def test_a_terminal_decides_width_and_color(
+    columns: int, width: int, env: dict[str, str], serve: Serve, program: Program
+) -> None:
+    colored = env in ({}, {"NO_COLOR": ""})
+    made = serve(aws.account(ONE, "one", role="denied"), aws.account(TWO, "two"))
+    seen = program.in_terminal({**made.env(), **env}, everything=True, columns=columns).terminal
+    text = seen[seen.index("Organization o-") :]
+    assert ("\x1b[1m" in seen, "\x1b[31m" in seen) == (colored, colored)
+    lines = re.sub(r"\x1b\[\d+m", "", text).splitlines()
+    folded = [
+        len(line) for line in lines if not re.match("Files|Page", line) and " " in line.strip()
+    ]
+    assert width - 20 < max(folded) <= width
 
 
 # --- summary.json -----------------------------------------------------------------------------------------------------
