@@ -3680,7 +3680,11 @@ def priority_lines(run: Run, summary: Summary) -> list[str]:
     if found:
         new = Counter(str(finding.priority) for finding in found if finding.new)
         rows = [("Findings by priority", map(int, numbers)), ("  to fix", numbers.values())]
-        rows += [("  new", map(new.__getitem__, numbers))] if run.tracking.earlier else []
+        rows += (
+            [("  new since the baseline", map(new.__getitem__, numbers))]
+            if run.tracking.earlier
+            else []
+        )
         lines = [f"{title:<24}" + "".join(map("{:>8,}".format, cells)) for title, cells in rows]
     if covered := exceptions["applied"]:
         verb = "is" if covered == 1 else "are"
@@ -3789,10 +3793,10 @@ def limit_in_words(text: str) -> str:
 def run_lines(summary: Summary) -> list[str]:
     """The table of runs; empty for the first one, which has nothing to be compared with."""
     days = f"over {summary['max_key_age_days']} days"
-    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{days:>13}"]
+    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{days:>14}"]
     for one in summary["runs"][-RUNS_LISTED:]:
-        cells = map("{:>13,}".format, itemgetter(*RUN_GAPS)(one))
-        lines.append(f"{one['started']:<28}{one['audited']:>9,}{''.join(cells)}")
+        cells = "{:>13,}{:>13,}{:>14,}".format(*itemgetter(*RUN_GAPS)(one))
+        lines.append(f"{one['started']:<28}{one['audited']:>9,}{cells}")
     return lines if len(lines) > 2 else []
 
 

@@ -356,7 +356,7 @@ def test_new_findings_are_counted_where_there_is_a_baseline() -> None:
     found.findings = [one._replace(new=one.priority in (1, 5)) for one in found.findings]
     lines = shown(found)
     start = lines.index(only(lines, "Findings by priority"))
-    assert lines[start + 2].split() == ["new", *"1000100"]
+    assert lines[start + 2].split() == ["new", "since", "the", "baseline", *"1000100"]
     assert [one[0] for one in findings_shown(shown(found, quiet=True))] == [1]
 
 
