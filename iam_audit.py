@@ -4009,16 +4009,16 @@ def enforcement_document(run: Run) -> dict[str, Any]:
 def exceptions_document(run: Run) -> dict[str, Any]:
     """How many findings are covered; exceptions that have expired, and those that cover nothing.
     Of accounts that failed, are out of scope or were read in part nothing is claimed."""
-    used = [finding.exception for finding in run.findings if finding.exception]
+    covering = Counter(one.exception for one in run.findings if one.exception)
     unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
     unknown.update(one.account.id for one in run.audited if one.not_checked)
-    document: dict[str, Any] = {"applied": len(used), "expired": [], "unused": []}
+    document: dict[str, Any] = {"applied": sum(covering.values()), "expired": [], "unused": []}
     for one in run.plan.exceptions:
         entry = {**one._asdict(), "until": one.until.isoformat()}
         anywhere = one.account_id == "*" and unknown - {run.organization.management_account}
         if one.until < run.started.date():
             document["expired"].append(entry)
-        elif one not in used and one.account_id not in unknown and not anywhere:
+        elif one not in covering and one.account_id not in unknown and not anywhere:
             document["unused"].append(entry)
     return document
 

@@ -1140,7 +1140,8 @@ def test_names_cannot_steer_the_terminal(serve: Serve, program: Program) -> None
         account(THREE, f"three {evil}", state="SUSPENDED"),
         rules=[rule("ListUsers", ONE, error="Odd", message="\x9b31m\x85\u202egnp.exe")],
     )
-    result = program.in_terminal(endpoint.env(), "--verbose", everything=True)
+    env = {**endpoint.env(), "NO_COLOR": "1"}
+    result = program.in_terminal(env, "--verbose", everything=True)
     assert result.exit_code == 3
     shown = "\n".join(screen(result.terminal))
     for word in ("one ", "two ", "three ", "Odd"):
