@@ -161,9 +161,9 @@ def run_audit(options: Any, started: datetime) -> int:
         remove_if_empty(folder)
         raise
     write_tables(run)
-    finished = utc_now()
-    write_json(folder / "summary.json", summary_document(run, finished))
-    show(terminal_summary(run, finished, options.quiet))
+    summary = summary_document(run, utc_now())
+    write_json(folder / "summary.json", summary)
+    show(terminal_summary(run, summary, options.quiet, **width_and_color()))
     return exit_code(run, options.fail_on)
 
 
@@ -361,6 +361,17 @@ def complain(*lines: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def width_and_color() -> dict[str, Any]:
+    """What stdout can show: 80 to 120 columns of a terminal, else 100 without colors."""
+    width, terminal = 0, sys.stdout is not None and sys.stdout.isatty()
+    if terminal:
+        with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
+            width = os.get_terminal_size(sys.stdout.fileno()).columns
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    width = min(max(80, width), 120) if width else TERMINAL_WIDTH
+    return {"width": width, "color": terminal and not plain}
 
 
 def show(text: str) -> None:
@@ -568,6 +579,7 @@ class Plan:
     max_unused: timedelta = timedelta(days=90)
     owner_tags: tuple[str, ...] = ()
     exceptions: tuple[KnownException, ...] = ()
+    page: bool = True
 
 
 @dataclass
@@ -3744,417 +3756,450 @@ def texts(value: Any) -> tuple[str, ...]:
 
 # === Terminal: the summary for stdout and for mail, summary.json; values in, text out ============
 
-FINDINGS_SHOWN = 10
-ACCOUNTS_SHOWN = 5
+FINDINGS_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
 LINES_SHOWN = 10  # of other lists
+API_KEYS_READ = "ListServiceSpecificCredentials"
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
+# What is red, yellow or bold on a terminal, and the codes that begin and end it
+PAINT = (
+    (r"(?m)^([\d,]+ accounts? could not be audited|  1  ).*", 31, 39),
+    (r"\b(Not Started|In Progress)\b", 33, 39),
+    (r"(\A|(?<=\n\n)).+", 1, 22),  # the title of each block
+)
 
 
-def terminal_summary(run: Run, finished: datetime, quiet: bool) -> str:
+def terminal_summary(
+    run: Run, summary: Summary, quiet: bool, width: int = TERMINAL_WIDTH, color: bool = False
+) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
-    summary = summary_document(run, finished)
     if quiet:
-        lines = quiet_lines(run, summary)
-        title = f"Organization {run.organization.id}, {summary['started']}: {run.folder}"
-        return f"{printable(title)}\n{fitted(lines)}" if lines else ""
-    heading = audited_lines(run, summary, finished)
-    heading += failed_lines(run, summary) + left_out_lines(run, summary)
-    unreadable = [*run.tracking.unreadable, *run.tracking.passed_over]
-    blocks = [
-        heading,
-        maturity_lines(run, summary) + held_back_lines(run, summary),
-        gap_lines(run, summary),
-        finding_lines(run, run.findings[:FINDINGS_SHOWN]),
-        enforcement_lines(run, summary),
-        change_lines(run, summary) + damage_lines(run, unreadable),
-        witness_lines(run, summary),
-        run_lines(run, summary),
-    ]
-    text = "\n".join(map(fitted, filter(None, blocks)))
-    return f"{text}\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
+        title = printable(f"Organization {run.organization.id}, {summary['started']}: {run.folder}")
+        text = laid_out([quiet_lines(run, summary)], width)
+        return f"{title}\n{text}" if text else ""
+    blocks = [heading_lines(summary), failed_lines(summary), not_checked_lines(summary)]
+    blocks += [change_lines(run, summary), new_lines(run), witness_lines(run, summary)]
+    blocks += [damage_lines(run, run.tracking.unreadable), maturity_lines(summary)]
+    blocks += [most_gaps_lines(summary), priority_lines(run, summary), most_urgent_lines(run)]
+    blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
+    text = laid_out(blocks, width)
+    text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
+    if summary["page"]:
+        text += f"Page: {printable(str(run.folder / summary['page']))}\n"
+    for pattern, begin, end in PAINT if color else ():
+        text = re.sub(pattern, f"\x1b[{begin}m\\g<0>\x1b[{end}m", text)
+    return text
 
 
 def quiet_lines(run: Run, summary: Summary) -> list[str]:
     """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
-    tracking, urgent = run.tracking, run.tracking.urgent_new
-    removed = [change for change in tracking.changes if change.change == "mfa-removed"]
+    urgent = []
+    for finding in uncovered(run):
+        if finding.priority == MOST_URGENT and finding.new is not False:
+            urgent.append(finding)
     lines = [
-        *failed_lines(run, summary),
-        *(skipped_lines(summary) if run.plan.scope.accounts else ()),
-        *root_lines(run),
+        *failed_lines(summary, quiet=True),
         *listed_findings(run, urgent, "New findings of priority 1"),
-        *new_key_lines(run),
-        *titled("New console users without MFA", map(change_line, tracking.mfa_new)),
-        *titled("MFA removed", map(change_line, removed)),
-        *damage_lines(run, tracking.passed_over),
-        *no_witness_lines(summary),
+        *new_lines(run),
+        *damage_lines(run, []),
+        *not_checked_lines(summary, quiet=True),
+        *exception_lines(summary, "expired"),
     ]
     standing = summary["findings"][str(MOST_URGENT)] - len(urgent)
     if lines and standing:
-        verb = "stands" if standing == 1 else "stand"
-        lines.append(f"{count(standing, 'finding')} of priority 1 {verb} unchanged")
+        lines.append(f"and {count(standing, 'finding')} of priority 1, unchanged")
     return lines
 
 
+def uncovered(run: Run) -> list[Finding]:
+    """The findings that no exception covers, most urgent first."""
+    return [finding for finding in run.findings if finding.exception is None]
+
+
 def accounts_of(summary: Summary, result: str) -> list[Summary]:
-    """The accounts that were audited, or failed, or skipped, by ID."""
     return [entry for entry in summary["accounts"] if entry["result"] == result]
 
 
-def audited_lines(run: Run, summary: Summary, finished: datetime) -> list[str]:
-    totals, keys = summary["totals"], summary["gaps"]["organization"]["access_keys"]
-    took = clock(finished - run.started)
+def heading_lines(summary: Summary) -> list[str]:
+    totals, organization = summary["totals"], summary["organization"]
+    audited = accounts_of(summary, "audited")
+    finished, keys = parse_time(summary["finished"]), summary["gaps"]["organization"]["access_keys"]
+    took = clock(finished - parse_time(summary["started"]))
     accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
     users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
-    lines = [f"Organization {run.organization.id}, {summary['started']}, took {took}"]
+    lines = [f"Organization {organization['id']}, {summary['started']}, took {took}"]
     lines.append(f"Audited: {accounts}, {users}")
-    if run.audited:
-        span = age(finished - min(one.report_generated for one in run.audited))
-        lines.append(f"Oldest credential report: {span} (passwords and root are as of then)")
-    return lines + root_lines(run)
+    for generated in sorted(map(itemgetter("report_generated"), audited))[:1]:
+        span = age(finished - parse_time(generated))
+        lines.append(f"  password and root data is up to {span} old")
+    left_out, management = len(summary["out_of_scope"]), organization["management_account"]
+    if management in map(itemgetter("id"), summary["out_of_scope"]):
+        lines.append(f"Not included: management account {management} (see --include-management)")
+        left_out -= 1
+    return lines + ([f"Out of scope: {count(left_out, 'account')}"] if left_out else [])
 
 
-def root_lines(run: Run) -> list[str]:
-    """For how many accounts root is not covered, if there are any."""
-    number = sum(not one.has_root for one in run.audited)
-    words = f"Root is missing from the credential report of {count(number, 'account')}"
-    return [f"{words}: not covered there"] if number else []
-
-
-def failed_lines(run: Run, summary: Summary) -> list[str]:
-    """The failed accounts, grouped by step and error code, with the next step for each group."""
-    failed, production = accounts_of(summary, "failed"), 0
-    groups: dict[tuple[str, str], list[str]] = {}
+def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
+    """The failed accounts by cause, with the next step for each; skipped ones; root where unseen."""
+    failed, groups = accounts_of(summary, "failed"), dict[str, list[str]]()
     for one in failed:
-        told = groups.setdefault((one["step"], one["error"]["code"]), [])
+        told = groups.setdefault(f"{one['step']}: {one['error']['code']}", [])
         told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
-        production += one["production"]
-    number = f"{count(len(failed), 'account')} ({production:,} production)"
-    lines = [f"Failed: {number}, of which nothing is known"] if failed else []
-    for (step, code), told in groups.items():
-        lines.append(f"  {step}: {code}")
-        for line in shortened(told):
-            lines += wrapped(f"    {line}")
-        for at_step, codes, advice in NEXT_STEPS:
-            if at_step in ("", step) and re.search(codes, code):
-                words = advice.format(step=step, role=run.plan.role.name, caller=run.caller.arn)
-                lines += wrapped(f"    Next: {words}")
-                break
+    lines = list[str]()
+    for cause, told in groups.items():
+        lines += [*titled(cause, shortened(told)), *next_step(cause, summary)]
+    production = sum(one["production"] for one in failed)
+    number = f"{count(len(failed), 'account')} could not be audited"
+    lines = titled(f"{number} ({production:,} production)", lines)
+    if not quiet or summary["scope"]["accounts"]:
+        skipped = accounts_of(summary, "skipped")
+        told = list(map("{id} {name}: {state}".format_map, skipped))
+        lines += titled(f"Skipped (not ACTIVE): {count(len(skipped), 'account')}", told)
+    if rootless := sum(not one["root"] for one in accounts_of(summary, "audited")):
+        where = f"the credential report of {count(rootless, 'account')}"
+        lines.append(f"Root is missing from {where}: not covered there")
     return lines
 
 
 ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
-# The step ("" for any), what the error code contains, and what to do about it
+# What a failed step and its error code match, and what to do about it; the first one counts
 # fmt: off
 NEXT_STEPS = (
-    ("AssumeRole", ACCESS_DENIED,
-     "does role {role} exist in the account, does its trust policy trust {caller} and the external "
-     "ID, may the profile assume it, and does no SCP forbid it? AWS answers all of these alike."),
-    ("profile credentials", "",
-     "the profile's credentials could not be renewed: sign in again (aws sso login, for one), or "
-     "mend its credential_process, which must not wait for anybody, then run the audit again."),
-    ("AssumeRole", "Token|Credential|MFA",
-     "the profile's own session has ended: sign in again (aws sso login, for one), then run the "
-     "audit again."),
-    ("", "RegionDisabledException",
-     "the profile's Region is not enabled there: set AWS_DEFAULT_REGION=us-east-1, or the like."),
-    ("", ACCESS_DENIED,
-     "the role must allow iam:{step}, and no SCP may deny it; README.md lists the permissions."),
-    ("", "ReportTimeout", "run the audit again, or give the report longer with --report-timeout."),
-    ("", "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
-     "something else uses up the account's IAM API rate: run the audit again later."),
+    (f"^AssumeRole: .*({ACCESS_DENIED})",
+     "check that role {role} exists in the account, that its trust policy allows {arn} and the "
+     "external ID, that the profile may assume it, and that no SCP denies it: AWS answers all of "
+     "these alike."),
+    ("^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)",
+     "sign in again (for example with `aws sso login`), or fix the profile's credential_process, "
+     "which must not wait for input; then run the audit again."),
+    (f"^DescribeOrganizationalUnit: .*({ACCESS_DENIED})",
+     "add organizations:DescribeOrganizationalUnit to the profile's policy."),
+    (ACCESS_DENIED, "add {service}:{step} to the role's policy, and check that no SCP denies it."),
+    ("RegionDisabled", "set AWS_DEFAULT_REGION to a Region that is enabled there (us-east-1)."),
+    ("ReportTimeout", "run the audit again, or allow more time with --report-timeout."),
+    ("Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
+     "something else uses up the account's IAM request rate: run the audit again later."),
 )
 # fmt: on
 
 
-def skipped_lines(summary: Summary) -> list[str]:
-    lines = []
-    for one in accounts_of(summary, "skipped"):
-        lines.append(f"{one['id']} {one['name']}: {one['state']}")
-    return titled(f"Skipped, because not ACTIVE: {count(len(lines), 'account')}", lines)
+def next_step(cause: str, summary: Summary) -> list[str]:
+    """What to do about a failed step; `cause` has its name and the error code."""
+    words = {**summary["caller"], "role": summary["role"], "step": cause.partition(":")[0]}
+    words["service"] = "cloudtrail" if words["step"] == "LookupEvents" else "iam"
+    for pattern, advice in NEXT_STEPS:
+        if re.search(pattern, cause):
+            return [f"  Next: {advice.format_map(words)}"]
+    return []
 
 
-def left_out_lines(run: Run, summary: Summary) -> list[str]:
-    lines, others = skipped_lines(summary), len(summary["out_of_scope"])
-    management = run.organization.management_account
-    if management in map(itemgetter("id"), summary["out_of_scope"]):
-        lines.append(f"Not included: the management account, {management} (--include-management)")
-        others -= 1
-    if others:
-        lines.append(f"Out of scope: {count(others, 'account')}")
-    return lines
-
-
-def maturity_lines(run: Run, summary: Summary) -> list[str]:
-    """Per phase, the organization's level, the reason for it, and the accounts at each level."""
-    gaps, days = summary["gaps"]["organization"], run.plan.max_key_age.days
-    mfa, keys = "no console users", "no active keys"
-    if gaps["console_users"]:
-        users = count(gaps["console_users"], "console user")
-        mfa = f"{gaps['console_users_without_mfa']:,} of {users} without MFA, root included"
-    if gaps["active_keys"]:
-        active = count(gaps["active_keys"], "active key")
-        keys = f"{gaps['active_keys_older_than_max_age']:,} of {active} older than {days} days"
-    phase1 = ("Phase 1, multi-factor authentication", mfa, summary["maturity"]["phase1"])
-    phase2 = ("Phase 2, use temporary credentials", keys, summary["maturity"]["phase2"])
-    lines = []
-    for title, gap, maturity in (phase1, phase2):
-        held_back_by_gap = maturity["level"] != IN_PROGRESS or maturity["accounts"][IN_PROGRESS]
-        reason = gap if held_back_by_gap else f"{count(len(run.failed), 'account')} not audited"
-        lines.append(f"{title:<38}{maturity['level']:<13}{reason}")
-        lines.append(f"  accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
-    return lines
-
-
-def held_back_lines(run: Run, summary: Summary) -> list[str]:
-    """The accounts with the largest gaps, then those that could not be audited."""
-    sized = []
-    for one in accounts_of(summary, "audited"):
-        users = one["gaps"]["console_users_without_mfa"]
-        keys = one["gaps"]["active_keys_older_than_max_age"]
-        old = f"{count(keys, 'active key')} older than {run.plan.max_key_age.days} days"
-        if users + keys:
-            sized.append((-users - keys, f"{label(one)} {users:,} without MFA, {old}"))
-    sized.sort()  # of the same size: by ID
-    for one in accounts_of(summary, "failed"):
-        sized.append((0, f"{label(one)} not audited"))
-    return titled("Held back most by", map(itemgetter(1), sized[:ACCOUNTS_SHOWN]))
-
-
-GAP_LABELS = {
-    "console_users": "console users, root included",
-    "console_users_without_mfa": "  without MFA",
-    "mfa_coverage_percent": "  MFA coverage",
-    "access_keys": "access keys (long-term credentials)",
-    "active_keys": "  active",
-    "active_keys_older_than_max_age": "    older than {days} days",
-    "active_keys_older_than_1_year": "    older than 1 year",
-    "active_keys_never_used": "    never used",
-    "active_keys_not_used_for_90_days": "    not used for 90 days",
-    "active_keys_used_within_30_days": "    used within 30 days",
-    "inactive_keys": "  inactive",
-    "expired_keys": "  expired",
-    "root_access_keys": "  of root",
-    "users_with_two_active_keys": "users with two active keys",
+NOT_CHECKED_WORDS = {
+    API_KEYS_READ: "API keys were not checked",
+    "GetAccountAuthorizationDetails": "Owners and administrators were not read",
 }
 
 
-def gap_lines(run: Run, summary: Summary) -> list[str]:
-    """The table of gaps: the organization beside its production accounts."""
-    lines = [f"{'Gaps':<38}{'organization':>18}{'production':>18}"]
-    for name, words in GAP_LABELS.items():
-        line = f"{words.format(days=run.plan.max_key_age.days):<38}"
-        for gaps in summary["gaps"].values():
-            if gaps[name] is None:
-                cell = "no console users"
-            else:
-                cell = (
-                    f"{gaps[name]:.1f} %" if name == "mfa_coverage_percent" else f"{gaps[name]:,}"
-                )
-            line += f"{cell:>18}"
-        lines.append(line)
-    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
-        whose = f"{cut(oldest['username'], 24)} in {oldest['account_id']} {oldest['account_name']}"
-        key = f"{count(oldest['age_days'], 'day')}, {oldest['access_key_id']}"
-        lines.append(f"oldest active key: {key} of {whose}")
+def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
+    """What was denied without failing an account, once for each cause."""
+    groups, lines = dict[str, list[str]](), list[str]()
+    for account_id, error in sorted((summary["cloudtrail"] or {}).get("unavailable", {}).items()):
+        groups.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
+    for one in () if quiet else accounts_of(summary, "audited"):
+        for cause in map(": ".join, one["not_checked"].items()):
+            groups.setdefault(cause, []).append(one["id"])
+    for cause, ids in groups.items():
+        what = NOT_CHECKED_WORDS.get(cause.partition(":")[0], "CloudTrail could not be asked")
+        others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
+        lines.append(f"{what} in {count(len(ids), 'account')}: {cause}")
+        lines += [f"  {', '.join(ids[:ACCOUNTS_SHOWN])}{others}", *next_step(cause, summary)]
+    if not quiet and (why_not := summary["ous_why_not"]):
+        lines += [f"OU names were not read: {why_not}", *next_step(why_not, summary)]
     return lines
-
-
-def finding_lines(run: Run, findings: Sequence[Finding]) -> list[str]:
-    """These of the run's findings, each with its reasons."""
-    if not run.audited:
-        return ["Nothing was audited."]
-    if not findings:
-        return [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
-    number = f"{len(findings):,} of {len(run.findings):,}"
-    title = f"What to fix first ({number}; all are in findings.csv)"
-    return listed_findings(run, findings, title)
-
-
-def listed_findings(run: Run, findings: Sequence[Finding], title: str) -> list[str]:
-    lines = [title] if findings else []
-    for one in findings:
-        whose = f"{label(vars(one.account), 20)} {one.user}"
-        lines.append(f"  {one.priority}  {one.finding:<23}{whose}")
-        key_id = f"{one.key.id}: " if one.key else ""
-        lines += wrapped(f"     {key_id}{'; '.join(reasons_of(one, run.plan))}")
-    return lines
-
-
-def enforcement_lines(run: Run, summary: Summary) -> list[str]:
-    """What service control policies already prevent, and where nothing does."""
-    enforcement, lines = summary["enforcement"], ["Enforced by service control policies"]
-    if why_not := enforcement["why_not_checked"]:
-        lines += wrapped(f"  not checked: {why_not}")
-    for control, verdicts in enforcement["accounts"].items():
-        lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
-        for remark in shortened(control_remarks(run, control)):
-            lines += wrapped(f"    {remark}")
-    words = {True: "yes", False: "no", None: "not checked"}
-    managed = words[enforcement["root_credentials_managed_centrally"]]
-    lines.append(f"  {'root credentials managed centrally':<36}{managed}")
-    if why_not := enforcement["root_credentials_why_not_checked"]:
-        lines += wrapped(f"    {why_not}")
-    bare = []
-    for one in accounts_of(summary, "audited"):
-        verdicts = {control["verdict"] for control in one["controls"].values()}
-        if one["gaps"]["active_keys"] and verdicts == {ABSENT}:
-            bare.append(one)
-    bare.sort(key=lambda one: one["gaps"]["active_keys"], reverse=True)
-    most = [f"{label(one)} {count(one['gaps']['active_keys'], 'active key')}" for one in bare]
-    return lines + titled("With neither control, and most active keys", most[:ACCOUNTS_SHOWN])
-
-
-def control_remarks(run: Run, control: str) -> list[str]:
-    """The policies behind a control's verdicts, once each, with their exemptions and conditions."""
-    remarks = []
-    for _account_id, controls in sorted(run.controls.items()):
-        found = controls[control]
-        policies = ", ".join(f"{name} ({each})" for each, name in found.policies.items())
-        remark = f"{found.verdict} by {policies}"
-        if found.exemptions:
-            remark += f", except {', '.join(found.exemptions)}"
-        if found.conditions:
-            remark += f", only if {'; or if '.join(found.conditions)}"
-        if found.why_not_checked:
-            remark += f": {found.why_not_checked}"
-        if policies:
-            remarks.append(remark)
-    return list(dict.fromkeys(remarks))
 
 
 def change_lines(run: Run, summary: Summary) -> list[str]:
     """What has changed since the accounts' baselines, for better and for worse."""
-    changes, earlier, days = summary["changes"], run.tracking.earlier, run.plan.max_key_age.days
-    if earlier is None:
-        if run.tracking.unreadable:
-            return ["No earlier run can be read: this one is the baseline."]
-        return ["No earlier run of this organization to compare with: this one is the baseline."]
-    counts, mfa = changes["counts"], changes["console_users_without_mfa"]
-    deleted, deactivated = counts["access-key-deleted"], counts["access-key-deactivated"]
-    keys = f"{deleted:,} deleted, {deactivated:,} deactivated"
-    lines = [
-        f"Since the run of {changes['since']}, {age(run.started - earlier.started)} before",
-        f"  console users without MFA, root included: {mfa['fixed']:,} fixed, {mfa['new']:,} new",
-        f"  access keys: {keys}, {counts['access-key-created']:,} created",
-    ]
-    for phase, levels in zip(("phase 1", "phase 2"), changes["maturity"].values()):
-        now, compared = levels["now"], levels["compared_now"]
-        words = f" (the accounts compared: {compared})" if compared not in (None, now) else ""
-        lines.append(f"  {phase}: {levels['then'] or 'not compared'}, now {now}{words}")
-    compared_with = run.tracking.compared.values()
-    if others := sorted({run.max_key_age_days for run in compared_with} - {days}):
-        was = f"  --max-key-age was {' or '.join(map(str, others))}, now {days:,}"
-        lines.append(f"{was}: phase 2 and the number of old keys do not compare")
-    older = [run.started for run in compared_with if run is not earlier]
+    changes, days = summary["changes"], summary["max_key_age_days"]
+    compared = run.tracking.compared.values()
+    if changes is None:
+        which = "that can be read" if run.tracking.unreadable else "of this organization"
+        return [f"No earlier run {which} to compare with: this run is the baseline."]
+    mfa = "console users without MFA, root included: {fixed:,} fixed, {new:,} new"
+    lines = [mfa.format_map(changes["console_users_without_mfa"])]
+    for kind in (*KINDS, "administrator", "account"):
+        numbers = {}
+        for name, number in changes["counts"].items():
+            if name.startswith(f"{kind}-"):
+                numbers[name[len(kind) + 1 :]] = number
+        if told := numbers_in_words(numbers):
+            lines.append(f"{in_words(kind)}s: {told}")
+    for phase, levels in changes["maturity"].items():
+        then, now, there = levels.values()
+        words = f"{now} ({f'was {then}' if then else 'not compared'})"
+        words = f"unchanged ({now})" if then == now else words
+        words += f"; in the accounts compared: {there}" if there not in (None, now) else ""
+        lines.append(f"Phase {phase[-1]}: {words}")
+    if others := sorted({each.max_key_age_days for each in compared} - {days}):
+        was = f"--max-key-age was {' or '.join(map(str, others))} and is {days} now"
+        lines.append(f"{was}: phase 2 and the numbers of old keys do not compare")
+    older = sorted(iso(each.started) for each in compared if each is not run.tracking.earlier)
     if older:
-        first = iso(min(older))
-        lines.append(f"  {count(len(older), 'account')} compared with older runs, from {first} on")
-    joined, left = counts["account-joined"], counts["account-left"]
-    if joined or left:
-        lines.append(f"  accounts: {joined:,} joined, {left:,} left")
-    if changes["accounts_not_compared"]:
-        number = count(changes["accounts_not_compared"], "account")
-        lines.append(f"  not compared: {number}, not audited in this run or in any earlier one")
-    return lines + new_key_lines(run)
+        lines.append(f"{count(len(older), 'account')} compared with older runs, since {older[0]}")
+    if number := changes["accounts_not_compared"]:
+        lines.append(f"not compared: {count(number, 'account')}, not audited now or never before")
+    before = age(parse_time(summary["started"]) - parse_time(changes["since"]))
+    return titled(f"Since the run of {changes['since']}, {before} before", lines)
 
 
-def damage_lines(run: Run, messages: Iterable[str]) -> list[str]:
+def damage_lines(run: Run, unreadable: list[str]) -> list[str]:
     """Earlier files that could not be read, and the accounts that lack a baseline for it."""
-    lines, output_dir = list[str](), f"{run.folder.parent}{os.sep}"
-    for message in dict.fromkeys(messages):
-        lines += wrapped(f"  {message.replace(output_dir, '')}")
-    if lines:
-        lines.insert(0, "Earlier files that cannot be read, and so were passed over")
-    if blind := run.tracking.blind:
-        number = count(len(blind), "account")
-        lines.append(f"New access keys cannot be ruled out in {number}: no earlier run can be read")
-        lines += [f"  {one.id} {one.name}" for one in blind[:ACCOUNTS_SHOWN]]
-        lines += wrapped(
-            "  Next: let the user who runs the audit read the earlier runs, or restore the files; "
-            "otherwise this run is the baseline, and the keys there are in the accounts' CSVs."
-        )
+    output_dir, blind = f"{run.folder.parent}{os.sep}", run.tracking.blind
+    messages = "\n".join(dict.fromkeys([*unreadable, *run.tracking.passed_over]))
+    told = messages.replace(output_dir, "").splitlines()
+    lines = titled("Files of earlier runs that cannot be read and were skipped", told)
+    number = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
+    told = list(map("{0.id} {0.name}".format, blind[:ACCOUNTS_SHOWN]))
+    advice = (
+        "  Next: let the user who runs the audit read the earlier runs, or restore the files. "
+        "Otherwise this run is the baseline, and these accounts' CSV files list their keys."
+    )
+    lines += titled(f"{number}: no earlier run can be read", told) + ([advice] if told else [])
     return lines
 
 
-def new_key_lines(run: Run) -> list[str]:
-    lines = []
+def new_lines(run: Run) -> list[str]:
+    """New keys, console users without MFA, and users who have lost MFA."""
+    keys, tracking = list[str](), run.tracking
     for key in new_keys(run):
-        where = "" if key.account_id in run.tracking.compared else " (account not compared)"
-        lines.append(change_line(key) + where)
-    return titled("New access keys since the last audit of their account", shortened(lines))
+        where = "" if key.account_id in tracking.compared else " (account not compared)"
+        keys.append(change_line(key) + where)
+    removed = [change for change in tracking.changes if change.change == "mfa-removed"]
+    return [
+        *titled("New keys since the last audit of their account", shortened(keys)),
+        *titled("New console users without MFA", map(change_line, tracking.mfa_new)),
+        *titled("MFA removed", map(change_line, removed)),
+    ]
+
+
+def new_keys(run: Run) -> list[Change]:
+    """The access keys and API keys created since, with those that were deleted again."""
+    kinds = (f"{ACCESS_KEY}-created", f"{API_KEY}-created", CAME_AND_WENT)
+    found = [change for change in run.tracking.changes if change.change in kinds]
+    return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
 
 
 def change_line(change: Change) -> str:
     """Who and what changed and, where CloudTrail confirms it, who made the change."""
-    parts = [change.account_id, cut(change.account_name, 20), cut(change.user, 24), change.key_id]
-    if change.change == CAME_AND_WENT:
-        parts.append("deleted again")
+    parts = [change.account_id, change.account_name, change.user, change.key_id]
+    parts += ["(API key)"] if change.change.startswith(API_KEY) else []
+    parts += ["deleted again"] if change.change == CAME_AND_WENT else []
     if change.event and change.witness == "confirmed":
         parts.append(f"by {change.event.actor.rpartition(':')[2]}")
-    if change.event and change.witness == "contradicted":
-        parts.append("(contradicted by CloudTrail)")
+    parts += ["(contradicted by CloudTrail)"] if change.witness == "contradicted" else []
     return " ".join(filter(None, parts))
 
 
+WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
+
+
 def witness_lines(run: Run, summary: Summary) -> list[str]:
-    """What CloudTrail says about the changes, and where it could not be asked."""
-    trail, since = summary["cloudtrail"], run.tracking.events_from
-    if trail is None or since is None:
+    """What CloudTrail says about the changes."""
+    trail, lines, told = summary["cloudtrail"], list[str](), list[str]()
+    if trail is None or trail["since"] is None:
         return []
-    lines = [f"CloudTrail since {iso(since)}: {count(trail['events'], 'IAM event')}, in events.csv"]
-    baselines = [earlier.started for earlier in run.tracking.compared.values()]
+    began = sorted(iso(earlier.started) for earlier in run.tracking.compared.values())
     if trail["out_of_reach"]:
-        kept = f"CloudTrail keeps {CLOUDTRAIL_KEEPS.days} days"
-        lines.append(f"  {kept}: what happened before has no witness.")
-    elif baselines and min(baselines) < since:
-        before = "An earlier run began before that"
-        lines.append(f"  {before}: what happened in between has no witness.")
-    if baselines and (witnesses := sorted(summary["changes"]["witnesses"].items())):
-        lines.append(f"  changes: {numbers_in_words(dict(witnesses))}")
-    return lines + no_witness_lines(summary)
+        kept = f"it keeps events for {CLOUDTRAIL_KEEPS.days} days"
+        lines.append(f"  {kept}: who made earlier changes is not known")
+    elif began and began[0] < trail["since"]:
+        lines.append("  it was not asked about the time before, back to the earlier runs")
+    for witness, number in sorted((summary["changes"] or {"witnesses": {}})["witnesses"].items()):
+        words = WITNESSES.get(witness, f"has {witness}")
+        told.append(f"{words} {count(number, 'change')}")
+    lines += [f"  CloudTrail {', '.join(told)}"] if told else []
+    events = count(trail["events"], "IAM event")
+    return [f"CloudTrail since {trail['since']}: {events}, in events.csv", *lines]
 
 
-def no_witness_lines(summary: Summary) -> list[str]:
-    """The accounts where CloudTrail could not be asked, by the reason."""
-    lines, trail = list[str](), summary["cloudtrail"] or {"unavailable": {}}
-    groups: dict[str, list[str]] = {}
-    for account_id, error in sorted(trail["unavailable"].items()):
-        step, code, _message = error.split(": ", 2)
-        groups.setdefault(f"{step}: {code}", []).append(account_id)
-    for cause, account_ids in groups.items():
-        shown = ", ".join(account_ids[:ACCOUNTS_SHOWN])
-        if len(account_ids) > ACCOUNTS_SHOWN:
-            shown += ", ..."
-        lines += wrapped(f"  no witness in {count(len(account_ids), 'account')} ({shown}): {cause}")
-    if re.search(ACCESS_DENIED, " ".join(groups)):
-        lines.append("    Next: the role must allow cloudtrail:LookupEvents, and no SCP deny it.")
+# For each phase: gaps, and what they are a part of
+PHASE_GAPS = (
+    ("phase1", "console_users_without_mfa", "console_users"),
+    ("phase2", "active_keys_older_than_max_age", "active_keys"),
+    ("phase2", "active_api_keys_without_expiry", "active_api_keys"),
+    ("phase2", "active_api_keys_older_than_max_age", "active_api_keys"),
+    ("phase2", "active_service_passwords", "active_service_passwords"),
+    ("phase2", "active_signing_certificates", "active_signing_certificates"),
+)
+PHASE_TITLES = ("multi-factor authentication", "use temporary credentials")
+
+
+def maturity_lines(summary: Summary) -> list[str]:
+    """Per phase, the organization's level, the reason for it, and the accounts at each level."""
+    gaps, lines, days = summary["gaps"]["organization"], list[str](), summary["max_key_age_days"]
+    for phase, title in zip(PHASES, PHASE_TITLES):
+        told, maturity = list[str](), summary["maturity"][phase]
+        for of_phase, gap, total in PHASE_GAPS:
+            if of_phase == phase and gaps[total]:
+                told.append(f"{in_words(gap, days)}: {gaps[gap]:,} of {gaps[total]:,}")
+        told = told or ["no console users" if phase == "phase1" else "no active keys"]
+        if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
+            told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
+        codes = summary["not_checked"].get(API_KEYS_READ, {})
+        if codes and phase == "phase2":
+            told.append(f"API keys not checked in {count(sum(codes.values()), 'account')}")
+        told.append(f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
+        lines += titled(f"Phase {phase[-1]}, {title}: {maturity['level']}", told)
     return lines
 
 
-def run_lines(run: Run, summary: Summary) -> list[str]:
+def most_gaps_lines(summary: Summary) -> list[str]:
+    sized, days = [], f"over {summary['max_key_age_days']} days"
+    for one in accounts_of(summary, "audited"):
+        numbers = itemgetter(*map(itemgetter(1), PHASE_GAPS[:3]))(one["gaps"])
+        if any(numbers):
+            cells = "{:>14,}{:>14,}{:>16,}".format(*numbers)
+            sized.append((-sum(numbers), f"  {label(one)}{cells}"))
+    lines = map(itemgetter(1), sorted(sized)[:ACCOUNTS_SHOWN])  # of the same size: by ID
+    titles = f"{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
+    return [f"{'Accounts with the most gaps':<35}{titles}", *lines] if sized else []
+
+
+def priority_lines(run: Run, summary: Summary) -> list[str]:
+    """How many findings of each priority there are, and the exceptions."""
+    numbers, found, exceptions = summary["findings"], uncovered(run), summary["exceptions"]
+    lines = [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
+    if found:
+        new = Counter(str(finding.priority) for finding in found if finding.new)
+        rows = [("Findings by priority", map(int, numbers)), ("  to fix", numbers.values())]
+        rows += (
+            [("  new since the baseline", map(new.__getitem__, numbers))]
+            if run.tracking.earlier
+            else []
+        )
+        lines = [f"{title:<24}" + "".join(map("{:>8,}".format, cells)) for title, cells in rows]
+    if covered := exceptions["applied"]:
+        verb = "is" if covered == 1 else "are"
+        lines.append(f"{count(covered, 'finding')} {verb} covered by exceptions")
+    lines += exception_lines(summary, "expired") + exception_lines(summary, "unused")
+    return lines if run.audited else ["Nothing was audited."]
+
+
+def exception_lines(summary: Summary, which: str) -> list[str]:
+    what = {"expired": "have expired", "unused": "cover nothing any more"}[which]
+    who = "line {line}: {account_id} {username} {credential_id} {finding}"
+    told = list(map(f"{who}, until {{until}}: {{reason}}".format_map, summary["exceptions"][which]))
+    return titled(f"Exceptions that {what}", shortened(told))
+
+
+def most_urgent_lines(run: Run) -> list[str]:
+    """The most urgent findings; a line stands in for more of one kind in a row."""
+    lines, shown, found = list[str](), 0, uncovered(run)
+    for _kind, group in itertools.groupby(found, lambda one: (one.priority, one.finding)):
+        alike = list(group)
+        most = min(ALIKE_SHOWN, FINDINGS_SHOWN - shown, len(alike))
+        lines += listed_findings(run, alike[:most], "")[1:]
+        if most < len(alike):
+            lines.append(f"     and {len(alike) - most:,} more like it")
+        if (shown := shown + most) == FINDINGS_SHOWN:
+            break
+    title = f"What to fix first ({shown} of {len(found):,}; all are in findings.csv)"
+    return [title, *lines] if found else []
+
+
+def listed_findings(run: Run, findings: Iterable[Finding], title: str) -> list[str]:
+    lines = []
+    for one in findings:
+        lines.append(f"{one.priority}  {one.finding:<24} {label(vars(one.account))} {one.user}")
+        key_id = f"{one.key.id}: " if one.key else ""
+        lines.append(f"   {key_id}{'; '.join(reasons_of(one, run.plan))}")
+    return titled(title, lines)
+
+
+def gap_lines(summary: Summary) -> list[str]:
+    """The table of gaps: the organization beside its production accounts."""
+    lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
+    days, oldest = summary["max_key_age_days"], summary["gaps"]["organization"]["oldest_active_key"]
+    for name in summary["gaps"]["organization"]:
+        if name not in ("active_key_ages", "oldest_active_key"):
+            line = f"  {in_words(name, days):<36}"
+            for gaps in summary["gaps"].values():
+                line += f"{'no console users' if gaps[name] is None else f'{gaps[name]:,}':>18}"
+            lines.append(line)
+    if API_KEYS_READ in summary["not_checked"]:
+        lines.append("  API keys and service passwords count only where they were checked")
+    if oldest:
+        words = "  oldest active key: {age_days:,} days, {access_key_id} of {username} in "
+        lines.append(f"{words}{{account_id}} {{account_name}}".format_map(oldest))
+    return lines
+
+
+def enforcement_lines(summary: Summary) -> list[str]:
+    """What service control policies already prevent, and where nothing does."""
+    enforcement, title = summary["enforcement"], "Enforced by service control policies"
+    lines, bare = [title], []
+    if why_not := enforcement["why_not_checked"]:
+        lines.append(f"  not checked: {why_not}")
+    for control, verdicts in enforcement["accounts"].items():
+        lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
+        lines += map("    {}".format, shortened(control_remarks(summary, control)))
+    managed = enforcement["root_credentials_managed_centrally"]
+    words = {True: "yes", False: "no", None: "not checked"}[managed]
+    lines.append(f"  {'root credentials managed centrally':<36}{words}")
+    if why_not := enforcement["root_credentials_why_not_checked"]:
+        lines.append(f"    {why_not}")
+    for one in accounts_of(summary, "audited"):
+        keys = one["gaps"]["active_keys"]
+        verdicts = map(itemgetter("verdict"), one["controls"].values())
+        if keys and set(verdicts) == {ABSENT}:
+            bare.append((-keys, f"{label(one)} {count(keys, 'active key')}"))
+    most = map(itemgetter(1), sorted(bare)[:ACCOUNTS_SHOWN])
+    return lines + titled("Accounts with the most active keys and none of the controls", most)
+
+
+def control_remarks(summary: Summary, control: str) -> list[str]:
+    """The policies behind a control's verdicts, once each, with their exemptions and conditions."""
+    remarks = dict[str, None]()
+    for one in [*accounts_of(summary, "audited"), *accounts_of(summary, "failed")]:
+        found = one["controls"][control]
+        names = ", ".join(map(itemgetter("name"), found["policies"]))
+        limits = "; or ".join(map(limit_in_words, found["conditions"]))
+        remark = f"{found['verdict']}: {names} {limits}".rstrip()
+        remark += f"; exempt: {', '.join(found['exemptions'])}" if found["exemptions"] else ""
+        remark += f": {found['why_not_checked']}" if found["why_not_checked"] else ""
+        if names:
+            remarks[remark] = None
+    return list(remarks)
+
+
+def limit_in_words(text: str) -> str:
+    """`NotAction iam:*, sts:* and Bool x false`: does not cover iam:* and sts:*, applies only if"""
+    limits, rest = [], text
+    while (element := rest.partition(" ")[0]) in ("Action", "NotAction", "Resource", "NotResource"):
+        values, _, rest = rest.partition(" ")[2].partition(" and ")
+        verb = "does not cover" if element.startswith("Not") else "covers only"
+        limits.append(f"{verb} {' and '.join(values.rsplit(', ', 1))}")
+    return ", ".join([*limits, f"applies only if {rest}"] if rest else limits)
+
+
+def run_lines(summary: Summary) -> list[str]:
     """The table of runs; empty for the first one, which has nothing to be compared with."""
-    if not run.tracking.runs:
-        return []
-    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{'of them old':>13}"]
-    for one in summary["runs"]:
-        line = f"{one['started']:<28}{one['audited']:>9,}"
-        for name in RUN_GAPS:
-            line += f"{one[name]:>13,}"
-        lines.append(line)
-    return lines
+    days = f"over {summary['max_key_age_days']} days"
+    lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{days:>14}"]
+    for one in summary["runs"][-RUNS_LISTED:]:
+        cells = "{:>13,}{:>13,}{:>14,}".format(*itemgetter(*RUN_GAPS)(one))
+        lines.append(f"{one['started']:<28}{one['audited']:>9,}{cells}")
+    return lines if len(lines) > 2 else []
 
 
 def outcome_line(outcome: Outcome) -> str:
     """One account's result, for --verbose."""
-    name = f"{outcome.account.id} {outcome.account.name}"
+    result = "out of scope"
     if isinstance(outcome, AuditedAccount):
-        return f"{name}: audited, {count(len(outcome.users), 'user')}"
-    if isinstance(outcome, FailedAccount):
-        return f"{name}: failed at {outcome.step}: {outcome.code}: {outcome.message}"
-    if isinstance(outcome, SkippedAccount):
-        return f"{name}: skipped, {outcome.account.state}"
-    return f"{name}: out of scope"
+        result = f"audited, {count(len(outcome.users), 'user')}"
+    elif isinstance(outcome, FailedAccount):
+        result = f"failed at {outcome.step}: {outcome.code}: {outcome.message}"
+    elif isinstance(outcome, SkippedAccount):
+        result = f"skipped, {outcome.account.state}"
+    return f"{outcome.account.id} {outcome.account.name}: {result}"
 
 
 def titled(title: str, lines: Iterable[str]) -> list[str]:
@@ -4164,14 +4209,22 @@ def titled(title: str, lines: Iterable[str]) -> list[str]:
 
 
 def shortened(lines: list[str]) -> list[str]:
-    """The first lines, and how many more summary.json has."""
     more = len(lines) - LINES_SHOWN
     return lines if more <= 0 else [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
 
 
-def label(account: Summary, width: int = 28) -> str:
-    """The account's ID and its name, cut or padded to `width`, as columns of a table."""
-    return f"{account['id']} {cut(account['name'], width):<{width}}"
+def label(account: Summary) -> str:
+    """The account's ID and its name, cut before a number or padded, as columns of a table."""
+    name = account["name"]
+    if len(name) > 20:
+        name = re.sub(r"\w*\d\w*$", "", name[:19]) + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{account['id']} {name:<20}"
+
+
+def in_words(key: str, max_key_age_days: int = 0) -> str:
+    """A key of summary.json in words: `active_keys` is `active keys`."""
+    words = re.sub("[_-]", " ", key).replace("max age", f"{max_key_age_days} days")
+    return words.replace("mfa", "MFA").replace("api", "API")
 
 
 def numbers_in_words(numbers: Mapping[str, int]) -> str:
@@ -4180,100 +4233,98 @@ def numbers_in_words(numbers: Mapping[str, int]) -> str:
 
 
 def age(span: timedelta) -> str:
-    """A rough age: `12 minutes`, `3 hours`, `5 days`."""
-    minutes = max(0, int(span.total_seconds() // 60))
-    for length, unit in ((1440, "day"), (60, "hour")):
-        if minutes >= 2 * length:
-            return count(minutes // length, unit)
-    return count(minutes, "minute")
+    """`12 minutes`, `3 hours`, `5 days`: rounded up, but for a tenth. Nights are 24 hours apart."""
+    for unit, name in ((timedelta(days=1), "day"), (timedelta(hours=1), "hour")):
+        if span >= 2 * unit:
+            return count(round(span / unit + 0.4), name)
+    return count(max(1, round(span / timedelta(minutes=1) + 0.4)), "minute")
 
 
-def fitted(lines: Iterable[str]) -> str:
-    """The lines as text that neither wraps nor steers the terminal."""
-    return "".join(cut(printable(line), TERMINAL_WIDTH) + "\n" for line in lines)
-
-
-def wrapped(line: str) -> list[str]:
-    """The line, folded at TERMINAL_WIDTH, with all but the first part indented two more spaces."""
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    text = printable(line)
-    return textwrap.wrap(text, TERMINAL_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def cut(text: str, width: int) -> str:
-    """The text in at most `width` characters."""
-    return text if len(text) <= width else text[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
+def laid_out(blocks: Iterable[Sequence[str]], width: int) -> str:
+    """The blocks as text that does not steer the terminal, with an empty line between them. Lines
+    are folded at spaces; a word that is too long, such as a path or an ARN, stays whole."""
+    fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    texts = []
+    for block in filter(None, blocks):
+        text = ""
+        for line in map(printable, block):
+            fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
+            text += f"{fold.fill(line)}\n"
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
-    caller, management = run.caller, run.organization.management_account
+    plan, included = run.plan, run.plan.scope.include_management
     production = [figures for figures in run.audited if figures.production]
-    totals = {"audited": len(run.audited), "failed": len(run.failed), "skipped": len(run.skipped)}
-    totals.update(out_of_scope=len(run.out_of_scope), production=len(production))
-    totals["users"] = sum(figures.users for figures in run.audited)
-    gaps = {}
+    gaps, totals = {}, dict[str, int]()
+    for name in ("audited", "failed", "skipped", "out_of_scope"):
+        totals[name] = len(getattr(run, name))
+    totals.update(production=len(production), users=sum(map(attrgetter("users"), run.audited)))
     for name, accounts in (("organization", run.audited), ("production", production)):
         gaps[name] = gaps_document(total_gaps(accounts), run.started)
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
-    for name in RUN_GAPS:
-        this_run[name] = gaps["organization"][name]
-    maturity = maturity_document(run)
-    priorities = map(str, range(MOST_URGENT, LEAST_URGENT + 1))
-    left_out = []
+    this_run.update(zip(RUN_GAPS, itemgetter(*RUN_GAPS)(gaps["organization"])))
+    maturity, left_out = maturity_document(run), []
     for outside in run.out_of_scope:
         left_out.append({"id": outside.account.id, "name": outside.account.name})
+    not_checked: dict[str, dict[str, int]] = {}
+    for figures in run.audited:
+        for operation, code in figures.not_checked.items():
+            codes = not_checked.setdefault(operation, {})
+            codes[code] = codes.get(code, 0) + 1
+    findings = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
+    for finding in uncovered(run):
+        findings[str(finding.priority)] += 1
     return {
         "format": SUMMARY_FORMAT,
         "tool": "iam-audit",
         "version": VERSION,
         "started": iso(run.started),
         "finished": iso(finished),
-        "role": run.plan.role.name,
-        "production_pattern": run.plan.production.pattern,
-        "max_key_age_days": run.plan.max_key_age.days,
-        "scope": scope_document(run.plan.scope),
-        "caller": {"account": caller.account, "arn": caller.arn, "partition": caller.partition},
-        "organization": {
-            "id": run.organization.id,
-            "management_account": management,
-            "management_account_included": run.plan.scope.include_management,
-        },
+        "role": plan.role.name,
+        "production_pattern": plan.production.pattern,
+        "max_key_age_days": plan.max_key_age.days,
+        "max_unused_days": plan.max_unused.days,
+        "scope": scope_document(plan.scope),
+        "options": {"workers": plan.workers, "owner_tags": plan.owner_tags},
+        "page": "report.html" if plan.page else None,
+        "caller": vars(run.caller),
+        "organization": {**vars(run.organization), "management_account_included": included},
         "totals": totals,
+        "not_checked": not_checked,
+        "ous_why_not": run.ous_why_not or None,
         "gaps": gaps,
         "maturity": maturity,
         "changes": changes_document(run, maturity),
-        "new_keys_not_ruled_out": sorted(one.id for one in run.tracking.blind),
+        "new_keys_not_ruled_out": sorted(map(attrgetter("id"), run.tracking.blind)),
         "earlier_files_passed_over": list(run.tracking.passed_over),
         "runs": [*run.tracking.runs, this_run],
         "cloudtrail": cloudtrail_document(run),
         "enforcement": enforcement_document(run),
-        "findings": tally(priorities, (str(finding.priority) for finding in run.findings)),
+        "findings": findings,
+        "exceptions": exceptions_document(run),
         "accounts": account_entries(run),
         "out_of_scope": sorted(left_out, key=itemgetter("id")),
     }
 
 
-def tally(names: Iterable[str], found: Iterable[str]) -> dict[str, int]:
-    """How often each of the names was found, zeros too."""
-    numbers = Counter(found)
-    return {name: numbers[name] for name in names}
-
-
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
     document = {**vars(gaps), "mfa_coverage_percent": gaps.mfa_coverage_percent}
-    if key := document.pop("oldest_active_key"):
-        age_days = days_between(key.created, now)
-        key = {**key._asdict(), "created": iso(key.created), "age_days": age_days}
-    return {**document, "oldest_active_key": key}
+    if key := gaps.oldest_active_key:
+        dates = {"created": iso(key.created), "age_days": days_between(key.created, now)}
+        document["oldest_active_key"] = {**key._asdict(), **dates}
+    return document
 
 
 def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
     """For each phase, the organization's level and how many accounts are at each level."""
     document, failed = {}, len(run.failed)
     for phase in PHASES:
-        levels = [getattr(figures, phase) for figures in run.audited]
-        accounts = tally(LEVELS, levels + [NOT_STARTED] * failed)
+        levels = list(map(attrgetter(phase), run.audited))
+        accounts = Counter(dict.fromkeys(LEVELS, 0))
+        accounts.update(levels + [NOT_STARTED] * failed)
         document[phase] = {"level": organization_level(levels, failed), "accounts": accounts}
     return document
 
@@ -4285,18 +4336,24 @@ def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
         return None
     kinds = (*EXPLAINED_BY, CAME_AND_WENT, USER_CAME_AND_WENT, "account-joined", "account-left")
     stayed = earlier.accounts.keys() & accounts_now(run).keys()
-    stayed -= {one.account.id for one in run.out_of_scope}
+    stayed -= set(map(attrgetter("account.id"), run.out_of_scope))
+    keys, happened = list[dict[str, Any]](), map(attrgetter("change"), tracking.changes)
+    for key in new_keys(run):
+        row: dict[str, Any] = dict(zip(CHANGES_COLUMNS, change_row(key)))
+        for name in ("event_name", "event_time", "actor", "source_ip", "since"):
+            row[name] = row[name] or None
+        keys.append({**row, "account_compared": key.account_id in tracking.compared})
     return {
         "since": iso(earlier.started),
         "folder": str(earlier.folder),
         "accounts_compared": len(tracking.compared),
         "accounts_not_compared": len(stayed - tracking.compared.keys()),
         "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": tally(kinds, (change.change for change in tracking.changes)),
-        "witnesses": Counter(change.witness for change in tracking.changes if change.witness),
+        "counts": {**dict.fromkeys(kinds, 0), **Counter(happened)},
+        "witnesses": Counter(filter(None, map(attrgetter("witness"), tracking.changes))),
         "maturity": {phase: level_changes(run, phase, maturity) for phase in PHASES},
         "max_key_age_days_then": earlier.max_key_age_days,
-        "new_access_keys": [new_key_document(key, run) for key in new_keys(run)],
+        "new_access_keys": keys,
     }
 
 
@@ -4307,27 +4364,9 @@ def level_changes(run: Run, phase: str, maturity: Summary) -> dict[str, Any]:
         if earlier := run.tracking.compared.get(figures.account.id):
             then.append(earlier.accounts[figures.account.id].levels[PHASES.index(phase)])
             now.append(getattr(figures, phase))
-    return {
-        "then": LEVELS[min(then)] if then else None,
-        "now": maturity[phase]["level"],
-        "compared_now": min(now, key=LEVELS.index, default=None),
-    }
-
-
-def new_key_document(key: Change, run: Run) -> dict[str, Any]:
-    return {
-        "account_id": key.account_id,
-        "account_name": key.account_name,
-        "username": key.user,
-        "access_key_id": key.key_id,
-        "change": key.change,
-        "account_compared": key.account_id in run.tracking.compared,
-        "since": iso(key.since) if key.since else None,
-        "witness": key.witness,
-        "event_name": key.event.name if key.event else None,
-        "event_time": iso(key.event.time) if key.event else None,
-        "actor": key.event.actor if key.event else None,
-    }
+    lowest = min(now, key=LEVELS.index, default=None)
+    level_then = LEVELS[min(then)] if then else None
+    return {"then": level_then, "now": maturity[phase]["level"], "compared_now": lowest}
 
 
 def cloudtrail_document(run: Run) -> dict[str, Any] | None:
@@ -4345,58 +4384,62 @@ def cloudtrail_document(run: Run) -> dict[str, Any] | None:
 
 def enforcement_document(run: Run) -> dict[str, Any]:
     """How many of the accounts in scope have each verdict of each control."""
-    accounts = {}
+    accounts, found = {}, run.enforcement
     for control in CONTROLS:
-        verdicts = (controls[control].verdict for controls in run.controls.values())
-        accounts[control] = tally(VERDICTS, verdicts)
+        accounts[control] = Counter(dict.fromkeys(VERDICTS, 0))
+        accounts[control].update(each[control].verdict for each in run.controls.values())
     return {
-        "why_not_checked": run.enforcement.why_not or None,
+        "why_not_checked": found.why_not or None,
         "accounts": accounts,
-        "root_credentials_managed_centrally": run.enforcement.root_credentials_managed,
-        "root_credentials_why_not_checked": run.enforcement.root_why_not or None,
+        "root_credentials_managed_centrally": found.root_credentials_managed,
+        "root_credentials_why_not_checked": found.root_why_not or None,
     }
+
+
+def exceptions_document(run: Run) -> dict[str, Any]:
+    """How many findings are covered; exceptions that have expired, and those that cover nothing.
+    Of accounts that failed, are out of scope or were read in part nothing is claimed."""
+    covering = Counter(one.exception for one in run.findings if one.exception)
+    unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
+    unknown.update(one.account.id for one in run.audited if one.not_checked)
+    document: dict[str, Any] = {"applied": sum(covering.values()), "expired": [], "unused": []}
+    for one in run.plan.exceptions:
+        entry = {**one._asdict(), "until": one.until.isoformat()}
+        anywhere = one.account_id == "*" and unknown - {run.organization.management_account}
+        if one.until < run.started.date():
+            document["expired"].append(entry)
+        elif one not in covering and one.account_id not in unknown and not anywhere:
+            document["unused"].append(entry)
+    return document
 
 
 def account_entries(run: Run) -> list[dict[str, Any]]:
     """The accounts in scope, by ID."""
-    entries = [account_entry(skipped.account, "skipped") for skipped in run.skipped]
+    entries = []
+    for skipped in run.skipped:
+        entries.append({**vars(skipped.account), "result": "skipped", "not_checked": {}})
     for failed in run.failed:
-        entry = account_entry(failed.account, "failed")
-        entry.update(step=failed.step, error={"code": failed.code, "message": failed.message})
+        entry = {**vars(failed.account), "result": "failed", "not_checked": {}, "step": failed.step}
+        entry["error"] = {"code": failed.code, "message": failed.message}
         entry["production"] = is_production(failed.account, run.plan.production)
         entry["maturity"] = dict.fromkeys(PHASES, NOT_STARTED)
-        entry["controls"] = controls_document(run.controls[failed.account.id])
         entries.append(entry)
     for figures in run.audited:
-        entry = account_entry(figures.account, "audited")
+        entry = {**vars(figures.account), "result": "audited", "root": figures.has_root}
+        for name in ("not_checked", "users", "production"):
+            entry[name] = getattr(figures, name)
         entry["report_generated"] = iso(figures.report_generated)
-        entry.update(users=figures.users, root=figures.has_root, production=figures.production)
         entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
-        entry["controls"] = controls_document(run.controls[figures.account.id])
         entry["gaps"] = gaps_document(figures.gaps, run.started)
         earlier = run.tracking.compared.get(figures.account.id)
         entry["since"] = iso(earlier.started) if earlier else None
         entries.append(entry)
+    for entry in entries[len(run.skipped) :]:
+        entry["controls"] = {}
+        for name, control in run.controls[entry["id"]].items():
+            policies = [{"id": each, "name": policy} for each, policy in control.policies.items()]
+            entry["controls"][name] = {**vars(control), "policies": policies}
     return sorted(entries, key=itemgetter("id"))
-
-
-def account_entry(one: Account, result: str) -> dict[str, Any]:
-    return {"id": one.id, "name": one.name, "path": one.path, "state": one.state, "result": result}
-
-
-def controls_document(controls: Mapping[str, Control]) -> dict[str, Any]:
-    document = {}
-    for name, control in controls.items():
-        policies = [{"id": each, "name": policy} for each, policy in control.policies.items()]
-        document[name] = {**vars(control), "policies": policies}
-    return document
-
-
-def new_keys(run: Run) -> list[Change]:
-    """The access keys created since the earlier run, with those that were deleted again."""
-    kinds = ("access-key-created", CAME_AND_WENT)
-    found = [change for change in run.tracking.changes if change.change in kinds]
-    return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
 
 
 # === Documents: what --print prints ==============================================================
@@ -4602,7 +4645,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --retry-failed: not allowed with argument --accounts")
     if options.since and not options.cloudtrail:
         parser.error("argument --since: use it with --cloudtrail")
-    options.workers = options.workers or 32  # FIXME: until Threads takes 0 for auto
     return options
 
 

@@ -555,7 +555,7 @@ def test_quiet_says_that_an_account_that_was_asked_for_is_not_active(
     assert result.exit_code == 0
     header, _, said = result.stdout.partition("\n")
     assert header.startswith("Organization ")
-    assert said == f"Skipped, because not ACTIVE: 1 account\n  {FIVE} five: SUSPENDED\n"
+    assert said == f"Skipped (not ACTIVE): 1 account\n  {FIVE} five: SUSPENDED\n"
     assert run_program(endpoint.env(), "--quiet").stdout == ""
 
 

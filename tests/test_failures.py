@@ -1232,7 +1232,8 @@ def test_names_cannot_steer_the_terminal(serve: Serve, program: Program) -> None
         account(THREE, f"three {evil}", state="SUSPENDED"),
         rules=[rule("ListUsers", ONE, error="Odd", message="\x9b31m\x85\u202egnp.exe")],
     )
-    result = program.in_terminal(endpoint.env(), "--verbose", everything=True)
+    env = {**endpoint.env(), "NO_COLOR": "1"}
+    result = program.in_terminal(env, "--verbose", everything=True)
     assert result.exit_code == 3
     shown = "\n".join(screen(result.terminal))
     for word in ("one ", "two ", "three ", "Odd"):
@@ -1288,7 +1289,10 @@ def test_credentials_whose_refresh_hangs_fail_the_accounts_that_need_them(
     assert 0 < len(result.failures) < 40
     said = " ".join(stdout.split())
     assert "no answer to the refresh within 3 s" in said
-    assert "sign in again (aws sso login, for one), or mend its credential_process" in said
+    assert (
+        "sign in again (for example with `aws sso login`), or fix the profile's credential_process"
+        in said
+    )
     until(lambda: not is_running(int((tmp_path / "process_id").read_text())))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import endpoint as aws
@@ -41,15 +43,20 @@ from hypothesis import strategies as st
 from test_assess import KEY_FINDINGS
 
 from iam_audit import (
+    CONTROLS,
     FINDINGS_COLUMNS,
     GAP_COUNTS,
     LEVELS,
     ROOT,
     Account,
     AuditedAccount,
+    Change,
+    Control,
     Credential,
+    EarlierRun,
     FailedAccount,
     Gaps,
+    KnownException,
     Outcome,
     OutOfScopeAccount,
     Run,
@@ -64,11 +71,18 @@ from iam_audit import (
 )
 
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+NO_OTHER_CREDENTIALS = {
+    "active_api_keys": 0,
+    "active_api_keys_without_expiry": 0,
+    "active_api_keys_older_than_max_age": 0,
+    "active_service_passwords": 0,
+    "active_signing_certificates": 0,
+}
 
 
-def shown(found: Run, *, quiet: bool = False) -> list[str]:
+def shown(found: Run, *, quiet: bool = False, width: int = 100) -> list[str]:
     """The lines that the terminal gets."""
-    text = terminal_summary(found, FINISHED, quiet)
+    text = terminal_summary(found, summary_document(found, FINISHED), quiet, width)
     assert text == "" or text.endswith("\n")
     return text.split("\n")[:-1]
 
@@ -106,19 +120,24 @@ def with_root(accounts: Iterable[AuditedAccount]) -> list[AuditedAccount]:
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 GAP_LABELS = {
-    "console users, root included": "console_users",
-    "without MFA": "console_users_without_mfa",
-    "access keys (long-term credentials)": "access_keys",
-    "active": "active_keys",
-    "older than 120 days": "active_keys_older_than_max_age",
-    "older than 1 year": "active_keys_older_than_1_year",
-    "never used": "active_keys_never_used",
-    "not used for 90 days": "active_keys_not_used_for_90_days",
-    "used within 30 days": "active_keys_used_within_30_days",
-    "inactive": "inactive_keys",
-    "expired": "expired_keys",
-    "of root": "root_access_keys",
+    "console users": "console_users",
+    "console users without MFA": "console_users_without_mfa",
+    "access keys": "access_keys",
+    "active keys": "active_keys",
+    "inactive keys": "inactive_keys",
+    "expired keys": "expired_keys",
+    "active keys older than 120 days": "active_keys_older_than_max_age",
+    "active keys older than 1 year": "active_keys_older_than_1_year",
+    "active keys never used": "active_keys_never_used",
+    "active keys not used for 90 days": "active_keys_not_used_for_90_days",
+    "active keys used within 30 days": "active_keys_used_within_30_days",
+    "root access keys": "root_access_keys",
     "users with two active keys": "users_with_two_active_keys",
+    "active API keys": "active_api_keys",
+    "active API keys without expiry": "active_api_keys_without_expiry",
+    "active API keys older than 120 days": "active_api_keys_older_than_max_age",
+    "active service passwords": "active_service_passwords",
+    "active signing certificates": "active_signing_certificates",
 }
 
 
@@ -130,7 +149,7 @@ def gap_table(lines: list[str]) -> dict[str, tuple[str, str]]:
     for line in lines[start + 1 :]:
         if not (
             figures := re.fullmatch(
-                r" *(\S.*?)  +([\d.,]+(?: %)?|no console users)  +([\d.,]+(?: %)?|no console users)",
+                r" *(\S.*?)  +([\d.,]+|no console users)  +([\d.,]+|no console users)",
                 line,
             )
         ):
@@ -150,7 +169,7 @@ def test_the_table_of_gaps_has_every_figure_in_its_place() -> None:
         }
         found.audited[index] = dataclasses.replace(figures, gaps=Gaps(**numbers))
     table = gap_table(shown(found))
-    assert table.pop("MFA coverage") == ("0.0 %", "0.0 %")
+    assert table.pop("MFA coverage percent") == ("0.0", "0.0")
     organization = {name: 3000 - 2 * place for place, name in enumerate(GAP_COUNTS)}
     production = {name: 2000 - place for place, name in enumerate(GAP_COUNTS)}
     assert table == {
@@ -164,14 +183,22 @@ def test_coverage_is_given_for_the_organization_and_for_production() -> None:
     found = run_of(
         [audited(*users, user("eve", password=True)), audited(users[0], account=PAYMENTS)]
     )
-    assert gap_table(shown(found))["MFA coverage"] == ("75.0 %", "100.0 %")
+    assert gap_table(shown(found))["MFA coverage percent"] == ("75.0", "100.0")
+
+
+def phase(lines: list[str], number: int) -> list[str]:
+    """What is said of a phase: its level, the numbers behind it, and the accounts at each level."""
+    start = lines.index(only(lines, f"Phase {number}, "))
+    level = lines[start].rpartition(": ")[2]
+    below = itertools.takewhile(lambda line: line.startswith("  "), lines[start + 1 :])
+    return [level, *(line.strip() for line in below)]
 
 
 def test_where_there_are_no_console_users_there_is_no_coverage() -> None:
     found = run_of([audited(user("alice"))])
     lines = shown(found)
-    assert gap_table(lines)["MFA coverage"] == ("no console users", "no console users")
-    assert "no console users" in only(lines, "Phase 1")
+    assert gap_table(lines)["MFA coverage percent"] == ("no console users", "no console users")
+    assert phase(lines, 1)[1] == "no console users"
     assert document(found)["gaps"]["organization"]["mfa_coverage_percent"] is None
 
 
@@ -184,17 +211,16 @@ def test_both_phases_show_level_number_and_accounts_at_each_level() -> None:
         SkippedAccount(Account("555555555555", "old", "SUSPENDED")),
     ]
     lines = shown(run_of(outcomes))
-    first, second = only(lines, "Phase 1, multi-factor"), only(lines, "Phase 2, use temporary")
-    assert re.search(r"  In Progress +1 of 2 console users without MFA, root included$", first)
-    assert re.search(r"  In Progress +1 of 2 active keys older than 90 days$", second)
-    assert (
-        lines[lines.index(first) + 1].strip()
-        == "accounts: 1 Not Started, 1 In Progress, 2 Complete"
-    )
-    assert lines[lines.index(second) + 1].strip() == (
-        "accounts: 1 Not Started, 1 In Progress, 1 Complete, 1 Advanced"
-    )
-    assert first.index("In Progress") == second.index("In Progress")
+    assert phase(lines, 1) == [
+        "In Progress",
+        "console users without MFA: 1 of 2",
+        "accounts: 1 Not Started, 1 In Progress, 2 Complete",
+    ]
+    assert phase(lines, 2) == [
+        "In Progress",
+        "active keys older than 90 days: 1 of 2",
+        "accounts: 1 Not Started, 1 In Progress, 1 Complete, 1 Advanced",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +236,7 @@ def test_what_decides_the_organizations_level_of_phase_1(
     outcomes: list[Outcome], level: str
 ) -> None:
     found = run_of(outcomes)
-    assert f"  {level}  " in only(shown(found), "Phase 1")
+    assert phase(shown(found), 1)[0] == level
     assert document(found)["maturity"]["phase1"]["level"] == level
 
 
@@ -218,20 +244,9 @@ def test_what_was_not_audited_is_the_number_behind_the_level() -> None:
     """Where only that holds the organization back; and nothing is said of keys where there are none."""
     good = audited(user("a", password=True, mfa=["SMS"]), user("b", key(DAY)))
     lines = shown(run_of([good, failed()]))
-    assert re.search(r"  In Progress +1 account not audited$", only(lines, "Phase 1"))
-    assert re.search(r"  In Progress +1 account not audited$", only(lines, "Phase 2"))
-    start = lines.index("Held back most by")
-    assert re.fullmatch(rf"  {failed().account.id} .* not audited", lines[start + 1])
-    assert re.search(r"  Advanced +no active keys$", only(shown(run_of([audited()])), "Phase 2"))
-
-
-def test_accounts_that_were_not_audited_hold_back_after_those_with_gaps() -> None:
-    lines = shown(run_of([*many(3), *[failed(f"{n}" * 12) for n in range(1, 5)]]))
-    start = lines.index("Held back most by")
-    assert [line.endswith("not audited") for line in lines[start + 1 : start + 6]] == [
-        False
-    ] * 3 + [True] * 2
-    assert lines[start + 6] == ""
+    for number in (1, 2):
+        assert phase(lines, number)[:2] == ["In Progress", "1 account could not be audited"]
+    assert phase(shown(run_of([audited()])), 2)[:2] == ["Advanced", "no active keys"]
 
 
 @pytest.mark.parametrize(
@@ -261,16 +276,16 @@ def test_the_five_accounts_with_the_largest_gaps_hold_the_organization_back() ->
             *people, user("fine", key(DAY)), account=Account(digit * 12, f"team-{digit}", "ACTIVE")
         )
 
+    title = "Accounts with the most gaps"
     lines = shown(run_of([of_size(*item) for item in sizes.items()]))
-    start = lines.index("Held back most by") + 1
+    start = lines.index(only(lines, title)) + 1
     assert [line[2:14] for line in lines[start : start + 5]] == [digit * 12 for digit in "27561"]
-    assert re.fullmatch(
-        r"  2{12} team-2 +4 without MFA, 3 active keys older than 90 days", lines[start]
-    )
+    assert lines[start].split() == ["2" * 12, "team-2", "4", "3", "0"]
+    assert lines[start - 1].split()[-7:] == ["MFA", "over", "90", "days", "API,", "no", "expiry"]
     assert lines[start + 5] == ""
     few = shown(run_of([of_size("3", 0), of_size("1", 1)]))
-    assert [line[2:14] for line in few[few.index("Held back most by") + 1 :]][:2] == ["1" * 12, ""]
-    assert "Held back most by" not in shown(run_of([of_size("3", 0)]))
+    assert [line[2:14] for line in few[few.index(only(few, title)) + 1 :]][:2] == ["1" * 12, ""]
+    assert title not in "".join(shown(run_of([of_size("3", 0)])))
 
 
 def test_it_is_said_how_many_accounts_count_as_production() -> None:
@@ -282,36 +297,67 @@ def test_it_is_said_how_many_accounts_count_as_production() -> None:
 
 def test_the_oldest_active_key_is_shown_with_its_owner() -> None:
     found = run_of([audited(user("bob", key(1234 * DAY, key_id="AKIA00000000OLDEST01")))])
-    line = only(shown(found), "oldest active key")
+    line = only(shown(found), "  oldest active key")
     for part in ("1,234 days", "AKIA00000000OLDEST01", "bob", SANDBOX.id, SANDBOX.name):
         assert part in line
     assert not [
         line
         for line in shown(run_of([audited(user("bob"))]))
-        if line.startswith("oldest active key")
+        if line.startswith("  oldest active key")
     ]
 
 
-def test_ten_findings_are_shown_with_their_reasons_and_the_rest_is_counted() -> None:
+def test_three_of_a_kind_are_shown_and_a_line_stands_in_for_more() -> None:
     outcomes = [*many(12), audited(user("bob", key(400 * DAY, DAY)), account=PAYMENTS)]
-    found = run_of(outcomes)
-    lines = shown(found)
-    assert "10 of 13" in only(lines, "What to fix first")
-    assert "findings.csv" in only(lines, "What to fix first")
+    lines = shown(run_of(outcomes))
+    assert only(lines, "What to fix") == "What to fix first (4 of 13; all are in findings.csv)"
     assert findings_shown(lines) == [
         (2, "key-older-than-1-year", PAYMENTS.id, "bob"),
-        *((4, "console-without-mfa", f"{100_000_000_000 + index}", "alice") for index in range(9)),
+        *((4, "console-without-mfa", f"{100_000_000_000 + index}", "alice") for index in range(3)),
     ]
+    assert [line for line in lines if "more like it" in line] == ["     and 9 more like it"]
     reasons = [line for line in lines if "used within 30 days;" in line]
     assert len(reasons) == 1
     assert "AKIA0000000000000001" in reasons[0]
     assert "older than 1 year" in reasons[0]
 
 
-def test_exactly_ten_findings_are_all_shown() -> None:
-    lines = shown(run_of(many(10)))
-    assert len(findings_shown(lines)) == 10
-    assert "10 of 10" in only(lines, "What to fix first")
+@pytest.mark.parametrize(
+    ("last", "shown_of", "more"),
+    [
+        (0, "9 of 9", []),
+        (1, "10 of 10", []),
+        (2, "10 of 11", ["     and 1 more like it"]),
+        (40, "10 of 49", ["     and 39 more like it"]),
+    ],
+)
+def test_ten_findings_are_shown_at_most(last: int, shown_of: str, more: list[str]) -> None:
+    """Nine of three kinds, and then some of a fourth, of which there is room for one."""
+    sizes = {3: key(DAY, DAY), 5: key(91 * DAY), 6: key(91 * DAY, 60 * DAY)}
+    users = [user(f"u{kind}{n}", one) for kind, one in sizes.items() for n in range(3)]
+    users += [user(f"last{n}", key(DAY, status="Inactive")) for n in range(last)]
+    lines = shown(run_of([audited(*users)]))
+    assert f"({shown_of}; " in only(lines, "What to fix first")
+    assert len(findings_shown(lines)) == min(9 + last, 10)
+    assert [line for line in lines if "more like it" in line] == more
+
+
+def test_findings_are_counted_by_priority() -> None:
+    lines = shown(run_of(OF_PRIORITY.values()))
+    start = lines.index(only(lines, "Findings by priority"))
+    assert lines[start].split()[3:] == list("1234567")
+    assert lines[start + 1].split() == ["to", "fix", *"1111111"]
+    assert lines[start + 2] == ""  # there is no baseline to be new since
+
+
+def test_new_findings_are_counted_where_there_is_a_baseline() -> None:
+    found = run_of(OF_PRIORITY.values())
+    found.tracking.earlier = EarlierRun(Path(), NOW - DAY, "o-test123456", {}, 90, {}, {})
+    found.findings = [one._replace(new=one.priority in (1, 5)) for one in found.findings]
+    lines = shown(found)
+    start = lines.index(only(lines, "Findings by priority"))
+    assert lines[start + 2].split() == ["new", "since", "the", "baseline", *"1000100"]
+    assert [one[0] for one in findings_shown(shown(found, quiet=True))] == [1]
 
 
 def test_quiet_shows_each_finding_of_priority_1_and_no_other() -> None:
@@ -342,20 +388,17 @@ def test_quiet_does_not_keep_failed_accounts_to_itself() -> None:
     assert findings_shown(lines) == []
 
 
-def test_long_names_are_cut_and_key_ids_are_not() -> None:
-    account = Account("111111111111", "A" * 50, "ACTIVE")
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_neither_ids_nor_numbers_are_cut(width: int) -> None:
+    """Names of accounts are, in columns, but not within a number."""
+    account = Account("111111111111", "account-of-team-1234567890-in-prod", "ACTIVE")
     found = run_of([audited(user("U" * 64, key(12_345 * DAY), password=True), account=account)])
-    lines = shown(found)
-    assert findings_shown(lines)[0][2] == "111111111111"
-    for line in lines:
-        assert "A" * 50 not in line
-        assert "U" * 64 not in line
-        assert "AKIA000000000000000" not in line or "AKIA0000000000000001" in line
-    assert (
-        sum("AKIA0000000000000001" in line for line in lines) == 2
-    )  # the oldest key, and the finding
-    assert sum(ELLIPSIS in line for line in lines) >= 4
-    assert account.id in only(lines, "oldest active key")
+    lines = shown(found, width=width)
+    assert f"account-of-team-{ELLIPSIS}" in "".join(lines)
+    text = "\n".join(lines).replace("o-test123456", "")
+    assert set(re.findall(r"AKIA\w*|U{2,}", text)) == {"AKIA0000000000000001", "U" * 64}
+    assert set(re.findall(r"\b1[0-9,]{3,}", text)) == {"111111111111", "1234567890", "12,345"}
+    assert sum("AKIA0000000000000001" in line for line in lines) == 2  # oldest key, and finding
 
 
 @pytest.mark.parametrize("one", [one for one, _ in KEY_FINDINGS.values()], ids=list(KEY_FINDINGS))
@@ -378,13 +421,16 @@ ANY_TEXT = st.text(max_size=90) | st.text(
 
 
 @settings(max_examples=100)
-@given(organizations(ANY_TEXT, ANY_TEXT), st.booleans())
+@given(organizations(ANY_TEXT, ANY_TEXT), st.booleans(), st.sampled_from([80, 100, 120]))
 def test_no_name_makes_a_line_too_wide_or_steers_the_terminal(
-    outcomes: list[Outcome], quiet: bool
+    outcomes: list[Outcome], quiet: bool, width: int
 ) -> None:
-    for line in shown(run_of(outcomes), quiet=quiet):
+    """But for a single word that is longer: an ARN or a path is not cut."""
+    for line in shown(run_of(outcomes), quiet=quiet, width=width):
         assert line.isprintable()
-        assert line.startswith("Files: ") or len(line) <= 100
+        assert (
+            line.startswith(("Files: ", "Page: ")) or len(line) <= width or len(line.split()) == 1
+        )
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -400,9 +446,9 @@ def test_large_figures_fit_as_well(quiet: bool) -> None:
     lines = shown(found, quiet=quiet)
     assert all(len(line) <= 100 or line.startswith("Files: ") for line in lines)
     if not quiet:
-        held_back = lines[lines.index("Held back most by") + 1]
-        assert held_back.endswith("5,001 without MFA, 10,002 active keys older than 90 days")
-        assert gap_table(lines)["active"] == ("100,020,000", "100,020,000")
+        most = lines[lines.index(only(lines, "Accounts with the most gaps")) + 1]
+        assert most.split()[2:] == ["5,001", "10,002", "10,002"]
+        assert gap_table(lines)["active keys"] == ("100,020,000", "100,020,000")
 
 
 def test_the_columns_of_findings_align() -> None:
@@ -412,11 +458,203 @@ def test_the_columns_of_findings_align() -> None:
         [audited(user("alice", key(91 * DAY), password=True), account=one) for one in accounts]
     )
     lines = [line for line in shown(found) if re.match(r"  \d  ", line)]
-    assert len(lines) == 8
+    assert len(lines) == 7  # one of priority 1, three of each of the others
     assert {line.index(one.id) for one in accounts for line in lines if one.id in line} == {
         lines[0].index("1" * 12)
     }
     assert {line.index("alice") for line in lines} == {lines[0].index("alice")}
+
+
+# --- what was not checked, exceptions, new API keys -------------------------------------------------------------------
+
+API_KEYS, DETAILS = "ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"
+
+
+def test_what_was_not_checked_is_said_once_with_the_next_step() -> None:
+    partly = [
+        dataclasses.replace(one, not_checked={API_KEYS: "AccessDenied", DETAILS: "AccessDenied"})
+        for one in many(7)
+    ]
+    other = dataclasses.replace(audited(), not_checked={API_KEYS: "ServiceFailure"})
+    found = run_of([*partly, other, audited(account=PAYMENTS)])
+    found.ous_why_not = "DescribeOrganizationalUnit: AccessDeniedException: not authorized"
+    lines = shown(found)
+    said = f"API keys were not checked in 7 accounts: {API_KEYS}: AccessDenied"
+    start = lines.index(said)
+    ids = ", ".join(f"{100_000_000_000 + number}" for number in range(5))
+    assert lines[start + 1] == f"  {ids}, ..."
+    assert lines[start + 2].startswith(f"  Next: add iam:{API_KEYS} to the role's policy")
+    assert f"API keys were not checked in 1 account: {API_KEYS}: ServiceFailure" in lines
+    assert (
+        f"Owners and administrators were not read in 7 accounts: {DETAILS}: AccessDenied" in lines
+    )
+    assert f"OU names were not read: {found.ous_why_not}" in lines
+    assert "  Next: add organizations:DescribeOrganizationalUnit to the profile's policy." in lines
+    assert "API keys not checked in 8 accounts" in phase(lines, 2)
+    assert not any("not checked" in line or "OU" in line for line in shown(found, quiet=True))
+    made = document(found)
+    assert made["not_checked"] == {
+        API_KEYS: {"AccessDenied": 7, "ServiceFailure": 1},
+        DETAILS: {"AccessDenied": 7},
+    }
+    assert made["ous_why_not"] == found.ous_why_not
+    assert {one["id"]: one["not_checked"] for one in made["accounts"]}[PAYMENTS.id] == {}
+
+
+def exceptions_of(found: Run, *exceptions: KnownException) -> Run:
+    found.plan = dataclasses.replace(found.plan, exceptions=exceptions)
+    return found
+
+
+def known(account_id: str, *, days: int = 30, line: int = 2, finding: str = "*") -> KnownException:
+    until = (NOW + days * DAY).date()
+    return KnownException(account_id, "*", "*", finding, until, "ticket 7", line)
+
+
+def test_what_exceptions_cover_is_counted_apart() -> None:
+    found = run_of(OF_PRIORITY.values())
+    covering = known(PAYMENTS.id)
+    found.findings = [
+        one._replace(exception=covering if one.account == PAYMENTS else None)
+        for one in found.findings
+    ]
+    exceptions_of(found, covering)
+    lines = shown(found)
+    assert "1 finding is covered by exceptions" in lines
+    assert PAYMENTS.id not in {one[2] for one in findings_shown(lines)}
+    assert "6 of 6" in only(lines, "What to fix first")
+    assert document(found)["findings"] == {"1": 0, **dict.fromkeys("234567", 1)}
+    assert document(found)["exceptions"] == {"applied": 1, "expired": [], "unused": []}
+    assert findings_shown(shown(found, quiet=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "named"),
+    [
+        (known(SANDBOX.id, days=-1), "expired"),
+        (known(SANDBOX.id, days=0), "unused"),  # it holds until the end of that day
+        (known(SANDBOX.id), "unused"),
+        (known("777777777777"), "unused"),  # the account has left the organization
+        (known(failed().account.id), None),
+        (known("*"), None),  # it may cover something in the account that failed
+        (known(failed().account.id, days=-1), "expired"),
+    ],
+)
+def test_exceptions_that_have_expired_or_cover_nothing_are_named(
+    one: KnownException, named: str | None
+) -> None:
+    found = exceptions_of(run_of([audited(), failed()]), one)
+    made, lines = document(found)["exceptions"], shown(found)
+    assert [name for name in ("expired", "unused") if made[name]] == ([named] if named else [])
+    text = f"  line 2: {one.account_id} * * *, until {one.until}: ticket 7"
+    assert (text in lines) == (named is not None)
+    assert (text in shown(found, quiet=True)) == (named == "expired")
+    if named:
+        assert made[named] == [{**one._asdict(), "until": one.until.isoformat()}]
+
+
+def test_an_exception_for_any_account_covers_nothing_if_all_were_read() -> None:
+    left_out = OutOfScopeAccount(Account(MANAGEMENT, "management", "ACTIVE"))
+    found = exceptions_of(run_of([audited(), left_out]), known("*"), known(MANAGEMENT, line=3))
+    assert [one["line"] for one in document(found)["exceptions"]["unused"]] == [2]
+    partly = dataclasses.replace(audited(), not_checked={API_KEYS: "AccessDenied"})
+    found = exceptions_of(run_of([partly]), known("*"), known(SANDBOX.id, line=3))
+    assert document(found)["exceptions"]["unused"] == []
+
+
+def test_new_api_keys_are_among_the_new_keys() -> None:
+    found = run_of([audited()])
+    changed = Change(SANDBOX.id, SANDBOX.name, "ana", "ACCA1", "api-key-created", since=NOW)
+    gone = changed._replace(key_id="AKIA1", change="access-key-came-and-went")
+    other = changed._replace(key_id="ASCA1", change="api-key-deleted")
+    found.tracking.earlier = EarlierRun(Path(), NOW - DAY, "o-test123456", {}, 90, {}, {})
+    found.tracking.changes = [changed, gone, other]
+    for quiet in (False, True):
+        lines = shown(found, quiet=quiet)
+        start = lines.index("New keys since the last audit of their account")
+        where = f"  {SANDBOX.id} {SANDBOX.name} ana"
+        assert lines[start + 1 : start + 3] == [
+            f"{where} ACCA1 (API key) (account not compared)",
+            f"{where} AKIA1 deleted again (account not compared)",
+        ]
+    assert [one["change"] for one in document(found)["changes"]["new_access_keys"]] == [
+        "api-key-created",
+        "access-key-came-and-went",
+    ]
+    assert any(line.startswith("  API keys: 1 created, 1 deleted") for line in shown(found)), lines
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("NotAction iam:*, sts:*", "does not cover iam:* and sts:*"),
+        ("NotAction a:B, c:D, e:F", "does not cover a:B, c:D and e:F"),
+        ("Action iam:*", "covers only iam:*"),
+        ("Resource arn:a", "covers only arn:a"),
+        ("Bool aws:x true, false", "applies only if Bool aws:x true, false"),
+        (
+            "NotAction iam:* and NotResource arn:a and Bool aws:x a and b",
+            "does not cover iam:*, does not cover arn:a, applies only if Bool aws:x a and b",
+        ),
+    ],
+)
+def test_a_limit_of_a_policy_is_a_sentence(condition: str, words: str) -> None:
+    found = run_of([audited()])
+    control = Control("partial", {"p-1": "RequireMFA"}, (), (condition,))
+    found.controls = {SANDBOX.id: dict.fromkeys(CONTROLS, control)}
+    assert f"partial: RequireMFA {words}" in " ".join(" ".join(shown(found)).split())
+
+
+# --- the last line, colors --------------------------------------------------------------------------------------------
+
+
+def test_the_last_line_names_the_page_if_there_is_one() -> None:
+    found = run_of([audited()])
+    assert shown(found)[-2:] == [f"Files: {found.folder}", f"Page: {found.folder}/report.html"]
+    found.plan = dataclasses.replace(found.plan, page=False)
+    assert shown(found)[-1] == f"Files: {found.folder}"
+    assert document(found)["page"] is None
+
+
+def test_colors_are_never_the_only_sign_and_never_in_the_mail() -> None:
+    found = run_of([*OF_PRIORITY.values(), failed()])
+    summary = summary_document(found, FINISHED)
+    plain, colored = (
+        terminal_summary(found, summary, False, color=color) for color in (False, True)
+    )
+    codes = re.compile(r"\x1b\[(\d+)m")
+    assert codes.sub("", colored) == plain
+    assert set(codes.findall(colored)) == {"1", "22", "31", "33", "39"}
+    assert "\x1b[31m" in only(colored.splitlines(), "\x1b[1m\x1b[31m1 account could not")
+    assert not codes.search(plain)
+    assert not codes.search(terminal_summary(found, summary, True, color=True))
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(
+    ("columns", "width", "env"),
+    [
+        (40, 80, {}),
+        (90, 90, {}),
+        (300, 120, {}),
+        (90, 90, {"NO_COLOR": "1"}),
+        (90, 90, {"NO_COLOR": ""}),
+        (90, 90, {"TERM": "dumb"}),
+    ],
+)
+def test_a_terminal_decides_width_and_color(
+    columns: int, width: int, env: dict[str, str], serve: Serve, program: Program
+) -> None:
+    colored = env in ({}, {"NO_COLOR": ""})
+    made = serve(aws.account(ONE, "one", role="denied"), aws.account(TWO, "two"))
+    seen = program.in_terminal({**made.env(), **env}, everything=True, columns=columns).terminal
+    text = seen[seen.index("Organization o-") :]
+    assert ("\x1b[1m" in seen, "\x1b[31m" in seen) == (colored, colored)
+    lines = re.sub(r"\x1b\[\d+m", "", text).splitlines()
+    folded = [
+        len(line) for line in lines if not re.match("Files|Page", line) and " " in line.strip()
+    ]
+    assert width - 20 < max(folded) <= width
 
 
 # --- summary.json -----------------------------------------------------------------------------------------------------
@@ -465,6 +703,7 @@ def test_every_figure_is_given_per_account_and_in_total() -> None:
         "active_keys_used_within_30_days": 1,
         "root_access_keys": 1,
         "users_with_two_active_keys": 1,
+        **NO_OTHER_CREDENTIALS,
         "mfa_coverage_percent": 0.0,
         "oldest_active_key": oldest,
     }
@@ -478,6 +717,8 @@ def test_every_figure_is_given_per_account_and_in_total() -> None:
         "active_keys_not_used_for_90_days": 1,
         "mfa_coverage_percent": 50.0,
     }
+    for gaps in (*made["gaps"].values(), made["accounts"][1]["gaps"]):
+        assert len(gaps.pop("active_key_ages")) == 7
     assert made["gaps"] == {"organization": organization, "production": production}
     sandbox, payments, locked = made["accounts"]
     assert (sandbox["id"], payments["id"], locked["id"]) == (
@@ -741,6 +982,8 @@ def test_findings_csv_has_every_finding_of_a_run(whole: Result) -> None:
 @pytest.mark.program
 def test_summary_json_has_gaps_levels_and_findings_of_a_run(whole: Result) -> None:
     made = summary_of(whole)
+    assert made["gaps"]["production"] == whole.accounts[PROD]["gaps"]
+    del made["gaps"]["organization"]["active_key_ages"]
     assert made["gaps"]["organization"] == {
         "console_users": 5,
         "console_users_without_mfa": 3,
@@ -756,6 +999,7 @@ def test_summary_json_has_gaps_levels_and_findings_of_a_run(whole: Result) -> No
         "active_keys_used_within_30_days": 1,
         "root_access_keys": 1,
         "users_with_two_active_keys": 2,
+        **NO_OTHER_CREDENTIALS,
         "oldest_active_key": {
             "created": ago(365.1).isoformat(),
             "account_id": PROD,
@@ -766,7 +1010,6 @@ def test_summary_json_has_gaps_levels_and_findings_of_a_run(whole: Result) -> No
         },
     }
     assert made["gaps"]["production"]["access_keys"] == 4
-    assert made["gaps"]["production"] == whole.accounts[PROD]["gaps"]
     assert made["maturity"] == {
         "phase1": {
             "level": "In Progress",
@@ -791,12 +1034,12 @@ def test_summary_json_has_gaps_levels_and_findings_of_a_run(whole: Result) -> No
 def test_the_terminal_shows_gaps_and_findings_of_a_run(whole: Result) -> None:
     assert whole.exit_code == 5
     lines = whole.stdout.splitlines()
-    assert gap_table(lines)["without MFA"] == ("3", "2")
+    assert gap_table(lines)["console users without MFA"] == ("3", "2")
     assert [one[1:3] for one in findings_shown(lines)] == [row[1:3] for row in EXPECTED]
     assert only(lines, "Audited").startswith(
         "Audited: 3 accounts (1 production), 7 users, 9 access keys"
     )
-    assert all(len(line) <= 100 or line.startswith("Files: ") for line in lines)
+    assert all(len(line) <= 100 or line.startswith(("Files: ", "Page: ")) for line in lines)
 
 
 @pytest.mark.program
