@@ -676,6 +676,7 @@ def test_every_list_is_read_to_its_end(serve: Serve, run_program: Program) -> No
     }
     assert requests == {
         "ListUsers": 2,
+        "ListServiceSpecificCredentials": 1,
         "ListAccessKeys": 3,
         "ListMFADevices": 3,
         "ListVirtualMFADevices": 2,
