@@ -58,6 +58,7 @@ ROLE_ACTIONS = [
         "GetAccessKeyLastUsed",
     ),
     *("ListMFADevices", "ListVirtualMFADevices", "GetLoginProfile"),
+    *("ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"),
 ]
 CALLER_ACTIONS = ["GetCallerIdentity", "DescribeOrganization", "ListAccounts", "AssumeRole"]
 
