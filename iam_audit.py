@@ -1115,8 +1115,7 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
 
 
-# --- operations with the profile's credentials, signed by `Aws.ask`; assume_role by `sign_in`, and
-# describe_organization and list_accounts by themselves ---
+# --- operations with the profile's credentials: `Aws.ask` or `sign_in` signs, or they themselves ---
 
 
 def describe_organization(aws: Aws) -> Organization:
@@ -1152,8 +1151,7 @@ def account_of(entry: Mapping[str, Any]) -> Account:
     if not state:
         raise sdk_too_old(f"State for account {entry['Id']}")
     paths = entry.get("Paths") or [None]
-    name, email = entry.get("Name", ""), entry.get("Email", "")
-    return Account(entry["Id"], name, state, paths[0], email)
+    return Account(entry["Id"], entry.get("Name", ""), state, paths[0], entry.get("Email", ""))
 
 
 def sdk_too_old(what: str) -> AuditError:
@@ -1256,16 +1254,14 @@ async def list_service_specific_credentials(session: AccountSession) -> dict[str
     found: dict[str, list[Credential]] = {}
     for entry in await list_all(session, operation, "ServiceSpecificCredentials", **request):
         service, expires = entry["ServiceName"], entry.get("ExpirationDate")
-        credential = Credential(
+        kind = SERVICE_PASSWORD if service in PASSWORD_SERVICES else API_KEY
+        credential_id, created = (
             entry["ServiceSpecificCredentialId"],
-            entry["Status"],
             to_second(entry["CreateDate"]),
-            last_used=None,
-            service_name=service,
-            kind=SERVICE_PASSWORD if service in PASSWORD_SERVICES else API_KEY,
-            expires=to_second(expires) if expires else None,
         )
-        found.setdefault(entry["UserName"], []).append(credential)
+        made = Credential(credential_id, entry["Status"], created, None, service, kind)
+        made = replace(made, expires=to_second(expires)) if expires else made
+        found.setdefault(entry["UserName"], []).append(made)
     return found
 
 
@@ -1662,6 +1658,15 @@ REPORT_PAUSE_GROWTH = 1.1
 # botocore retries none of these, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
 REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
+# fmt: off
+REPORT_COLUMNS = {
+    "user", "arn", "user_creation_time", "password_enabled", "password_last_used",
+    "password_last_changed", "mfa_active", "cert_1_active", "cert_1_last_rotated", "cert_2_active",
+    "cert_2_last_rotated", "access_key_1_active", "access_key_1_last_rotated",
+    "access_key_1_last_used_date", "access_key_1_last_used_service", "access_key_2_active",
+    "access_key_2_last_rotated", "access_key_2_last_used_date", "access_key_2_last_used_service",
+}
+# fmt: on
 ReportRow = Mapping[str, str]
 
 
@@ -1695,8 +1700,7 @@ async def wait_for_report(
     while isinstance(answer, StepFailed):
         left = deadline - time.monotonic()
         if left <= 0:
-            last = f"{answer.step} last answered {answer.code}"
-            message = f"no credential report after {timeout:g} s: {last}"
+            message = f"no credential report after {timeout:g} s: the last answer was {answer.code}"
             raise StepFailed(answer.step, "ReportTimeout", message)
         await asyncio.sleep(min(pause, left))
         pause = min(pause * REPORT_PAUSE_GROWTH, REPORT_LONGEST_PAUSE)
@@ -1711,8 +1715,8 @@ def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
         rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise damaged_report(f"it is no CSV ({error})") from None
-    if not {"user", "arn"} <= set(reader.fieldnames or ()):
-        raise damaged_report("it lacks the columns user and arn")
+    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
+        raise damaged_report(f"it lacks the columns {', '.join(sorted(missing))}")
     by_user: dict[str, ReportRow] = {}
     for row in rows:
         if None in row or None in row.values():
@@ -1737,7 +1741,7 @@ def check_account(arn: str, account_id: str, step: str) -> None:
 
 
 def report_date(row: ReportRow, column: str) -> datetime | None:
-    text = row.get(column, "no such column")
+    text = row[column]
     if text.lower() in REPORT_NO_DATE:
         return None
     try:
@@ -1747,7 +1751,7 @@ def report_date(row: ReportRow, column: str) -> datetime | None:
 
 
 def report_flag(row: ReportRow, column: str) -> bool:
-    text = row.get(column, "no such column")
+    text = row[column]
     if text.lower() not in {"true", "false"}:
         raise damaged_report(f"{column} of {row['user']} is {text!r}")
     return text.lower() == "true"
@@ -1758,7 +1762,7 @@ def report_password(row: ReportRow) -> tuple[bool, datetime | None, datetime | N
 
     Older reports have `not_supported` for root, which then has a password.
     """
-    unclear = row.get("password_enabled", "").lower() == "not_supported"
+    unclear = row["password_enabled"].lower() == "not_supported"
     if not unclear and not report_flag(row, "password_enabled"):
         return False, None, None
     return True, report_date(row, "password_last_used"), report_date(row, "password_last_changed")
@@ -1769,21 +1773,17 @@ def report_credentials(row: ReportRow, kind: str) -> Iterator[Credential]:
 
     `active` is false for an empty slot too: only `last_rotated`, the creation date, tells.
     """
-    prefix, ids, service = "cert", CERTIFICATES, ""
-    if kind == ACCESS_KEY:
-        prefix, ids, service = "access_key", ROOT_ACCESS_KEYS, NOT_APPLICABLE
-    for slot, credential_id in enumerate(ids, 1):
-        active = report_flag(row, f"{prefix}_{slot}_active")
-        created = report_date(row, f"{prefix}_{slot}_last_rotated")
-        if active and created is None:
-            raise damaged_report(f"{row['user']}'s {prefix}_{slot} is active, without last_rotated")
-        last_used = None
-        if created is not None and kind == ACCESS_KEY:
-            last_used = report_date(row, f"{prefix}_{slot}_last_used_date")
-        used_for = row[f"{prefix}_{slot}_last_used_service"] if last_used else service
+    is_key = kind == ACCESS_KEY
+    for slot, credential_id in enumerate(ROOT_ACCESS_KEYS if is_key else CERTIFICATES, 1):
+        prefix = f"access_key_{slot}" if is_key else f"cert_{slot}"
+        status = "Active" if report_flag(row, f"{prefix}_active") else "Inactive"
+        created = report_date(row, f"{prefix}_last_rotated")
+        last_used = report_date(row, f"{prefix}_last_used_date") if is_key else None
+        service = row[f"{prefix}_last_used_service"] if is_key else ""
         if created is not None:
-            status = "Active" if active else "Inactive"
-            yield Credential(credential_id, status, created, last_used, used_for, kind)
+            yield Credential(credential_id, status, created, last_used, service, kind)
+        elif status == "Active":
+            raise damaged_report(f"{prefix} of {row['user']} is active and has no last_rotated")
 
 
 # --- users ---
@@ -1875,10 +1875,11 @@ def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> st
     for name, credentials in lists.credentials.items():
         if name not in created or min(each.created for each in credentials) < created[name]:
             return name
-    is_new = report.generated >= asked - CLOCK_SKEW
+    recent = asked - CLOCK_SKEW
     for name, row in report.rows.items():
         moment = report_date(row, "user_creation_time")
-        if is_new and name != ROOT and moment != created.get(name):
+        replaced = moment is not None and moment >= recent and moment != created.get(name)
+        if report.generated >= recent and name != ROOT and (name not in created or replaced):
             return name
     return None
 
@@ -1917,12 +1918,9 @@ def in_order(credentials: Iterable[Credential]) -> tuple[Credential, ...]:
 
 
 def mfa_kind(serial: str) -> str:
-    """The kind of an MFA device by its serial number; what is not an ARN is a hardware TOTP token.
-
-    https://docs.aws.amazon.com/IAM/latest/APIReference/API_MFADevice.html
-    """
+    """The kind of an MFA device by its serial number: see MFADevice in IAM's API reference."""
     if not serial.startswith("arn:"):
-        return "Hardware"
+        return "Hardware"  # a TOTP token
     kinds = {"mfa": "Virtual", "u2f": "Security key", "sms-mfa": "SMS"}
     return kinds.get(serial.split(":", 5)[-1].partition("/")[0], "Unknown")
 
@@ -1932,9 +1930,8 @@ async def read_root(session: AccountSession, row: ReportRow) -> User:
 
     In AWS GovCloud (US), root can neither sign in to the console nor have MFA.
     """
-    password, last_used, changed = report_password(row)
-    if session.role.partition == "aws-us-gov":
-        password, last_used, changed = False, None, None
+    no_console = session.role.partition == "aws-us-gov"
+    password, last_used, changed = (False, None, None) if no_console else report_password(row)
     mfa: tuple[str, ...] = ()
     if report_flag(row, "mfa_active"):
         # A role cannot list root's other devices: what is not virtual is a token or a security key.
