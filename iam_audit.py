@@ -669,7 +669,7 @@ ROLE_READS = {
     "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
     "iam:GetLoginProfile": "whether a user created after the report has a password",
     "iam:ListServiceSpecificCredentials": "API keys and passwords for services, all users' at once",
-    "iam:GetAccountAuthorizationDetails": "users' tags (the owner), groups and policies (their rights)",
+    "iam:GetAccountAuthorizationDetails": "users' owner tags, groups and policies (their rights)",
 }
 CLOUDTRAIL_READS = {
     "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices",
@@ -1115,7 +1115,7 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
 
 
-# --- operations with the profile's credentials: `Aws.ask` or `sign_in` signs, or they themselves ---
+# --- operations with the profile's credentials, most of them called by `Aws.ask` ---
 
 
 def describe_organization(aws: Aws) -> Organization:
