@@ -692,6 +692,8 @@ ROLE_READS = {
     "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
     "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
     "iam:GetLoginProfile": "whether a user created after the report has a password",
+    "iam:ListServiceSpecificCredentials": "API keys and passwords for services, all users' at once",
+    "iam:GetAccountAuthorizationDetails": "users' owner tags, groups and policies (their rights)",
 }
 CLOUDTRAIL_READS = {
     "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices",
@@ -703,6 +705,7 @@ CALLER_READS = {
     "organizations:ListPolicies": "the service control policies (SCPs)",
     "organizations:DescribePolicy": "what an SCP says",
     "organizations:ListTargetsForPolicy": "where an SCP is attached",
+    "organizations:DescribeOrganizationalUnit": "the names of organizational units (OUs)",
     "organizations:ListParents": "an account's OUs, where ListAccounts does not give them",
     "iam:ListOrganizationsFeatures": "whether root credentials are managed centrally",
 }
@@ -1123,10 +1126,7 @@ def settle(answer: Future[T], call: Callable[[], T]) -> None:
             answer.set_exception(error)
 
 
-# --- operations with the profile's credentials, signed by `Aws.ask`; assume_role by `sign_in`, and
-# describe_organization and list_accounts by themselves ---
-
-SESSION_NAME = "iam-audit"
+# --- operations with the profile's credentials, most of them called by `Aws.ask` ---
 
 
 def describe_organization(aws: Aws) -> Organization:
@@ -1162,7 +1162,7 @@ def account_of(entry: Mapping[str, Any]) -> Account:
     if not state:
         raise sdk_too_old(f"State for account {entry['Id']}")
     paths = entry.get("Paths") or [None]
-    return Account(entry["Id"], entry.get("Name", ""), state, paths[0])
+    return Account(entry["Id"], entry.get("Name", ""), state, paths[0], entry.get("Email", ""))
 
 
 def sdk_too_old(what: str) -> AuditError:
@@ -1197,6 +1197,12 @@ def list_parents(aws: Aws, child_id: str) -> str:
         return ""
 
 
+def describe_organizational_unit(aws: Aws, ou_id: str) -> str:
+    """The name of the organizational unit."""
+    answer = aws.organizations.describe_organizational_unit(OrganizationalUnitId=ou_id)
+    return str(answer["OrganizationalUnit"]["Name"])
+
+
 def list_organizations_features(aws: Aws) -> bool:
     """Whether root credentials of member accounts are managed centrally."""
     try:
@@ -1209,7 +1215,7 @@ def list_organizations_features(aws: Aws) -> bool:
 
 
 def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
-    request = {"RoleArn": role.arn(account_id), "RoleSessionName": SESSION_NAME}
+    request = {"RoleArn": role.arn(account_id), "RoleSessionName": "iam-audit"}
     if role.external_id is not None:
         request["ExternalId"] = role.external_id
     issued = aws.sts.assume_role(Policy=role.session_policy, **request)["Credentials"]
@@ -1224,14 +1230,22 @@ def session_policy(actions: Sequence[str]) -> str:
 
 # --- operations in one account ---
 
-UserEntry = Mapping[str, Any]  # of ListUsers
-LastUsed = tuple[Union[datetime, None], str]
+Entry = Mapping[str, Any]  # of a list, in AWS's words
+# What CreateServiceSpecificCredential makes for these is a password, for all others an API key.
+PASSWORD_SERVICES = {"codecommit.amazonaws.com", "cassandra.amazonaws.com"}
 
 
-async def generate_credential_report(session: AccountSession) -> bool:
-    """Whether the report is complete."""
+class Details(NamedTuple):
+    """GetAccountAuthorizationDetails: tags and policies, which botocore has decoded."""
+
+    users: dict[str, Entry]  # by ID
+    groups: dict[str, Entry]  # by name
+
+
+async def generate_credential_report(session: AccountSession) -> str:
+    """The state of the report, which is then COMPLETE or not."""
     answer: Any = await session.call(session.aws.iam.generate_credential_report)
-    return bool(answer["State"] == "COMPLETE")
+    return str(answer["State"])
 
 
 async def get_credential_report(session: AccountSession) -> tuple[bytes, datetime]:
@@ -1240,8 +1254,37 @@ async def get_credential_report(session: AccountSession) -> tuple[bytes, datetim
     return answer["Content"], answer["GeneratedTime"]
 
 
-async def list_users(session: AccountSession) -> list[UserEntry]:
+async def list_users(session: AccountSession) -> list[Entry]:
     return await list_all(session, session.aws.iam.list_users, "Users", MaxItems=1000)
+
+
+async def list_service_specific_credentials(session: AccountSession) -> dict[str, list[Credential]]:
+    """The API keys and passwords for services of all users, by the user's name."""
+    operation = session.aws.iam.list_service_specific_credentials
+    request = {"AllUsers": True, "MaxItems": 1000}
+    found: dict[str, list[Credential]] = {}
+    for entry in await list_all(session, operation, "ServiceSpecificCredentials", **request):
+        service, expires = entry["ServiceName"], entry.get("ExpirationDate")
+        kind = SERVICE_PASSWORD if service in PASSWORD_SERVICES else API_KEY
+        credential_id, created = (
+            entry["ServiceSpecificCredentialId"],
+            to_second(entry["CreateDate"]),
+        )
+        made = Credential(credential_id, entry["Status"], created, None, service, kind)
+        made = replace(made, expires=to_second(expires)) if expires else made
+        found.setdefault(entry["UserName"], []).append(made)
+    return found
+
+
+async def get_account_authorization_details(session: AccountSession) -> Details:
+    found = Details({}, {})
+    operation = session.aws.iam.get_account_authorization_details
+    async for page in pages(session, operation, Filter=["User", "Group"], MaxItems=1000):
+        for user in page.get("UserDetailList", ()):
+            found.users[user["UserId"]] = user
+        for group in page.get("GroupDetailList", ()):
+            found.groups[group["GroupName"]] = group
+    return found
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
@@ -1255,12 +1298,14 @@ async def get_login_profile(session: AccountSession, user_name: str) -> bool:
         raise
 
 
-async def list_access_keys(session: AccountSession, user_name: str) -> list[Any]:
+async def list_access_keys(session: AccountSession, user_name: str) -> list[Entry]:
     operation = session.aws.iam.list_access_keys
     return await list_all(session, operation, "AccessKeyMetadata", UserName=user_name)
 
 
-async def get_access_key_last_used(session: AccountSession, key_id: str) -> LastUsed:
+async def get_access_key_last_used(
+    session: AccountSession, key_id: str
+) -> tuple[datetime | None, str]:
     """When the key was last used (None: never) and for which service (N/A: none)."""
     answer = await session.call(session.aws.iam.get_access_key_last_used, AccessKeyId=key_id)
     last_used = answer["AccessKeyLastUsed"]
@@ -1286,36 +1331,39 @@ async def list_virtual_mfa_devices(session: AccountSession) -> list[str]:
 async def list_all(
     session: AccountSession, operation: Callable[..., Any], member: str, **parameters: Any
 ) -> list[Any]:
-    """All items of an IAM list. botocore's paginator cannot go on after a throttled page."""
+    """All items of an IAM list."""
     items: list[Any] = []
-    while True:
-        page = await session.call(operation, **parameters)
+    async for page in pages(session, operation, **parameters):
         items += page[member]
-        if not page.get("IsTruncated"):
-            return items
-        parameters["Marker"] = page["Marker"]
+    return items
+
+
+async def pages(
+    session: AccountSession, operation: Callable[..., Any], marker: str = "Marker", **request: Any
+) -> AsyncIterator[Any]:
+    """The pages of a list. botocore's paginators cannot go on after a throttled page."""
+    while True:
+        page = await session.call(operation, **request)
+        yield page
+        if not page.get(marker):
+            return
+        request[marker] = page[marker]
 
 
 async def lookup_events(session: AccountSession, name: str, since: datetime) -> list[Event]:
     """The account's successful IAM events of that name."""
-    request: dict[str, Any] = {
-        "LookupAttributes": [{"AttributeKey": "EventName", "AttributeValue": name}],
-        "StartTime": since,
-        "MaxResults": 50,
-    }
+    by_name = [{"AttributeKey": "EventName", "AttributeValue": name}]
+    request = {"LookupAttributes": by_name, "StartTime": since, "MaxResults": 50}
     found = []
-    while True:
-        answer = await session.call(session.aws.cloudtrail.lookup_events, **request)
-        for entry in answer["Events"]:
+    async for page in pages(session, session.aws.cloudtrail.lookup_events, "NextToken", **request):
+        for entry in page["Events"]:
             record = json.loads(entry["CloudTrailEvent"])
             if record.get("recipientAccountId", session.account.id) != session.account.id:
                 raise StepFailed("LookupEvents", "WrongAccount", "an event is of another account")
             event = event_of(record)
             if event is not None and event.time >= since:
                 found.append(event)
-        if "NextToken" not in answer:
-            return found
-        request["NextToken"] = answer["NextToken"]
+    return found
 
 
 # Somebody in the management account who uses AssumeRoot; the record does not say who.
@@ -1466,6 +1514,7 @@ def frames_of(error: BaseException) -> list[str]:
 ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
 # IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
 READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
+OUS_AT_ONCE = 2  # with ListAccounts and the policies, as many as PARENTS_AT_ONCE has connections
 
 
 async def audit_organization(
@@ -1475,22 +1524,28 @@ async def audit_organization(
 
     `finish` gets each outcome as soon as there is one. If it raises, the audit ends with its error.
     """
-    organization, plan = run.organization, run.plan
+    organization, plan, place = run.organization, run.plan, naming_ous(aws, run)
     slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or MOST_THREADS)
-    audits: list[asyncio.Task[None]] = []
+    tasks: list[asyncio.Task[None]] = []
 
     async def audit(account: Account, turn: int) -> None:
         async with slots:
             session = AccountSession(aws, account, plan.role, turn, log)
-            finish(await audit_account(session, plan))
+            placed, outcome = await asyncio.gather(place(account), audit_account(session, plan))
+            finish(replace(outcome, account=placed))
+
+    async def skip(account: Account) -> None:
+        finish(SkippedAccount(await place(account)))
 
     async for account in accounts_to_consider(aws, organization, plan.scope, progress):
         left_out = left_out_outcome(account, organization, plan.scope)
-        if left_out is not None:
-            finish(left_out)
+        if left_out is None:
+            tasks.append(asyncio.create_task(audit(account, len(tasks))))
+        elif isinstance(left_out, SkippedAccount):
+            tasks.append(asyncio.create_task(skip(account)))
         else:
-            audits.append(asyncio.create_task(audit(account, len(audits))))
-    await asyncio.gather(*audits)
+            finish(left_out)
+    await asyncio.gather(*tasks)
 
 
 async def accounts_to_consider(
@@ -1560,18 +1615,45 @@ def left_out_outcome(
     return None if account.state == "ACTIVE" else SkippedAccount(account)
 
 
+def naming_ous(aws: Aws, run: Run) -> Callable[[Account], Awaitable[Account]]:
+    """What adds the names of its OUs to an account. Each OU is asked about once, and none after a
+    failure: then their IDs stand in, and no account fails."""
+    gate = asyncio.Semaphore(OUS_AT_ONCE)
+
+    async def ask(ou_id: str) -> str:
+        async with gate:
+            try:
+                if not run.ous_why_not:
+                    return await aws.ask(describe_organizational_unit, ou_id)
+            except StepFailed as failure:
+                run.ous_why_not = str(failure)
+            return ou_id
+
+    @functools.cache
+    def name(ou_id: str) -> asyncio.Task[str]:
+        return asyncio.create_task(ask(ou_id))
+
+    async def place(account: Account) -> Account:
+        names = await asyncio.gather(*map(name, re.findall("ou-[^/]+", account.path or "")))
+        return replace(account, ou="/".join(names))
+
+    return place
+
+
 async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
     """Read one account in full, or say why not. No error here stops the other accounts."""
     try:
-        return await naming_the_step(session, functools.partial(read_account, session, plan))
+        return await naming_the_step(session, read_account, plan)
     except StepFailed as failure:
         return FailedAccount(session.account, failure.step, failure.code, failure.message)
 
 
-async def naming_the_step(session: AccountSession, work: Callable[[], Awaitable[T]]) -> T:
+async def naming_the_step(
+    session: AccountSession, work: Callable[..., Awaitable[T]], *arguments: Any
+) -> T:
     """The result of the work. Any error becomes a StepFailed of the task's last operation."""
     try:
-        return await work()
+        return await work(session, *arguments)
     except StepFailed:
         raise
     except Exception as error:
@@ -1585,29 +1667,23 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
     """All users there are now, and root from the credential report."""
     await session.sign_in()
     # Nothing else is asked until IAM has accepted this: a role that may read nothing fails here.
-    first_answer = await ask_for_report(session)
+    answer = await ask_for_report(session)
     # The users are read while IAM generates the report: only their passwords and MFA wait for it.
-    wait = functools.partial(wait_for_report, session, first_answer, plan.report_timeout)
-    report = asyncio.create_task(naming_the_step(session, wait))
+    waiting = naming_the_step(session, wait_for_report, answer, plan.report_timeout)
+    report = asyncio.create_task(waiting)
     try:
-        asked = utc_now()
-        listed = await list_users(session)
-        users = await read_users(session, listed, report)
-        # Somebody in the new report whom the list lacks was created or renamed meanwhile.
+        lists, users = await read_users(session, plan, report)
         generated, rows = await report
-        if generated >= asked - CLOCK_SKEW and has_unlisted_user(rows, listed, asked):
-            users = await read_changed_users(session, users, listed, report)
     finally:
         report.cancel()
         await asyncio.gather(report, return_exceptions=True)  # an earlier error takes precedence
-    in_order = [users[name] for name in sorted(users)]
     if ROOT in rows:
-        in_order.insert(0, await read_root(session, rows[ROOT]))
+        users.insert(0, await read_root(session, rows[ROOT]))
     trail = None
     if plan.events_since is not None:
         since = plan.events_since(session.account.id)
         trail = await read_trail(session, plan.event_names, since)
-    return AuditedAccount(session.account, to_second(generated), tuple(in_order), trail)
+    return AuditedAccount(session.account, to_second(generated), tuple(users), trail, lists.denied)
 
 
 # --- the credential report ---
@@ -1620,11 +1696,11 @@ REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportI
 REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
 # fmt: off
 REPORT_COLUMNS = {
-    "user", "arn", "user_creation_time", "password_enabled", "password_last_used", "mfa_active",
-    "access_key_1_active", "access_key_1_last_rotated",
-    "access_key_1_last_used_date", "access_key_1_last_used_service",
-    "access_key_2_active", "access_key_2_last_rotated",
-    "access_key_2_last_used_date", "access_key_2_last_used_service",
+    "user", "arn", "user_creation_time", "password_enabled", "password_last_used",
+    "password_last_changed", "mfa_active", "cert_1_active", "cert_1_last_rotated", "cert_2_active",
+    "cert_2_last_rotated", "access_key_1_active", "access_key_1_last_rotated",
+    "access_key_1_last_used_date", "access_key_1_last_used_service", "access_key_2_active",
+    "access_key_2_last_rotated", "access_key_2_last_used_date", "access_key_2_last_used_service",
 }
 # fmt: on
 ReportRow = Mapping[str, str]
@@ -1637,36 +1713,30 @@ class CredentialReport(NamedTuple):
     rows: Mapping[str, ReportRow]
 
 
-class NotYet(NamedTuple):
-    """There is no report yet: the operation that said so, and what it said."""
-
-    step: str
-    reason: str
-
-
-async def ask_for_report(session: AccountSession) -> CredentialReport | NotYet:
-    """Have IAM generate the report, and get it if it is complete."""
+async def ask_for_report(session: AccountSession) -> CredentialReport | StepFailed:
+    """The report, generated now if there is none; while it is not complete, what IAM said."""
     try:
-        if await generate_credential_report(session):
-            content, generated = await get_credential_report(session)
-            return CredentialReport(generated, parse_report(content, session.account.id))
+        state = await generate_credential_report(session)
+        if state != "COMPLETE":
+            return StepFailed("GenerateCredentialReport", state, "")
+        content, generated = await get_credential_report(session)
+        return CredentialReport(generated, parse_report(content, session.account.id))
     except StepFailed as failure:
         if failure.code not in REPORT_NOT_YET:
             raise
-        return NotYet(failure.step, f"{failure.step} last answered {failure.code}")
-    return NotYet("GenerateCredentialReport", "it was not COMPLETE")
+        return failure
 
 
 async def wait_for_report(
-    session: AccountSession, answer: CredentialReport | NotYet, timeout: float
+    session: AccountSession, answer: CredentialReport | StepFailed, timeout: float
 ) -> CredentialReport:
     """Ask for the report until it is complete. Raises StepFailed after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     pause = REPORT_FIRST_PAUSE
-    while isinstance(answer, NotYet):
+    while isinstance(answer, StepFailed):
         left = deadline - time.monotonic()
         if left <= 0:
-            message = f"no credential report after {timeout:g} s: {answer.reason}"
+            message = f"no credential report after {timeout:g} s: the last answer was {answer.code}"
             raise StepFailed(answer.step, "ReportTimeout", message)
         await asyncio.sleep(min(pause, left))
         pause = min(pause * REPORT_PAUSE_GROWTH, REPORT_LONGEST_PAUSE)
@@ -1675,11 +1745,7 @@ async def wait_for_report(
 
 
 def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
-    """The credential report's rows by user name.
-
-    Raises StepFailed if it is not a credential report or if a row is of another account: all
-    accounts share one client, and this makes a mix-up impossible to miss.
-    """
+    """The credential report's rows by user name; StepFailed if it is not one of this account."""
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
         rows = list(reader)
@@ -1704,7 +1770,8 @@ def damaged_report(why: str) -> StepFailed:
 
 
 def check_account(arn: str, account_id: str, step: str) -> None:
-    """Raise StepFailed if the ARN does not carry the ID of the account that was asked."""
+    """Raise StepFailed if the ARN does not carry the ID of the account that was asked: all accounts
+    share one client, and this makes a mix-up impossible to miss."""
     if arn.split(":")[4:5] != [account_id]:
         raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
 
@@ -1720,16 +1787,39 @@ def report_date(row: ReportRow, column: str) -> datetime | None:
 
 
 def report_flag(row: ReportRow, column: str) -> bool:
-    text = row[column].lower()
-    if text not in {"true", "false"}:
-        raise damaged_report(f"{column} of {row['user']} is {row[column]!r}")
-    return text == "true"
+    text = row[column]
+    if text.lower() not in {"true", "false"}:
+        raise damaged_report(f"{column} of {row['user']} is {text!r}")
+    return text.lower() == "true"
 
 
-def has_password(row: ReportRow) -> bool:
-    """Older reports have `not_supported` for root, which then has a password."""
-    text = row["password_enabled"].lower()
-    return text == "not_supported" or report_flag(row, "password_enabled")
+def report_password(row: ReportRow) -> tuple[bool, datetime | None, datetime | None]:
+    """Whether there is a password, when it was last used, and when it was last changed.
+
+    Older reports have `not_supported` for root, which then has a password.
+    """
+    unclear = row["password_enabled"].lower() == "not_supported"
+    if not unclear and not report_flag(row, "password_enabled"):
+        return False, None, None
+    return True, report_date(row, "password_last_used"), report_date(row, "password_last_changed")
+
+
+def report_credentials(row: ReportRow, kind: str) -> Iterator[Credential]:
+    """Root's access keys, or anybody's signing certificates: they have slots in place of IDs.
+
+    `active` is false for an empty slot too: only `last_rotated`, the creation date, tells.
+    """
+    is_key = kind == ACCESS_KEY
+    for slot, credential_id in enumerate(ROOT_ACCESS_KEYS if is_key else CERTIFICATES, 1):
+        prefix = f"access_key_{slot}" if is_key else f"cert_{slot}"
+        status = "Active" if report_flag(row, f"{prefix}_active") else "Inactive"
+        created = report_date(row, f"{prefix}_last_rotated")
+        last_used = report_date(row, f"{prefix}_last_used_date") if is_key else None
+        service = row[f"{prefix}_last_used_service"] if is_key else ""
+        if created is not None:
+            yield Credential(credential_id, status, created, last_used, service, kind)
+        elif status == "Active":
+            raise damaged_report(f"{prefix} of {row['user']} is active and has no last_rotated")
 
 
 # --- users ---
@@ -1738,154 +1828,137 @@ CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger dif
 # NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
+Report = asyncio.Task[CredentialReport]
+LISTS = (list_users, list_service_specific_credentials, get_account_authorization_details)
 
 
-def has_unlisted_user(
-    rows: Mapping[str, ReportRow], listed: Sequence[UserEntry], asked: datetime
-) -> bool:
-    """Whether the report has a name, or a new user with an old name, that the list lacks."""
-    created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in listed}
-    for name, row in rows.items():
-        if name == ROOT:
-            continue
-        moment = report_date(row, "user_creation_time")
-        is_new = moment is not None and moment >= asked - CLOCK_SKEW
-        if name not in created or (is_new and created[name] != moment):
-            return True
-    return False
+class Lists(NamedTuple):
+    """What is listed of all users at once. `denied` becomes AuditedAccount.not_checked."""
 
-
-async def read_changed_users(
-    session: AccountSession,
-    users: Mapping[str, User],
-    listed: Sequence[UserEntry],
-    report: asyncio.Task[CredentialReport],
-) -> dict[str, User]:
-    """List the users once more and read whoever is new in that list. Whoever it lacks is gone."""
-    known = {(entry["UserName"], entry["UserId"]) for entry in listed}
-    present, new = set(), []
-    for entry in await list_users(session):
-        present.add(entry["UserName"])
-        if (entry["UserName"], entry["UserId"]) not in known:
-            new.append(entry)
-    kept = {name: user for name, user in users.items() if name in present}
-    return {**kept, **await read_users(session, new, report)}
+    users: Sequence[Entry]
+    credentials: Mapping[str, Sequence[Credential]]  # by user name
+    details: Details
+    denied: Mapping[str, str]
 
 
 async def read_users(
-    session: AccountSession,
-    entries: Sequence[UserEntry],
-    report: asyncio.Task[CredentialReport],
-) -> dict[str, User]:
-    """The users of these entries of ListUsers by name, a few read at a time."""
-    users: dict[str, User] = {}
+    session: AccountSession, plan: Plan, report: Report
+) -> tuple[Lists, list[User]]:
+    """The users there are now, by name. Whoever is listed is read until all of it is there, under
+    their present name; whoever a later list lacks is gone."""
+    read: dict[Any, User] = {}
+    gone: StepFailed | None = None
 
-    async def read(entry: UserEntry) -> None:
-        work = functools.partial(read_user, session, entry, report)
-        if user := await naming_the_step(session, work):
-            users[user.name] = user
-
-    await side_by_side(READERS_PER_ACCOUNT, entries, read)
-    return users
-
-
-async def read_user(
-    session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
-) -> User | None:
-    """One user, under their present name; None if a later ListUsers lacks them."""
-    for pause in (*READ_AGAIN_AFTER, None):
+    async def read_one(entry: Entry) -> None:
+        nonlocal gone
         try:
-            return await read_user_once(session, entry, report)
+            user = await naming_the_step(session, read_user, entry, report)
+            read[entry["UserName"], entry["UserId"]] = user
         except StepFailed as failure:
-            if failure.code != NO_SUCH_ENTITY or failure.step == "GetAccessKeyLastUsed":
+            # AWS may also answer AccessDenied for a key that is gone.
+            of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
+            if failure.code != NO_SUCH_ENTITY and not of_key:
                 raise
-            present = await find_user(session, entry)
-            if present is None:
-                return None
-            if pause is None:
+            gone = failure
+
+    for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
+        asked, gone = utc_now(), None
+        lists = await read_lists(session)
+        unread = [e for e in lists.users if (e["UserName"], e["UserId"]) not in read]
+        await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
+        if gone is None:
+            name = unlisted_user(lists, await report, asked)
+            if name is None or (attempt and name not in lists.credentials):
+                break
+            gone = StepFailed("ListUsers", NO_SUCH_ENTITY, f"it lacks {name}, whom IAM knows")
+        if pause is None or (attempt and gone.code in DENIED):
+            raise gone
+        await asyncio.sleep(pause)
+    users = []
+    for entry in sorted(lists.users, key=itemgetter("UserName")):
+        user = read[entry["UserName"], entry["UserId"]]
+        users.append(complete(user, entry["UserId"], lists, plan.owner_tags))
+    return lists, users
+
+
+async def read_lists(session: AccountSession) -> Lists:
+    """List everything at once. Where the role may list no more than the users, that is enough."""
+    answers: dict[Any, Any] = {}
+    denied: dict[str, str] = {}
+
+    async def ask(operation: Callable[..., Awaitable[Any]]) -> None:
+        try:
+            answers[operation] = await naming_the_step(session, operation)
+        except StepFailed as failure:
+            if operation is list_users or failure.code not in DENIED:
                 raise
-        if present["UserName"] == entry["UserName"]:
-            await asyncio.sleep(pause)
-        entry = present
+            denied[failure.step] = failure.code
+
+    await side_by_side(READERS_PER_ACCOUNT, LISTS, ask)
+    details = answers.get(get_account_authorization_details, Details({}, {}))
+    for entry in answers[list_users]:
+        check_account(entry["Arn"], session.account.id, "ListUsers")
+    for entry in (*details.users.values(), *details.groups.values()):
+        check_account(entry["Arn"], session.account.id, "GetAccountAuthorizationDetails")
+    credentials = answers.get(list_service_specific_credentials, {})
+    return Lists(answers[list_users], credentials, details, denied)
+
+
+def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> str | None:
+    """Somebody who has a credential or is in a new report, and whom the list lacks or shows with
+    another user's date: created or renamed meanwhile."""
+    created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in lists.users}
+    for name, credentials in lists.credentials.items():
+        if name not in created or min(each.created for each in credentials) < created[name]:
+            return name
+    recent = asked - CLOCK_SKEW
+    for name, row in report.rows.items():
+        moment = report_date(row, "user_creation_time")
+        replaced = moment is not None and moment >= recent and moment != created.get(name)
+        if report.generated >= recent and name != ROOT and (name not in created or replaced):
+            return name
     return None
 
 
-async def find_user(session: AccountSession, entry: UserEntry) -> UserEntry | None:
-    """The same user in a new list, perhaps renamed; else whoever has the name now."""
-    namesake: UserEntry | None = None
-    for other in await list_users(session):
-        if other["UserId"] == entry["UserId"]:
-            return other
-        if other["UserName"] == entry["UserName"]:
-            namesake = other
-    return namesake
-
-
-async def read_user_once(
-    session: AccountSession, entry: UserEntry, report: asyncio.Task[CredentialReport]
-) -> User:
+async def read_user(session: AccountSession, entry: Entry, report: Report) -> User:
     """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
     name, created = entry["UserName"], to_second(entry["CreateDate"])
-    check_account(entry["Arn"], session.account.id, "ListUsers")
     keys = await read_access_keys(session, name)
     row = (await report).rows.get(name)
+    certificates: tuple[Credential, ...] = ()
     if row is not None and report_date(row, "user_creation_time") == created:
-        password, may_have_mfa = has_password(row), report_flag(row, "mfa_active")
-        password_last_used = report_date(row, "password_last_used")
+        password, last_used, changed = report_password(row)
+        certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
+        may_have_mfa = report_flag(row, "mfa_active")
     else:  # created or renamed since the report
         password, may_have_mfa = await get_login_profile(session, name), True
-        password_last_used = entry.get("PasswordLastUsed")
-    serials = []
+        last_used, changed = (entry.get("PasswordLastUsed") if password else None), None
+    mfa: set[str] = set()
     if password or may_have_mfa:
-        serials = await list_mfa_devices(session, name)
-    mfa = tuple(sorted({mfa_kind(serial) for serial in serials}))
-    return User(name, password, password_last_used if password else None, mfa, keys)
+        mfa.update(map(mfa_kind, await list_mfa_devices(session, name)))
+    owner = session.account.email
+    return User(name, password, last_used, tuple(sorted(mfa)), keys, certificates, changed, owner)
 
 
 async def read_access_keys(session: AccountSession, user_name: str) -> tuple[Credential, ...]:
-    """The user's keys, without those that a later ListAccessKeys lacks."""
     keys = []
     for entry in await list_access_keys(session, user_name):
         key_id, created = entry["AccessKeyId"], to_second(entry["CreateDate"])
-        found = await read_last_used(session, user_name, key_id)
-        if found is not None:
-            last_used, service_name = found
-            keys.append(Credential(key_id, entry["Status"], created, last_used, service_name))
-    return by_creation(keys)
+        last_used, service_name = await get_access_key_last_used(session, key_id)
+        keys.append(Credential(key_id, entry["Status"], created, last_used, service_name))
+    return in_order(keys)
 
 
-async def read_last_used(session: AccountSession, user_name: str, key_id: str) -> LastUsed | None:
-    """When and for what the key was last used; None if a later ListAccessKeys lacks the key."""
-    for pause in (*READ_AGAIN_AFTER, None):
-        try:
-            return await get_access_key_last_used(session, key_id)
-        except StepFailed as failure:
-            # AWS may also answer AccessDenied for a key that is gone.
-            if failure.code != NO_SUCH_ENTITY and failure.code not in DENIED:
-                raise
-            listed = await list_access_keys(session, user_name)
-            if key_id not in {entry["AccessKeyId"] for entry in listed}:
-                return None
-            if pause is None or failure.code in DENIED:
-                raise
-        await asyncio.sleep(pause)
-    return None
-
-
-def by_creation(keys: Iterable[Credential]) -> tuple[Credential, ...]:
-    return tuple(sorted(keys, key=lambda key: (key.created, key.id)))
+def in_order(credentials: Iterable[Credential]) -> tuple[Credential, ...]:
+    return tuple(sorted(credentials, key=lambda one: (KINDS.index(one.kind), one.created, one.id)))
 
 
 def mfa_kind(serial: str) -> str:
-    """The kind of an MFA device by its serial number; what is not an ARN is a hardware TOTP token.
-
-    https://docs.aws.amazon.com/IAM/latest/APIReference/API_MFADevice.html
-    """
+    """The kind of an MFA device by its serial number: see MFADevice in IAM's API reference."""
     if not serial.startswith("arn:"):
-        return "Hardware"
+        return "Hardware"  # a TOTP token
     kinds = {"mfa": "Virtual", "u2f": "Security key", "sms-mfa": "SMS"}
-    resource_type = serial.split(":", 5)[-1].partition("/")[0]
-    return kinds.get(resource_type, "Unknown")
+    return kinds.get(serial.split(":", 5)[-1].partition("/")[0], "Unknown")
 
 
 async def read_root(session: AccountSession, row: ReportRow) -> User:
@@ -1893,32 +1966,86 @@ async def read_root(session: AccountSession, row: ReportRow) -> User:
 
     In AWS GovCloud (US), root can neither sign in to the console nor have MFA.
     """
-    password = session.role.partition != "aws-us-gov" and has_password(row)
-    last_used = report_date(row, "password_last_used") if password else None
+    no_console = session.role.partition == "aws-us-gov"
+    password, last_used, changed = (False, None, None) if no_console else report_password(row)
     mfa: tuple[str, ...] = ()
     if report_flag(row, "mfa_active"):
         # A role cannot list root's other devices: what is not virtual is a token or a security key.
         virtual = row["arn"] in await list_virtual_mfa_devices(session)
         mfa = ("Virtual",) if virtual else ("Hardware",)
-    keys = filter(None, (root_access_key(row, slot=1), root_access_key(row, slot=2)))
-    return User(ROOT, password, last_used, mfa, by_creation(keys))
+    keys = in_order(report_credentials(row, ACCESS_KEY))
+    certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
+    owner = session.account.email
+    return User(ROOT, password, last_used, mfa, keys, certificates, changed, owner, "true")
 
 
-def root_access_key(row: ReportRow, slot: int) -> Credential | None:
-    """Root's access key in that slot.
+# --- who a user is ---
 
-    `active` is false for no key too: only `last_rotated`, the creation date, tells them apart.
+FULL_ACCESS = {"policy/AdministratorAccess", "policy/IAMFullAccess"}  # AWS's own
+QUARANTINE = (
+    "AWSCompromisedKeyQuarantine"  # ...V2, ...V3: AWS attaches it to users with a public key
+)
+
+
+def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) -> User:
+    """The user with what the lists say of them."""
+    others = in_order((*user.others, *lists.credentials.get(user.name, ())))
+    entry = lists.details.users.get(user_id)
+    if entry is None:
+        return replace(user, others=others)
+    tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
+    owner = next(filter(None, map(tags.get, owner_tags)), user.owner)
+    attached = map(itemgetter("PolicyName"), entry.get("AttachedManagedPolicies", ()))
+    exposed = any(name.startswith(QUARANTINE) for name in attached)
+    rights = administrator(entry, lists.details.groups)
+    return replace(user, others=others, owner=owner, administrator=rights, exposed=exposed)
+
+
+def administrator(user: Entry, groups: Mapping[str, Entry]) -> str:
+    """Whether an Allow lets the user do everything in IAM: true, false or unknown.
+
+    Conditions, Deny statements and boundaries do not count: they seldom stop an administrator.
     """
-    active = report_flag(row, f"access_key_{slot}_active")
-    created = report_date(row, f"access_key_{slot}_last_rotated")
-    if created is None:
-        if active:
-            raise damaged_report(f"root's access key {slot} is active and has no last_rotated")
-        return None
-    last_used = report_date(row, f"access_key_{slot}_last_used_date")
-    service = row[f"access_key_{slot}_last_used_service"] if last_used else NOT_APPLICABLE
-    status = "Active" if active else "Inactive"
-    return Credential(ROOT_ACCESS_KEYS[slot - 1], status, created, last_used, service)
+    verdicts, of_iam = set[str](), user["Arn"].partition("user/")[0]
+    for holder in (user, *map(groups.get, user.get("GroupList", ()))):
+        if holder is None:  # a group that is younger than the answer's page of groups
+            verdicts.add(UNKNOWN)
+            continue
+        for policy in holder.get("AttachedManagedPolicies", ()):
+            owner, name = policy["PolicyArn"].split(":")[4:6]
+            verdicts.add(UNKNOWN if owner != "aws" else str(name in FULL_ACCESS).lower())
+        for policy in (*holder.get("UserPolicyList", ()), *holder.get("GroupPolicyList", ())):
+            verdicts.add(allows_all_of_iam(policy["PolicyDocument"], of_iam))
+    for verdict in ("true", UNKNOWN):
+        if verdict in verdicts:
+            return verdict
+    return "false"
+
+
+def allows_all_of_iam(document: Any, of_iam: str) -> str:
+    """What an inline policy says. `of_iam` is how the ARNs of all resources in IAM begin."""
+    if not isinstance(document, dict):  # botocore could not decode it
+        return UNKNOWN
+    statements = document["Statement"]
+    for statement in statements if isinstance(statements, list) else [statements]:
+        whole = includes_all(statement, "Action", "iam:")
+        whole = whole and includes_all(statement, "Resource", of_iam)
+        if whole and statement["Effect"] == "Allow":
+            return "true"
+    return "false"
+
+
+def includes_all(statement: Entry, element: str, beginning: str) -> bool:
+    """Whether Action or NotAction (Resource or NotResource) includes all that begins like this."""
+    negated = f"Not{element}" in statement
+    values = statement.get(f"Not{element}" if negated else element, ())
+    for value in [values] if isinstance(values, str) else values:
+        if not negated and fnmatchcase(beginning + "\0" * 99, value.lower().replace("[", "[[]")):
+            return True
+        fixed = re.split(r"[*?$]", value.lower())[0]  # up to a wildcard or variable
+        if negated and (beginning.startswith(fixed) or fixed.startswith(beginning)):
+            return False
+    return negated
 
 
 async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
@@ -1928,7 +2055,7 @@ async def read_trail(session: AccountSession, names: Sequence[str], since: datet
         for name in names:
             events += await lookup_events(session, name, since)
     except StepFailed as failure:
-        return Trail(error=f"{failure.step}: {failure.code}: {failure.message}")
+        return Trail(error=str(failure))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         # a record that is not what AWS documents
         return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")

@@ -379,7 +379,9 @@ def expected_requests(described: World) -> Counter[str]:
             continue
         listed = [user for user in one["users"] if user["in_list"]]
         needed["GetCredentialReport"] += 1
-        needed["ListUsers"] += max(1, math.ceil(len(listed) / 1000))
+        for action in ("ListUsers", "GetAccountAuthorizationDetails"):
+            needed[action] += max(1, math.ceil(len(listed) / 1000))
+        needed["ListServiceSpecificCredentials"] += 1
         needed["ListAccessKeys"] += len(listed)
         needed["GetAccessKeyLastUsed"] += sum(len(user["keys"]) for user in listed)
         needed["ListMFADevices"] += sum(1 for user in listed if user["password"] or user["mfa"])
@@ -614,6 +616,8 @@ def scenario_large_account(bench: Bench) -> list[Verdict]:
 IAM_ACTIONS = (
     "GetCredentialReport",
     "ListUsers",
+    "ListServiceSpecificCredentials",
+    "GetAccountAuthorizationDetails",
     "ListAccessKeys",
     "GetAccessKeyLastUsed",
     "ListMFADevices",

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 try:
     from organization import (
@@ -24,6 +25,7 @@ try:
         SMS,
         VIRTUAL,
         AccountSpec,
+        CredentialSpec,
         KeySpec,
         MadeOrganization,
         MotoServer,
@@ -75,16 +77,29 @@ class Past:
             self.days_ago(age), None if used is None else self.days_ago(used), service, status
         )
 
-    def person(
-        self, name: str, age: int, *keys: KeySpec, login: int | None = None, mfa: Iterable[str] = ()
-    ) -> UserSpec:
-        """A console user, who signed in last `login` days ago or never."""
-        used = None if login is None else self.days_ago(login)
-        return UserSpec(name, self.days_ago(age), True, used, tuple(mfa), keys)
+    def api_key(
+        self, age: int, expires_in: int | None = None, service: str = "bedrock"
+    ) -> CredentialSpec:
+        """An API key of `age` days (a password, of some services) that expires in so many days or never."""
+        expires = None if expires_in is None else self.days_ago(-expires_in)
+        return CredentialSpec(f"{service}.amazonaws.com", self.days_ago(age), expires)
 
-    def machine(self, name: str, age: int, *keys: KeySpec, path: str = "/") -> UserSpec:
-        """A user without a password."""
-        return UserSpec(name, self.days_ago(age), keys=keys, path=path)
+    def person(
+        self,
+        name: str,
+        age: int,
+        *keys: KeySpec,
+        login: int | None = None,
+        mfa: Iterable[str] = (),
+        **more: Any,
+    ) -> UserSpec:
+        """A console user, who signed in last `login` days ago or never; `more` as in UserSpec."""
+        used = None if login is None else self.days_ago(login)
+        return UserSpec(name, self.days_ago(age), True, used, tuple(mfa), keys, **more)
+
+    def machine(self, name: str, age: int, *keys: KeySpec, **more: Any) -> UserSpec:
+        """A user without a password; `more` as in UserSpec."""
+        return UserSpec(name, self.days_ago(age), keys=keys, **more)
 
 
 def production(past: Past) -> list[AccountSpec]:
@@ -95,13 +110,26 @@ def production(past: Past) -> list[AccountSpec]:
             "111122223333",
             ("Workloads", "Production", "PCI"),
             (
-                person("ana.torres", 2900, key(2890, 2, "dynamodb"), login=1, mfa=[VIRTUAL]),
+                person(
+                    "ana.torres",
+                    2900,
+                    key(2890, 2, "dynamodb"),
+                    login=1,
+                    mfa=[VIRTUAL],
+                    attached=("AdministratorAccess",),
+                    tags={"team": "payments", "contact": "ana.torres@example.com"},
+                ),
                 person("bruno.diaz", 700, login=12),
                 machine(
                     "ci-deploy", 3100, key(3055, 0, "ecr"), key(40, 0, "ecr"), path="/automation/"
                 ),
                 machine("settlement-export", 1500, key(1490, 400, "s3"), key(1100, 1, "s3")),
-                machine("backup", 2600, key(2600, 1800, "glacier", "Inactive")),
+                machine(
+                    "backup",
+                    2600,
+                    key(2600, 1800, "glacier", "Inactive"),
+                    certificates=(past.days_ago(2590),),
+                ),
             ),
             RootSpec(password=True, password_last_used=past.days_ago(900), mfa=HARDWARE),
         ),
@@ -111,8 +139,10 @@ def production(past: Past) -> list[AccountSpec]:
             ("Workloads", "Production"),
             (
                 person("carla.nunez", 1200, login=5, mfa=[SECURITY_KEY, VIRTUAL]),
-                person("diego.rios", 1200, key(1190), login=300),
-                machine("mailer", 900, key(880, 3, "ses")),
+                person("diego.rios", 1200, key(1190), login=300, groups=("IAMFullAccess",)),
+                machine(
+                    "mailer", 900, key(880, 3, "ses"), attached=("AWSCompromisedKeyQuarantineV3",)
+                ),
                 machine(
                     "etl+nightly@example.com",
                     420,
@@ -129,6 +159,7 @@ def production(past: Past) -> list[AccountSpec]:
             (
                 person("elena.paz", 800, login=2, mfa=[SECURITY_KEY]),
                 machine("cdn-invalidate", 60, key(60, 4, "cloudfront")),
+                machine("BedrockAPIKey-k3mq", 130, credentials=(past.api_key(130),)),
             ),
         ),
     ]
@@ -158,7 +189,13 @@ def other_workloads(past: Past) -> list[AccountSpec]:
             "555566667777",
             ("Workloads", "Staging"),
             (
-                person("gael.mora", 210, key(150, 60, "codecommit"), login=30),
+                person(
+                    "gael.mora",
+                    210,
+                    key(150, 60, "codecommit"),
+                    login=30,
+                    credentials=(past.api_key(150, service="codecommit"),),
+                ),
                 person("hugo.vega", 210, mfa=[SMS]),
                 machine("device-farm", 210, key(200, 150, "devicefarm"), key(30)),
             ),
@@ -174,7 +211,14 @@ def other_workloads(past: Past) -> list[AccountSpec]:
             "777788889999",
             ("Sandbox",),
             (
-                person("ines.soto", 75, key(70, 69, "ec2"), key(5, 0, "bedrock"), login=0),
+                person(
+                    "ines.soto",
+                    75,
+                    key(70, 69, "ec2"),
+                    key(5, 0, "bedrock"),
+                    login=0,
+                    credentials=(past.api_key(20, expires_in=10),),
+                ),
                 person("guest", 20),
             ),
         ),

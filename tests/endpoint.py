@@ -77,6 +77,7 @@ WORLD_DEFAULTS: Json = {
     "empty_page": None,  # number of the page of ListAccounts (from 0) that comes empty, with a NextToken
     "omit": [],  # members of Account that ListAccounts leaves out: State, Status, Paths
     "policies": None,  # service control policies, see `policy`; default: FullAWSAccess at the root
+    "ous": {},  # names of organizational units by ID; the others are called what their ID ends in
     "features": [],  # of ListOrganizationsFeatures: RootCredentialsManagement, RootSessions
     "latency": 0.0,  # seconds that every answer takes
     "verify_signatures": True,
@@ -102,7 +103,9 @@ ACCOUNT_DEFAULTS: Json = {
     "burst": None,  # calls that may come at once; default: rate
     "deny": [],  # actions that are denied, as by an SCP
     "root": None,  # default: root without credentials
+    "email": None,  # default: the ID at example.com
     "users": [],
+    "groups": [],  # see `group`
     "events": [],
 }
 GENERATE_DEFAULTS: Json = {
@@ -163,6 +166,34 @@ def key(
     }
 
 
+def certificate(*, active: bool = True, last_rotated: Moment = CREATED) -> Json:
+    """An X.509 signing certificate, of a user or of root; here only the report shows it."""
+    return {"active": active, "last_rotated": iso(last_rotated)}
+
+
+def credential(
+    credential_id: str,
+    service: str = "bedrock.amazonaws.com",
+    *,
+    status: str = "Active",
+    created: Moment = CREATED,
+    expires: Moment | None = None,
+) -> Json:
+    """A service-specific credential: an API key, or a password of CodeCommit or Keyspaces."""
+    return {
+        "id": credential_id,
+        "service": service,
+        "status": status,
+        "created": iso(created),
+        "expires": iso(expires) if expires is not None else None,
+    }
+
+
+def group(name: str, *, attached: Iterable[str] = (), policies: Iterable[Json] = ()) -> Json:
+    """A group; `attached` are ARNs of managed policies, `policies` the documents of inline ones."""
+    return {"name": name, "attached": list(attached), "policies": list(policies)}
+
+
 def user(
     name: str,
     *,
@@ -175,11 +206,19 @@ def user(
     in_report: bool = True,
     in_list: bool = True,
     user_id: str | None = None,
+    password_changed: Moment | None = None,
+    credentials: Iterable[Json] = (),
+    certificates: Iterable[Json] = (),
+    tags: Iterable[tuple[str, str]] = (),
+    groups: Iterable[str] = (),
+    attached: Iterable[str] = (),
+    policies: Iterable[Json] = (),
+    in_details: bool = True,
 ) -> Json:
-    """An IAM user; `mfa` are serial numbers.
+    """An IAM user; `mfa` are serial numbers, `attached` and `policies` as of a `group`.
 
     With `in_report` False they are younger than the report, with `in_list` False deleted since. A renamed user
-    keeps their `user_id`.
+    keeps their `user_id`. With `in_details` False GetAccountAuthorizationDetails does not know them yet.
     """
     return {
         "name": name,
@@ -192,6 +231,14 @@ def user(
         "keys": list(keys),
         "in_report": in_report,
         "in_list": in_list,
+        "password_changed": iso(password_changed or created),
+        "credentials": list(credentials),
+        "certificates": list(certificates),
+        "tags": [list(tag) for tag in tags],
+        "groups": list(groups),
+        "attached": list(attached),
+        "policies": list(policies),
+        "in_details": in_details,
     }
 
 
@@ -218,6 +265,7 @@ def root(
     mfa: bool = False,
     virtual: bool = False,
     keys: Iterable[Json] = (),
+    certificates: Iterable[Json] = (),
     created: Moment = CREATED,
 ) -> Json:
     """Root of an account; `password` may be "not_supported" as in older reports.
@@ -230,6 +278,7 @@ def root(
         "mfa": mfa or virtual,
         "virtual": virtual,
         "keys": list(keys),
+        "certificates": list(certificates),
         "created": iso(created),
     }
 
@@ -921,7 +970,7 @@ def _root_row(one: Json, arn: str, dates: str) -> list[str]:
         "not_supported" if old else (_date(one["created"], dates) if password else "N/A"),
         "not_supported" if password else "N/A",
         _word(one["mfa"]),
-        *_slots(slots),
+        *_slots(slots, one["certificates"], dates),
     ]
 
 
@@ -939,18 +988,20 @@ def _user_row(one: Json, arn: str, dates: str) -> list[str]:
         _date(one["created"], dates),
         _word(one["password"]),
         _password_use(one["password"], one["password_last_used"], dates),
-        _date(one["created"], dates) if one["password"] else "N/A",
+        _date(one["password_changed"], dates) if one["password"] else "N/A",
         "N/A",
         _word(bool(one["mfa"])),
-        *_slots(slots),
+        *_slots(slots, one["certificates"], dates),
     ]
 
 
-def _slots(slots: list[list[str]]) -> list[str]:
+def _slots(slots: list[list[str]], certificates: list[Json], dates: str) -> list[str]:
     """Cells of both key slots and both certificate slots."""
     empty = ["false", "N/A", "N/A", "N/A", "N/A"]
     first, second = [*slots, empty, empty][:2]
-    return [*first, *second, "false", "N/A", "false", "N/A"]
+    cells = [[_word(each["active"]), _date(each["last_rotated"], dates)] for each in certificates]
+    third, fourth = [*cells, empty[:2], empty[:2]][:2]
+    return [*first, *second, *third, *fourth]
 
 
 def _use(rotated: str, last_used: str | None, service: str, dates: str) -> list[str]:
@@ -1220,7 +1271,7 @@ class Services:
         listed = {
             "Id": made["id"],
             "Arn": f"{owner}:account/{self.world.organization}/{made['id']}",
-            "Email": f"{made['id']}@example.com",
+            "Email": made["email"] or f"{made['id']}@example.com",
             "Name": made["name"],
             "Status": made["status"] or STATUS_OF_STATE.get(state, state),
             "State": state,
@@ -1297,6 +1348,25 @@ class Services:
             "ChildNotFoundException",
             "We can't find an organizational unit (OU) or account with that ID.",
         )
+
+    def describe_organizational_unit(self, request: Request) -> Json:
+        """The name of an organizational unit that is in an account's path."""
+        self._organization_in_use()
+        ou_id = request.fields["OrganizationalUnitId"]
+        known = any(
+            ou_id in path.split("/")
+            for index in range(self.world.total)
+            for path in self.world.paths(self.world.at(index))
+        )
+        if not known:
+            raise AwsError(
+                "OrganizationalUnitNotFoundException",
+                "You specified an organizational unit that doesn't exist.",
+            )
+        arn = f"arn:{self.world.partition}:organizations::{self.world.management}:ou/"
+        name = self.world.described["ous"].get(ou_id, ou_id.rpartition("-")[2])
+        unit = {"Id": ou_id, "Arn": f"{arn}{self.world.organization}/{ou_id}", "Name": name}
+        return {"OrganizationalUnit": unit}
 
     # IAM
 
@@ -1432,6 +1502,78 @@ class Services:
         )
         return f"<VirtualMFADevices>{members}</VirtualMFADevices>{more}"
 
+    def list_service_specific_credentials(self, request: Request) -> str:
+        """Those of all users; here nobody asks for one user's."""
+        if request.fields.get("AllUsers") != "true":
+            raise AwsError(
+                "ValidationError", "Must specify userName when calling with non-User credentials"
+            )
+        owned = [
+            (one["name"], each)
+            for one in self.world.directory(request.account).users
+            for each in one["credentials"]
+        ]
+        page, more = _page(owned, request)
+        members = "".join([self._credential(name, each) for name, each in page])
+        return f"<ServiceSpecificCredentials>{members}</ServiceSpecificCredentials>{more}"
+
+    def _credential(self, owner: str, each: Json) -> str:
+        expires = each["expires"] and f"<ExpirationDate>{_date(each['expires'])}</ExpirationDate>"
+        return (
+            f"<member><UserName>{escape(owner)}</UserName><Status>{each['status']}</Status>"
+            f"<ServiceCredentialAlias>{escape(owner)}-at-{self.world.management}</ServiceCredentialAlias>"
+            f"<CreateDate>{_date(each['created'])}</CreateDate>{expires or ''}"
+            f"<ServiceSpecificCredentialId>{each['id']}</ServiceSpecificCredentialId>"
+            f"<ServiceName>{each['service']}</ServiceName></member>"
+        )
+
+    def get_account_authorization_details(self, request: Request) -> str:
+        """Users and groups; here nobody asks for roles and policies. Documents are URL-encoded."""
+        asked = {value for name, value in request.fields.items() if name.startswith("Filter.")}
+        if asked != {"User", "Group"}:
+            raise AwsError("ValidationError", f"no test needs these: {sorted(asked)}")
+        directory = self.world.directory(request.account)
+        found = [one for one in directory.users if one["in_details"]]
+        page, more = _page([*found, *directory.account["groups"]], request)
+        users = "".join([self._details(one, "User", request) for one in page if "keys" in one])
+        groups = "".join(
+            [self._details(one, "Group", request) for one in page if "keys" not in one]
+        )
+        return (
+            f"<UserDetailList>{users}</UserDetailList><GroupDetailList>{groups}</GroupDetailList>"
+            f"<RoleDetailList/><Policies/>{more}"
+        )
+
+    def _details(self, one: Json, kind: str, request: Request) -> str:
+        name, path = escape(one["name"]), one.get("path", "/")
+        arn = f"arn:{self.world.partition}:iam::{request.account}:{kind.lower()}{path}{name}"
+        id_of = one.get("user_id") or f"AGPA{zlib.crc32(one['name'].encode()):016}"
+        attached = "".join(
+            f"<member><PolicyName>{escape(each.rpartition('/')[2])}</PolicyName>"
+            f"<PolicyArn>{escape(each)}</PolicyArn></member>"
+            for each in one["attached"]
+        )
+        inline = "".join(
+            f"<member><PolicyName>inline-{number}</PolicyName>"
+            f"<PolicyDocument>{urllib.parse.quote(json.dumps(each))}</PolicyDocument></member>"
+            for number, each in enumerate(one["policies"])
+        )
+        tags = "".join(
+            f"<member><Key>{escape(key)}</Key><Value>{escape(value)}</Value></member>"
+            for key, value in one.get("tags", ())
+        )
+        in_groups = "".join(f"<member>{escape(each)}</member>" for each in one.get("groups", ()))
+        # AWS leaves out the list of inline policies and the tags where there are none.
+        return (
+            f"<member><Path>{path}</Path><{kind}Name>{name}</{kind}Name><{kind}Id>{id_of}</{kind}Id>"
+            f"<Arn>{arn}</Arn><CreateDate>{_date(one.get('created', CREATED))}</CreateDate>"
+            + (f"<{kind}PolicyList>{inline}</{kind}PolicyList>" if inline else "")
+            + (f"<GroupList>{in_groups}</GroupList>" if kind == "User" else "")
+            + f"<AttachedManagedPolicies>{attached}</AttachedManagedPolicies>"
+            + (f"<Tags>{tags}</Tags>" if tags else "")
+            + "</member>"
+        )
+
     def get_login_profile(self, request: Request) -> str:
         """Tells whether a user has a password."""
         one = self._named_user(request)
@@ -1510,6 +1652,7 @@ OPERATIONS: dict[tuple[str, str], Callable[[Services, Request], str | Json]] = {
     ("organizations", "DescribePolicy"): Services.describe_policy,
     ("organizations", "ListTargetsForPolicy"): Services.list_targets_for_policy,
     ("organizations", "ListParents"): Services.list_parents,
+    ("organizations", "DescribeOrganizationalUnit"): Services.describe_organizational_unit,
     ("iam", "GenerateCredentialReport"): Services.generate_credential_report,
     ("iam", "GetCredentialReport"): Services.get_credential_report,
     ("iam", "ListUsers"): Services.list_users,
@@ -1518,6 +1661,8 @@ OPERATIONS: dict[tuple[str, str], Callable[[Services, Request], str | Json]] = {
     ("iam", "ListMFADevices"): Services.list_mfa_devices,
     ("iam", "ListVirtualMFADevices"): Services.list_virtual_mfa_devices,
     ("iam", "GetLoginProfile"): Services.get_login_profile,
+    ("iam", "ListServiceSpecificCredentials"): Services.list_service_specific_credentials,
+    ("iam", "GetAccountAuthorizationDetails"): Services.get_account_authorization_details,
     ("iam", "ListOrganizationsFeatures"): Services.list_organizations_features,
     ("cloudtrail", "LookupEvents"): Services.lookup_events,
 }

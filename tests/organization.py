@@ -73,8 +73,22 @@ class KeySpec:
 
 
 @dataclass(frozen=True)
+class CredentialSpec:
+    """A service-specific credential: an API key, or a password of CodeCommit or Keyspaces."""
+
+    service: str = "bedrock.amazonaws.com"
+    created: datetime = LONG_AGO
+    expires: datetime | None = None
+    status: str = "Active"
+
+
+@dataclass(frozen=True)
 class UserSpec:
-    """An IAM user; `mfa` names the kind of each device, in the order of enabling."""
+    """An IAM user; `mfa` names the kind of each device, in the order of enabling.
+
+    `attached` names policies that AWS manages; a group has the one that it is named after. `certificates` has the
+    date of each signing certificate, all of them active.
+    """
 
     name: str
     created: datetime = LONG_AGO
@@ -83,6 +97,11 @@ class UserSpec:
     mfa: tuple[str, ...] = ()
     keys: tuple[KeySpec, ...] = ()
     path: str = "/"
+    credentials: tuple[CredentialSpec, ...] = ()
+    certificates: tuple[datetime, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    attached: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,10 +221,12 @@ class _Report:
 
 @dataclass
 class _State:
-    """What AWS keeps and moto does not: roots, credential reports as they were when generated, central root access."""
+    """What AWS keeps and moto does not: roots, credential reports as they were when generated, central root access;
+    of users what moto has no place for."""
 
     roots: dict[str, RootSpec] = field(default_factory=dict)
     reports: dict[str, _Report] = field(default_factory=dict)
+    specs: dict[tuple[str, str], UserSpec] = field(default_factory=dict)  # by account and user name
     features: tuple[str, ...] = ()
 
 
@@ -284,6 +305,11 @@ class MotoServer:
         """Give the account this root user; a report that was generated before does not show it."""
         with self._lock:
             self._state.roots[account_id] = root
+
+    def set_user(self, account_id: str, user: UserSpec) -> None:
+        """Give a user of that name these service-specific credentials and certificates."""
+        with self._lock:
+            self._state.specs[account_id, user.name] = user
 
     def set_features(self, *features: str) -> None:
         """What iam:ListOrganizationsFeatures answers, like `RootCredentialsManagement`; nothing to begin with."""
@@ -530,6 +556,28 @@ def _get_credential_report(request: _Request, state: _State) -> _Answer:
     return _xml(request, f"<Content>{content}</Content><ReportFormat>text/csv</ReportFormat>{time}")
 
 
+def _list_service_specific_credentials(request: _Request, state: _State) -> _Answer:
+    """moto does not know it."""
+    if request.parameters.get("AllUsers") != "true":
+        message = "Must specify userName when calling with non-User credentials"
+        return _error(request, 400, "ValidationError", message)
+    members = ""
+    for user in iam_backends[request.account]["aws"].users.values():
+        spec = state.specs.get((request.account, user.name), UserSpec(user.name))
+        for number, each in enumerate(spec.credentials, 1):
+            expires = (
+                f"<ExpirationDate>{_iso(each.expires)}</ExpirationDate>" if each.expires else ""
+            )
+            members += (
+                f"<member><UserName>{escape(user.name)}</UserName><Status>{each.status}</Status>"
+                f"<CreateDate>{_iso(each.created)}</CreateDate>{expires}<ServiceName>{each.service}</ServiceName>"
+                f"<ServiceSpecificCredentialId>{credential_id(request.account, user.name, number)}"
+                "</ServiceSpecificCredentialId></member>"
+            )
+    found = f"<ServiceSpecificCredentials>{members}</ServiceSpecificCredentials>"
+    return _xml(request, f"{found}<IsTruncated>false</IsTruncated>")
+
+
 def _list_organizations_features(request: _Request, state: _State) -> _Answer:
     """moto does not know it."""
     features = "".join(f"<member>{escape(feature)}</member>" for feature in state.features)
@@ -543,6 +591,7 @@ _AWS_ANSWERS: Mapping[str, Callable[[_Request, _State], _Answer | None]] = {
     "ListAccounts": _list_accounts,
     "GenerateCredentialReport": _generate_credential_report,
     "GetCredentialReport": _get_credential_report,
+    "ListServiceSpecificCredentials": _list_service_specific_credentials,
     "ListOrganizationsFeatures": _list_organizations_features,
 }
 
@@ -576,7 +625,9 @@ def _take_report(state: _State, account_id: str) -> _Report:
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(_REPORT_COLUMNS)
     writer.writerow(_root_row(account_id, state.roots.get(account_id, RootSpec())))
-    writer.writerows(_user_row(user) for user in iam_backends[account_id]["aws"].users.values())
+    for user in iam_backends[account_id]["aws"].users.values():
+        spec = state.specs.get((account_id, user.name), UserSpec(user.name))
+        writer.writerow(_user_row(user, spec.certificates))
     return _Report(lines.getvalue(), datetime.now(timezone.utc).replace(microsecond=0))
 
 
@@ -601,7 +652,7 @@ def _root_row(account_id: str, root: RootSpec) -> list[str]:
     ]
 
 
-def _user_row(user: Any) -> list[str]:
+def _user_row(user: Any, certificates: Iterable[datetime]) -> list[str]:
     created = _iso(user.create_date)
     used = _iso(user.password_last_used) if user.password_last_used else "no_information"
     # By ID, which is neither the order of creation nor that of ListAccessKeys: no reader may lean on the slots' order.
@@ -622,7 +673,10 @@ def _user_row(user: Any) -> list[str]:
         *(["true", used, created, "N/A"] if user.password else ["false", "N/A", "N/A", "N/A"]),
         _bool(user.mfa_devices),
         *_slots(slots),
-        *("false", "N/A", "false", "N/A"),
+        *[
+            *(cell for moment in certificates for cell in ("true", _iso(moment))),
+            *["false", "N/A"] * 2,
+        ][:4],
     ]
 
 
@@ -723,6 +777,8 @@ def _make_users(
     server.set_root(account_id, account.root)
     if account.root.mfa == VIRTUAL:
         _give_root_virtual_mfa(iam, account_id)
+    for user in account.users:
+        server.set_user(account_id, user)
     return {user.name: make_user(iam, account_id, user) for user in account.users}
 
 
@@ -740,7 +796,24 @@ def make_user(iam: IAMClient, account_id: str, user: UserSpec) -> MadeUser:
     if user.password_last_used:
         backend.users[user.name].password_last_used = _naive(user.password_last_used)  # type: ignore[assignment]
     keys = tuple(make_key(iam, account_id, user.name, key) for key in user.keys)
+    if user.tags:
+        iam.tag_user(
+            UserName=user.name, Tags=[{"Key": key, "Value": user.tags[key]} for key in user.tags]
+        )
+    _attach(backend.users[user.name], user.attached)
+    for group in user.groups:
+        if group not in backend.groups:
+            iam.create_group(GroupName=group)
+            _attach(backend.groups[group], [group])
+        iam.add_user_to_group(GroupName=group, UserName=user.name)
     return MadeUser(user.name, arn, user, keys, serials)
+
+
+def _attach(holder: Any, names: Iterable[str]) -> None:
+    """Attach policies of AWS's, which moto knows only if it loads all thousand of them."""
+    for name in names:
+        arn = f"arn:aws:iam::aws:policy/{name}"
+        holder.managed_policies[arn] = types.SimpleNamespace(name=name, arn=arn)
 
 
 def make_key(iam: IAMClient, account_id: str, user_name: str, key: KeySpec) -> MadeKey:
@@ -766,6 +839,11 @@ def _key_id(account_id: str, user_name: str, number: int) -> str:
     """20 characters that end in EXAMPLE, as in AWS's documentation: scanners for leaked keys know them for dummies."""
     digest = hashlib.sha256(f"{account_id} {user_name} {number}".encode()).digest()
     return f"AKIA{base64.b32encode(digest).decode()[:9]}EXAMPLE"
+
+
+def credential_id(account_id: str, user_name: str, number: int) -> str:
+    """The ID of a user's service-specific credential, counted from 1."""
+    return f"ACCA{_key_id(account_id, user_name, number)[4:]}"
 
 
 def _add_mfa(iam: IAMClient, account_id: str, user: UserSpec, kind: str, number: int) -> str:

@@ -643,12 +643,15 @@ def test_every_list_is_read_to_its_end(serve: Serve, run_program: Program) -> No
     )
     of_bea = {"UserName": "bea"}
     user_name, arn = "<UserName>ana</UserName>", f"<Arn>{ARN}user/ana</Arn>"
+    user_id = f"<UserId>{ana['user_id']}</UserId>"
     key_id, active = "<AccessKeyId>AKIA000000000000bea1</AccessKeyId>", "<Status>Active</Status>"
     endpoint = serve(
         account(ONE, "one", users=[ana, bea], root=root(password=True, virtual=True)),
         rules=[
             first_page(
-                "ListUsers", f"{user_name}{arn}<CreateDate>{date}CreateDate>", {"MaxItems": "1000"}
+                "ListUsers",
+                f"{user_name}{user_id}{arn}<CreateDate>{date}CreateDate>",
+                {"MaxItems": "1000"},
             ),
             first_page("ListAccessKeys", f"{key_id}{active}<CreateDate>{date}CreateDate>", of_bea),
             first_page("ListMFADevices", f"<SerialNumber>{ARN}mfa/bea</SerialNumber>", of_bea),
@@ -673,6 +676,7 @@ def test_every_list_is_read_to_its_end(serve: Serve, run_program: Program) -> No
     }
     assert requests == {
         "ListUsers": 2,
+        "ListServiceSpecificCredentials": 1,
         "ListAccessKeys": 3,
         "ListMFADevices": 3,
         "ListVirtualMFADevices": 2,

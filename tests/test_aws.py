@@ -170,6 +170,8 @@ def requests_of(number: int) -> Counter[str]:
             "GetCredentialReport": 1,
             # once more where the new report has a user whom the first list lacks
             "ListUsers": 1 + min(number, 1),
+            "ListServiceSpecificCredentials": 1 + min(number, 1),
+            "GetAccountAuthorizationDetails": 1 + min(number, 1),
             "ListAccessKeys": 6 * number,
             "GetAccessKeyLastUsed": 3 * number,
             "ListMFADevices": 4
@@ -216,7 +218,9 @@ def test_users_are_read_while_the_report_is_waited_for(serve: Serve, run_program
         asked[: asked.index("GetCredentialReport")],
         asked[asked.index("GetCredentialReport") :],
     )
-    assert before[:3] == ["AssumeRole", "GenerateCredentialReport", "ListUsers"]
+    assert before[:2] == ["AssumeRole", "GenerateCredentialReport"]
+    at_once = {"ListUsers", "ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"}
+    assert set(before[2:5]) == at_once
     assert before.count("GenerateCredentialReport") == 2
     # A few at a time even now: what is read waits in memory
     assert before.count("ListAccessKeys") == 7

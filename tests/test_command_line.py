@@ -114,6 +114,7 @@ def test_verbose_says_each_account_and_step(serve: Serve, run_program: Program) 
         "ListUsers",
         "ListAccessKeys",
     ]
+    steps += ["ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"]
     for step in (*steps, "GetAccessKeyLastUsed", "ListMFADevices", "ListVirtualMFADevices"):
         assert len([line for line in lines if re.search(rf"{ONE}.*\b{step}\b", line)]) == 1, step
     assert any(re.search(rf"{TWO}.*AccessDenied", line) for line in lines)

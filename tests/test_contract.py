@@ -36,6 +36,8 @@ ROLE_ACTIONS = {
     "iam:ListMFADevices",
     "iam:ListVirtualMFADevices",
     "iam:GetLoginProfile",
+    "iam:ListServiceSpecificCredentials",
+    "iam:GetAccountAuthorizationDetails",
 }
 
 
@@ -158,7 +160,7 @@ def test_every_action_is_a_read() -> None:
         assert re.search(r":(Get|List|Describe|Lookup)", action), action
 
 
-def test_the_role_needs_these_eight_actions_each_for_a_reason() -> None:
+def test_the_role_needs_these_ten_actions_each_for_a_reason() -> None:
     assert set(iam_audit.ROLE_READS) == ROLE_ACTIONS
     assert all(iam_audit.ROLE_READS.values()), "an action without its reason"
     assert all(iam_audit.CALLER_READS.values())

@@ -305,6 +305,8 @@ def requests(made: MadeAccount) -> dict[str, int]:
         "GenerateCredentialReport": 1,
         "GetCredentialReport": 1,
         "ListUsers": 1,
+        "ListServiceSpecificCredentials": 1,
+        "GetAccountAuthorizationDetails": 1,
         "ListAccessKeys": len(users),
         "GetAccessKeyLastUsed": sum(len(user.keys) for user in users),
         "ListMFADevices": sum(bool(user.password or user.mfa) for user in users),
@@ -321,6 +323,14 @@ def test_an_account_costs_the_requests_it_must_and_no_other(
         assert of_account == {
             action: number for action, number in requests(made).items() if number
         }, made.name
+
+
+def test_each_organizational_unit_is_asked_about_once(
+    audited: tuple[Result, Mapping[tuple[str, str], int]], organization: MadeOrganization
+) -> None:
+    """Workloads, of two accounts, and the two units below it."""
+    _, counted = audited
+    assert counted[MANAGEMENT_ID, "DescribeOrganizationalUnit"] == len(organization.ous) == 3
 
 
 def test_users_are_those_of_now_and_not_of_the_report(
