@@ -200,6 +200,7 @@ def plan_of(
         max_unused=options.max_unused,
         owner_tags=options.owner_tag,
         exceptions=options.exceptions,
+        page=options.page,
     )
 
 
@@ -394,6 +395,7 @@ CERTIFICATES = ("<signing_certificate_1>", "<signing_certificate_2>")  # nor of 
 NOT_APPLICABLE, UNKNOWN = "N/A", "unknown"
 KINDS = ("access-key", "api-key", "service-password", "signing-certificate")
 ACCESS_KEY, API_KEY, SERVICE_PASSWORD, SIGNING_CERTIFICATE = KINDS
+PASSWORD_SERVICES = {"codecommit.amazonaws.com", "cassandra.amazonaws.com"}  # the others: API keys
 
 CLOUDTRAIL_KEEPS = timedelta(days=90)
 
@@ -1232,7 +1234,6 @@ def session_policy(actions: Sequence[str]) -> str:
 
 Entry = Mapping[str, Any]  # of a list, in AWS's words
 # What CreateServiceSpecificCredential makes for these is a password, for all others an API key.
-PASSWORD_SERVICES = {"codecommit.amazonaws.com", "cassandra.amazonaws.com"}
 
 
 class Details(NamedTuple):
@@ -2796,7 +2797,6 @@ CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-w
 API_KEY_CAME_AND_WENT = "api-key-came-and-went"
 NEW_KEY_CHANGES = ("access-key-created", "api-key-created", CAME_AND_WENT, API_KEY_CAME_AND_WENT)
 LISTING, OF_SERVICES = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
-PASSWORD_SERVICES = ("codecommit.amazonaws.com", "cassandra.amazonaws.com")
 WITHOUT_ID = {*ROOT_ACCESS_KEYS, *CERTIFICATES}
 RUNS_SHOWN, RUNS_KEPT = 12, 60  # in the terminal and in summary.json, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
@@ -4109,8 +4109,7 @@ def new_lines(run: Run) -> list[str]:
 
 def new_keys(run: Run) -> list[Change]:
     """The access keys and API keys created since, with those that were deleted again."""
-    kinds = (f"{ACCESS_KEY}-created", f"{API_KEY}-created", CAME_AND_WENT)
-    found = [change for change in run.tracking.changes if change.change in kinds]
+    found = [change for change in run.tracking.changes if change.change in NEW_KEY_CHANGES]
     return sorted([*found, *run.tracking.new_keys_elsewhere], key=change_order)
 
 
@@ -4118,7 +4117,7 @@ def change_line(change: Change) -> str:
     """Who and what changed and, where CloudTrail confirms it, who made the change."""
     parts = [change.account_id, change.account_name, change.user, change.key_id]
     parts += ["(API key)"] if change.change.startswith(API_KEY) else []
-    parts += ["deleted again"] if change.change == CAME_AND_WENT else []
+    parts += ["deleted again"] if change.change in NEW_KEY_CHANGES[2:] else []
     if change.event and change.witness == "confirmed":
         parts.append(f"by {change.event.actor.rpartition(':')[2]}")
     parts += ["(contradicted by CloudTrail)"] if change.witness == "contradicted" else []
@@ -4461,7 +4460,8 @@ def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
     tracking, earlier = run.tracking, run.tracking.earlier
     if earlier is None:
         return None
-    kinds = (*EXPLAINED_BY, CAME_AND_WENT, USER_CAME_AND_WENT, "account-joined", "account-left")
+    kinds = (*EXPLAINED_BY, *NEW_KEY_CHANGES[2:], USER_CAME_AND_WENT)
+    kinds += ("account-joined", "account-left")
     stayed = earlier.accounts.keys() & accounts_now(run).keys()
     stayed -= set(map(attrgetter("account.id"), run.out_of_scope))
     keys, happened = list[dict[str, Any]](), map(attrgetter("change"), tracking.changes)

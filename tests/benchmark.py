@@ -31,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +70,9 @@ reports, organization = Path(sys.argv[3]), sys.argv[4]
 def opened(scope):
     before = time.monotonic()
     folders = program.finished_runs(reports, program.utc_now())
-    tracking = program.open_tracking(program.History(folders, organization), None, scope)
+    tracking = program.open_tracking(
+        program.History(folders, organization), None, scope, datetime.now(timezone.utc)
+    )
     print(time.monotonic() - before)
     return tracking
 

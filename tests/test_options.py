@@ -330,7 +330,8 @@ def test_exceptions_are_read_from_their_file(
 ) -> None:
     monkeypatch.setattr(iam_audit, "parse_exceptions", lambda text: (text,), raising=False)
     (path := tmp_path / "exceptions.csv").write_bytes(mark + "account_id,ä\r\n".encode())
-    assert plan("--exceptions", str(path)).exceptions == ("account_id,ä\r\n",)
+    exceptions: tuple[object, ...] = plan("--exceptions", str(path)).exceptions
+    assert exceptions == ("account_id,ä\r\n",)
 
 
 def test_exceptions_that_cannot_be_used_are_refused_before_any_request(

@@ -35,7 +35,7 @@ MAY_USE = {
     "enforce": {"data", "AWS"},
     "terminal": {"data", "files", "assess", "track", "enforce"},
     "documents": {"data", "AWS"},
-    "options": {"data", "documents"},
+    "options": {"data", "assess", "documents"},
 }
 NETWORK = {"boto3", "botocore", "socket", "ssl", "urllib", "urllib3", "http"}
 
