@@ -2902,56 +2902,57 @@ def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
 # === Enforce: what the organization's policies already prevent ===================================
 
 MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
-CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
-ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
-VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first one counts
-# FullAWSAccess was detached: then what no policy allows is denied
-NO_ALLOW = "no Allow without a condition lets iam:CreateAccessKey through"
-
-
-class Judgement(NamedTuple):
-    verdict: str  # what a statement or policy does for a control
-    exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()  # one per narrowed statement
-
-
-class Judged(NamedTuple):
-    judgements: Mapping[str, Judgement]  # by control
-    allows_new_keys: bool  # whether an Allow without a condition lets everybody create them
-
-
-class Policy(NamedTuple):
-    id: str
-    name: str
-    targets: frozenset[str]  # the IDs that it is attached to
-    judged: Judged
+NEW_API_KEYS_PREVENTED = "new-api-keys-prevented"
+CONTROLS = {
+    MFA_REQUIRED: "console users need MFA to act",
+    NEW_KEYS_PREVENTED: "no new access keys",
+    NEW_API_KEYS_PREVENTED: "no new API keys",
+}
+# What the controls prevent; MFA is required for all actions. A reset makes a new secret.
+ACTIONS = {
+    NEW_KEYS_PREVENTED: ("iam:CreateAccessKey",),
+    NEW_API_KEYS_PREVENTED: (
+        "iam:CreateServiceSpecificCredential",
+        "iam:ResetServiceSpecificCredential",
+    ),
+}
+VERDICTS = ("enforced", "not checked", "partial", "absent")  # of several the first one counts
+ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = VERDICTS
+Ids = Sequence[str]  # of an account, its OUs and the root: what policies are attached to
+Names = Mapping[str, str]  # of policies, by ID
 
 
 @dataclass(frozen=True)
 class Control:
-    verdict: str  # what holds in one account
-    policies: Mapping[str, str]  # what it rests on: the policies' names by ID
+    verdict: str  # what a Deny statement does for a control, or what holds in one account
+    policies: Names = field(default_factory=dict)  # what it rests on
     exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()  # one per narrowed statement
     why_not_checked: str | None = None
 
 
+class Policy(NamedTuple):
+    names: Names  # its own
+    targets: frozenset[str]  # the IDs that it is attached to
+    denials: Sequence[Denial]
+    allowed: set[str]  # the actions that an Allow without a condition lets everybody do
+
+
 class Enforcement(NamedTuple):
-    judged: tuple[Policy, ...] = ()
+    policies: tuple[Policy, ...] = ()
     why_not: str = ""  # why the policies are not known
     root_credentials_managed: bool | None = None
     root_why_not: str = ""
 
 
 async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
-    policies, why_not = await best_effort(
-        "service control policies", read_policies(aws, organization.id), []
-    )
+    reading = read_policies(aws, organization.id)
+    policies, why_not = await best_effort("service control policies", reading, [])
     asking = aws.ask(list_organizations_features)
     root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
     if organization.feature_set != "ALL":
         why_not = "the organization has consolidated billing only, and policies need all features"
-    elif not why_not and not any(policy.targets for policy in policies):
+    elif not why_not and not policies:
         why_not = "service control policies are off: none is attached, not even FullAWSAccess"
     return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
@@ -2967,6 +2968,7 @@ async def best_effort(what: str, question: Awaitable[T], otherwise: T) -> tuple[
 
 
 async def read_policies(aws: Aws, organization: str) -> list[Policy]:
+    """The policies that are attached somewhere."""
     policies = []
     for policy_id, name in await aws.ask(list_policies):
         try:
@@ -2977,102 +2979,106 @@ async def read_policies(aws: Aws, organization: str) -> list[Policy]:
                 raise
         else:
             judged = judge_policy(content, aws.caller.partition, organization)
-            policies.append(Policy(policy_id, name, targets, judged))
+            policies += [Policy({policy_id: name}, targets, *judged)] if targets else []
     return policies
 
 
 async def apply_enforcement(aws: Aws, run: Run) -> None:
     """Decide the controls of each account, audited or failed."""
     everyone: list[Any] = [*run.audited, *run.failed]
-    management, unknown = run.organization.management_account, []
-    for one in everyone:
-        if one.account.path is None and one.account.id != management:
-            unknown.append(one.account.id)
-    why_not, parents = run.enforcement.why_not, dict[str, str]()
+    paths = {one.account.id: one.account.path for one in everyone}
+    if run.organization.management_account in paths:
+        paths[run.organization.management_account] = ""  # no service control policy applies to it
+    why_not = run.enforcement.why_not
     if not why_not:
-        parents, why_not = await best_effort("ListParents", read_parents(aws, unknown), parents)
+        _, why_not = await best_effort("ListParents", read_paths(aws, paths), None)
     run.enforcement = run.enforcement._replace(why_not=why_not)
-    for one in everyone:
-        path = None if why_not else path_of(one.account, management, parents)
-        run.controls[one.account.id] = controls_of_account(path, run.enforcement.judged)
+    for account_id, path in paths.items():
+        ids = None if why_not or path is None else path.split("/")
+        run.controls[account_id] = controls_of_account(ids, run.enforcement.policies)
 
 
-async def read_parents(aws: Aws, account_ids: Sequence[str]) -> dict[str, str]:
-    """What is above these accounts, up to the root; each account and OU is asked about once."""
-    parents: dict[str, str] = {}
+async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
+    """Add the paths that ListAccounts did not give, except of accounts that left since then. Each
+    account and OU is asked about once."""
+    parents = dict[str, str]()
 
     async def read(child_id: str) -> None:
         parents[child_id] = await aws.ask(list_parents, child_id)
 
-    level = account_ids
+    level = unknown = [account_id for account_id, path in paths.items() if path is None]
     while level:
         await side_by_side(PARENTS_AT_ONCE, level, read)
         level = sorted({up for up in parents.values() if up.startswith("ou-")} - parents.keys())
-    return parents
+    for account_id in unknown:
+        ids = [account_id]
+        while ids[-1] in parents:
+            ids.append(parents[ids[-1]])
+        paths[account_id] = "/".join(ids) if ids[-1] else None
 
 
-def path_of(account: Account, management: str, parents: Mapping[str, str]) -> Sequence[str] | None:
-    """The IDs of the account, its OUs and the root; None if it left since it was listed."""
-    if account.id == management:
-        return ()  # no service control policy applies to it
-    if account.path is not None:
-        return account.path.split("/")
-    ids = [account.id]
-    while ids[-1] and not ids[-1].startswith("r-"):
-        ids.append(parents[ids[-1]])
-    return ids if ids[-1] else None
-
-
-def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
+def controls_of_account(path: Ids | None, policies: Iterable[Policy]) -> dict[str, Control]:
     """The controls of the account with this path; not checked if the path is None."""
     if path is None:
-        return dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
-    applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
+        return dict.fromkeys(CONTROLS, Control(NOT_CHECKED))
+    applying = [policy for policy in policies if not policy.targets.isdisjoint(path)]
     controls = {}
     for control in CONTROLS:
-        whole = strongest([policy.judged.judgements[control] for policy in applying])
-        names = {}
-        for policy in applying:
-            if policy.judged.judgements[control].verdict == whole.verdict != ABSENT:
-                names[policy.id] = policy.name
-        controls[control] = Control(whole.verdict, names, whole.exemptions, whole.conditions)
-    closing = without_allow(path, applying)
-    if closing and controls[NEW_KEYS_PREVENTED].verdict in (PARTIAL, ABSENT):
-        controls[NEW_KEYS_PREVENTED] = Control(NOT_CHECKED, closing, why_not_checked=NO_ALLOW)
+        whole = strongest(control, applying)
+        for action in ACTIONS.get(control, ()):
+            closing = without_allow(action, path, applying)
+            if closing and whole.verdict in (PARTIAL, ABSENT):
+                why_not = f"no Allow without a condition lets {action} through"
+                whole = Control(NOT_CHECKED, closing, why_not_checked=why_not)
+        controls[control] = whole
     return controls
 
 
-def without_allow(path: Sequence[str], applying: Sequence[Policy]) -> dict[str, str]:
-    """The policies, by ID, of the first level of the path (root, OU, account) where none lets
-    everybody create access keys: one of every level has to, or else nobody may."""
+def without_allow(action: str, path: Ids, applying: Sequence[Policy]) -> Names:
+    """The policies of the first level of the path (root, OU, account) where none lets everybody do
+    this: one of every level has to, or else nobody may. FullAWSAccess was detached there."""
     for level in path:
         names, allowed = dict[str, str](), False
         for policy in applying:
             if level in policy.targets:
-                names[policy.id] = policy.name
-                allowed |= policy.judged.allows_new_keys
+                names.update(policy.names)
+                allowed |= action in policy.allowed
         if names and not allowed:
             return names
     return {}
 
 
-def strongest(judgements: Sequence[Judgement]) -> Judgement:
-    """What holds where all of these apply. A principal is free only if every enforcing one exempts
-    it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
-    verdict = min((each.verdict for each in judgements), key=VERDICTS.index, default=ABSENT)
-    same = [each for each in judgements if each.verdict == verdict]
-    if verdict == ENFORCED:
-        return min(same, key=lambda one: len(one.exemptions))
-    return together(verdict, same)
+def strongest(control: str, policies: Iterable[Policy]) -> Control:
+    """What holds where all of these apply. Statements that deny in full the actions that they name
+    may add up to all actions; they need not be of one policy."""
+    whole, in_full = Control(ABSENT), dict[Statement, Control]()
+    for policy in policies:
+        for about, judgement, statement in policy.denials:
+            if about == control:
+                denial = replace(judgement, policies=policy.names)
+                whole = stronger(whole, denial)
+                if statement:
+                    in_full[statement] = denial
+    if whole.verdict == ENFORCED or undenied(control, in_full):
+        return whole
+    return replace(functools.reduce(merged, in_full.values()), verdict=ENFORCED, conditions=())
 
 
-def together(verdict: str, judgements: Iterable[Judgement]) -> Judgement:
-    """The judgements as one: the exemptions and conditions of all, once each."""
-    exemptions, conditions = dict[str, None](), dict[str, None]()
-    for each in judgements:
-        exemptions.update(dict.fromkeys(each.exemptions))
-        conditions.update(dict.fromkeys(each.conditions))
-    return Judgement(verdict, tuple(exemptions), tuple(conditions))
+def stronger(one: Control, other: Control) -> Control:
+    """What holds where both apply. A principal is free only if every enforcing statement exempts
+    it, so the one with the fewest exemptions tells most. Partial ones add up to partial."""
+    if one.verdict != other.verdict:
+        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
+    fewest = min(one.exemptions, other.exemptions, key=len)
+    both = merged(one, other)
+    return replace(both, exemptions=fewest) if both.verdict == ENFORCED else both
+
+
+def merged(one: Control, other: Control) -> Control:
+    exemptions = dict.fromkeys(one.exemptions + other.exemptions)
+    conditions = dict.fromkeys(one.conditions + other.conditions)
+    policies = {**one.policies, **other.policies}
+    return Control(one.verdict, policies, tuple(exemptions), tuple(conditions))
 
 
 # What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
@@ -3106,47 +3112,76 @@ class Statement(NamedTuple):
     conditions: tuple[Condition, ...]
 
 
-def judge_policy(content: str, partition: str, organization: str) -> Judged:
-    """What the Deny statements do for each control: not checked if the policy is not understood."""
+# The control, what a Deny statement does for it, and the statement if it denies all that it names
+Denial = tuple[str, Control, Union[Statement, None]]
+
+
+def judge_policy(content: str, partition: str, organization: str) -> tuple[list[Denial], set[str]]:
+    """What the Deny statements do, and the actions that an Allow without a condition lets everybody
+    do. Not checked if the policy is not understood."""
     known = {ARN: f"arn:{partition}:iam::*:user/*", ORGANIZATION: organization}
     known[REGION] = IAM_REGIONS.get(partition, "")
+    denials, allowed = list[Denial](), set[str]()
     try:
         statements = parse_policy(content)
     except (ValueError, AttributeError, RecursionError):  # the last: JSON nested too deep
-        return Judged(dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED)), allows_new_keys=False)
-    on_mfa, on_new_keys, allows = list[Judgement](), list[Judgement](), False
-    in_part = dict[Statement, Judgement]()  # full denials of the actions that they name
-    for statement in statements:
-        judgement = judge_new_keys(statement, known)
+        return [(control, Control(NOT_CHECKED), None) for control in CONTROLS], allowed
+    for statement, control in itertools.product(statements, CONTROLS):
+        left = undenied(control, [statement])
+        judgement = judge_statement(statement, control, left, known)
         if statement.effect == "Allow":
-            allows |= judgement.verdict == ENFORCED and not statement.conditions
-            continue
-        on_new_keys.append(judgement)
-        on_mfa.append(judge_mfa(statement, undenied([statement]), known))
-        judgement = judge_mfa(statement, (), known)
-        if judgement.verdict == ENFORCED:
-            in_part[statement] = judgement
-    if not undenied(in_part):
-        on_mfa.append(together(ENFORCED, in_part.values()))
-    controls = {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
-    return Judged(controls, allows)
+            if judgement.verdict == ENFORCED and not statement.conditions:
+                allowed.update({*ACTIONS.get(control, ())} - {*left})
+        elif judgement.verdict != ABSENT:
+            in_full = statement if judgement.verdict == ENFORCED else None
+            if left:
+                element, actions = "NotAction", left
+                if control == MFA_REQUIRED and statement.action == "Action":
+                    element, actions = "Action", statement.actions
+                conditions = " and ".join(
+                    (f"{element} {', '.join(actions)}", *judgement.conditions)
+                )
+                judgement = replace(judgement, verdict=PARTIAL, conditions=(conditions,))
+            denials.append((control, judgement, in_full))
+    return denials, allowed
 
 
-def judge_mfa(statement: Statement, left: Sequence[str], known: Known) -> Judgement:
-    """Whether a Deny statement keeps console users without MFA from all actions but `left`."""
-    negated, everywhere = statement.action == "NotAction", "*" in statement.resources
-    set_up_only = all(any_covers(MFA_BASICS, name) for name in statement.actions)
-    no_action = any_covers(statement.actions, "*:*") if negated else set_up_only
-    if no_action or (everywhere and statement.resource == "NotResource"):
-        return Judgement(ABSENT)
-    shown = ", ".join(left if negated else statement.actions)
-    narrowed = [f"{statement.action} {shown}"] if left else []
-    narrowed += [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
-    return judge_conditions(MFA_REQUIRED, statement, known, [], narrowed)
+def judge_statement(statement: Statement, control: str, left: Ids, known: Known) -> Control:
+    """What a statement does for the actions of the control that it names: enforced, unless its
+    resources or conditions narrow it."""
+    if control in ACTIONS:
+        no_action = left == [*ACTIONS[control]]
+    elif statement.action == "NotAction":
+        no_action = any_covers(statement.actions, "*:*")
+    else:
+        no_action = all(any_covers(MFA_BASICS, name) for name in statement.actions)
+    everywhere, somewhere = reach(statement, known[ARN] if control in ACTIONS else ALL)
+    of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
+    exempt = ["root"] if control == NEW_KEYS_PREVENTED and not of_root else []  # has no API keys
+    narrowed = [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
+    about = control in ACTIONS
+    for condition in statement.conditions:
+        effect = effect_of(condition, control, known)
+        if effect == NEVER_HOLDS:
+            return Control(ABSENT)
+        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
+        exempt += condition.values if effect == EXEMPTS else ()
+        narrowed += [condition.text] if effect == NARROWS else ()
+    if no_action or not somewhere or not about:
+        return Control(ABSENT)
+    conditions = (" and ".join(narrowed),) if narrowed else ()
+    return Control(PARTIAL if narrowed else ENFORCED, {}, tuple(exempt), conditions)
 
 
-def undenied(statements: Iterable[Statement]) -> list[str]:
-    """Patterns for all actions that no statement denies, without those of MFA_BASICS."""
+def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
+    """The actions of the control that no statement names; for MFA, patterns for all actions without
+    those of MFA_BASICS."""
+    if control in ACTIONS:
+        left = [*ACTIONS[control]]
+        for statement in statements:
+            negated = statement.action == "NotAction"
+            left = [each for each in left if any_covers(statement.actions, each) == negated]
+        return left
     denied, left, services = [*MFA_BASICS], ["*:*"], {"*"}
     for statement in statements:
         denied += statement.actions if statement.action == "Action" else ()
@@ -3161,18 +3196,6 @@ def undenied(statements: Iterable[Statement]) -> list[str]:
     return [] if any_covers(denied, "*:*") else left
 
 
-def judge_new_keys(statement: Statement, known: Known) -> Judgement:
-    """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
-    denied = any_covers(statement.actions, "iam:CreateAccessKey") == (statement.action == "Action")
-    all_users, some_users = reach(statement, known[ARN])
-    if not denied or not some_users:
-        return Judgement(ABSENT)
-    of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
-    narrowed = [] if all_users else [f"{statement.resource} {', '.join(statement.resources)}"]
-    exemptions = [] if of_root else ["root"]
-    return judge_conditions(NEW_KEYS_PREVENTED, statement, known, exemptions, narrowed)
-
-
 def reach(statement: Statement, arns: str) -> tuple[bool, bool]:
     """Whether a statement is about all resources with these ARNs; whether it may be about some."""
     whole, part, kind = False, False, arns.split(":", 5)[-1].rstrip("*")
@@ -3181,26 +3204,8 @@ def reach(statement: Statement, arns: str) -> tuple[bool, bool]:
         start = re.split(r"[*$]", segments[-1])[0][: len(kind)]
         of_iam = all(map(covers, segments[:4], arns.split(":")))  # in any account
         whole |= pattern == "*" or covers(pattern, arns)
-        part |= len(segments) < 6 or (of_iam and covers(start, kind[: len(start)]))
+        part |= arns == ALL or len(segments) < 6 or (of_iam and covers(start, kind[: len(start)]))
     return (whole, part) if statement.resource == "Resource" else (not part, not whole)
-
-
-def judge_conditions(
-    control: str, statement: Statement, known: Known, exemptions: list[str], narrowed: list[str]
-) -> Judgement:
-    """Enforced, unless a condition narrows the statement or other elements have `narrowed` it."""
-    about = control == NEW_KEYS_PREVENTED
-    for condition in statement.conditions:
-        effect = effect_of(condition, control, known)
-        if effect == NEVER_HOLDS:
-            return Judgement(ABSENT)
-        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
-        exemptions += condition.values if effect == EXEMPTS else ()
-        narrowed += [condition.text] if effect == NARROWS else ()
-    if not about:
-        return Judgement(ABSENT)
-    conditions = (" and ".join(narrowed),) if narrowed else ()
-    return Judgement(PARTIAL if narrowed else ENFORCED, tuple(exemptions), conditions)
 
 
 def effect_of(condition: Condition, control: str, known: Known) -> str:
@@ -3211,8 +3216,8 @@ def effect_of(condition: Condition, control: str, known: Known) -> str:
     for index, value in enumerate(values):
         if everybody and covers(value, everybody):
             values[index] = ANY_USER if condition.key == ARN else ALL
-    for operator, key, quantifier, value, on_mfa, on_new_keys in CONDITION_RULES:
-        effect = on_mfa if control == MFA_REQUIRED else on_new_keys
+    for operator, key, quantifier, value, on_mfa, on_new in CONDITION_RULES:
+        effect = on_mfa if control == MFA_REQUIRED else on_new
         about = all(map(re.fullmatch, (operator, key), (condition.operator, condition.key)))
         if effect != NARROWS and about and quantifier(map(re.compile(value).fullmatch, values)):
             return effect

@@ -10,7 +10,7 @@ from typing import Any
 import boto3
 import parliament
 import pytest
-from builders import ENFORCED, judged
+from builders import ENFORCED, control_of, judged
 from cfnlint import ManualArgs
 from cfnlint.api import lint
 from evaluator import denies, matches, request_of
@@ -66,15 +66,13 @@ def test_cfn_lint_finds_nothing_in_the_templates(name: str) -> None:
 
 
 def test_the_judge_calls_both_policies_enforced() -> None:
-    assert judged(audit.print_document("scp-require-mfa"), "mfa-required") == audit.Judgement(
+    assert judged(audit.print_document("scp-require-mfa"), "mfa-required") == control_of(ENFORCED)
+    assert judged(audit.print_document("scp-deny-access-keys"), "new-keys-prevented") == control_of(
         ENFORCED
     )
-    assert judged(
-        audit.print_document("scp-deny-access-keys"), "new-keys-prevented"
-    ) == audit.Judgement(ENFORCED)
     exempting = audit.print_document("scp-deny-access-keys", exempt_roles=["Admin", "path/Other"])
     names = ("arn:*:iam::*:role/Admin", "arn:*:iam::*:role/path/Other")
-    assert judged(exempting, "new-keys-prevented") == audit.Judgement(ENFORCED, names)
+    assert judged(exempting, "new-keys-prevented") == control_of(ENFORCED, names)
 
 
 @pytest.mark.parametrize("name", ["scp-require-mfa", "scp-deny-access-keys"])

@@ -11,6 +11,8 @@ from builders import (
     ENFORCED,
     NOT_CHECKED,
     PARTIAL,
+    attached,
+    control_of,
     judged,
     judgements,
 )
@@ -573,7 +575,7 @@ def test_what_a_condition_makes_of_a_denial(
         ("new-keys-prevented", deny(KEY, condition), on_keys),
     ):
         found = judged(policy(statement), control)
-        assert found == audit.Judgement(verdict, (), tuple(text) if verdict == PARTIAL else ())
+        assert found == control_of(verdict, (), tuple(text) if verdict == PARTIAL else ())
 
 
 @pytest.mark.parametrize(
@@ -626,15 +628,15 @@ def test_whom_an_exemption_names(
     found = judged(
         policy(deny(KEY, {operator: {"aws:PrincipalArn": values}})), "new-keys-prevented"
     )
-    named = audit.Judgement(ENFORCED, tuple(exemptions or ()))
+    named = control_of(ENFORCED, tuple(exemptions or ()))
     narrowed = (f"{operator} aws:PrincipalArn {', '.join(values)}",)
-    assert found == (audit.Judgement(PARTIAL, (), narrowed) if exemptions is None else named)
+    assert found == (control_of(PARTIAL, (), narrowed) if exemptions is None else named)
 
 
 def test_a_user_name_with_an_asterisk_is_nobodys() -> None:
     exempt = {"StringNotEquals": {"aws:username": ["ci", "*"]}}
     found = judged(policy(deny(KEY, exempt)), "new-keys-prevented")
-    assert found == audit.Judgement(ENFORCED, ("ci",))
+    assert found == control_of(ENFORCED, ("ci",))
 
 
 @pytest.mark.parametrize(
@@ -652,7 +654,7 @@ def test_roots_own_keys_are_exempt_where_the_resource_leaves_them_out(
     elements: dict[str, Any], exemptions: tuple[str, ...]
 ) -> None:
     found = judged(policy(deny(KEY, **elements)), "new-keys-prevented")
-    assert found == audit.Judgement(ENFORCED, exemptions)
+    assert found == control_of(ENFORCED, exemptions)
 
 
 def test_a_denial_of_roots_own_keys_alone_prevents_nothing() -> None:
@@ -926,14 +928,14 @@ def test_partial_statements_add_up_to_partial() -> None:
     judgement = judged(
         policy(deny("s3:*", NO_MFA), deny("ec2:*", NO_MFA), deny(KEY)), "mfa-required"
     )
-    assert judgement == audit.Judgement(PARTIAL, (), ("Action s3:*", "Action ec2:*"))
+    assert judgement == control_of(PARTIAL, (), ("Action s3:*", "Action ec2:*"))
 
 
 def test_the_enforcing_statement_with_the_fewest_exemptions_counts() -> None:
     exempt = deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": ROLE + "Admin"}})
-    assert judged(
-        policy(exempt, deny(KEY), deny(KEY, NO_MFA)), "new-keys-prevented"
-    ) == audit.Judgement(ENFORCED)
+    assert judged(policy(exempt, deny(KEY), deny(KEY, NO_MFA)), "new-keys-prevented") == control_of(
+        ENFORCED
+    )
 
 
 def test_of_two_enforcing_statements_the_one_that_spares_named_principals_counts() -> None:
@@ -941,7 +943,7 @@ def test_of_two_enforcing_statements_the_one_that_spares_named_principals_counts
     two_roles = deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": [ROLE + "Admin", ROLE + "Other"]}})
     for both in ((only_users, two_roles), (two_roles, only_users)):
         found = judged(policy(*both), "new-keys-prevented")
-        assert found == audit.Judgement(ENFORCED, (ROLE + "Admin", ROLE + "Other"))
+        assert found == control_of(ENFORCED, (ROLE + "Admin", ROLE + "Other"))
 
 
 @pytest.mark.parametrize(("operator", "verdict"), [("StringLike", ENFORCED), ("ArnLike", PARTIAL)])
@@ -1043,10 +1045,7 @@ PREVENT, FULL = policy(deny(KEY)), policy(ALLOW_ALL)
 
 def controls(*policies: tuple[str, str, str], management: bool = False) -> audit.Control:
     """The control of new keys of an account on PATH, under policies of a name, content and target each."""
-    listed = []
-    for name, content, target in policies:
-        judged = audit.judge_policy(content, "aws", "o-1")
-        listed.append(audit.Policy(f"p-{name}", name, frozenset([target]), judged))
+    listed = [attached(content, target, name=name) for name, content, target in policies]
     return audit.controls_of_account(() if management else PATH, listed)["new-keys-prevented"]
 
 
