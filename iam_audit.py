@@ -2901,40 +2901,32 @@ def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
 
 # === Enforce: what the organization's policies already prevent ===================================
 
-MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
-NEW_API_KEYS_PREVENTED = "new-api-keys-prevented"
 CONTROLS = {
-    MFA_REQUIRED: "console users need MFA to act",
-    NEW_KEYS_PREVENTED: "no new access keys",
-    NEW_API_KEYS_PREVENTED: "no new API keys",
+    "mfa-required": "console users need MFA to act",
+    "new-keys-prevented": "no new access keys",
+    "new-api-keys-prevented": "no new API keys",
 }
-# What the controls prevent; MFA is required for all actions. A reset makes a new secret.
-ACTIONS = {
-    NEW_KEYS_PREVENTED: ("iam:CreateAccessKey",),
-    NEW_API_KEYS_PREVENTED: (
-        "iam:CreateServiceSpecificCredential",
-        "iam:ResetServiceSpecificCredential",
-    ),
-}
+MFA_REQUIRED, NEW_KEYS_PREVENTED, NEW_API_KEYS_PREVENTED = CONTROLS
+# What the other controls prevent. To reset an API key is to get a new one.
+API_KEYS = "iam:CreateServiceSpecificCredential", "iam:ResetServiceSpecificCredential"
+ACTIONS = {NEW_KEYS_PREVENTED: ("iam:CreateAccessKey",), NEW_API_KEYS_PREVENTED: API_KEYS}
 VERDICTS = ("enforced", "not checked", "partial", "absent")  # of several the first one counts
 ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = VERDICTS
-Ids = Sequence[str]  # of an account, its OUs and the root: what policies are attached to
-Names = Mapping[str, str]  # of policies, by ID
 
 
 @dataclass(frozen=True)
 class Control:
     verdict: str  # what a Deny statement does for a control, or what holds in one account
-    policies: Names = field(default_factory=dict)  # what it rests on
+    policies: Mapping[str, str] = field(default_factory=dict)  # what it rests on: names by ID
     exemptions: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()  # one per narrowed statement
     why_not_checked: str | None = None
 
 
 class Policy(NamedTuple):
-    names: Names  # its own
+    names: Mapping[str, str]  # its own, by its ID
     targets: frozenset[str]  # the IDs that it is attached to
-    denials: Sequence[Denial]
+    denials: Mapping[str, Any]  # what each Deny statement does, by control: see judge_policy
     allowed: set[str]  # the actions that an Allow without a condition lets everybody do
 
 
@@ -2946,10 +2938,8 @@ class Enforcement(NamedTuple):
 
 
 async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
-    reading = read_policies(aws, organization.id)
-    policies, why_not = await best_effort("service control policies", reading, [])
-    asking = aws.ask(list_organizations_features)
-    root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
+    policies, why_not = await best_effort(read_policies(aws, organization.id), [])
+    root_managed, root_why_not = await best_effort(aws.ask(list_organizations_features), None)
     if organization.feature_set != "ALL":
         why_not = "the organization has consolidated billing only, and policies need all features"
     elif not why_not and not policies:
@@ -2957,14 +2947,12 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
     return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
 
-async def best_effort(what: str, question: Awaitable[T], otherwise: T) -> tuple[T, str]:
+async def best_effort(question: Awaitable[T], otherwise: T) -> tuple[T, str]:
     """What was read and "", or `otherwise` and why it is not checked: the audit goes on."""
     try:
         return await question, ""
-    except StepFailed as failure:
-        return otherwise, f"{what}: {failure.code}: {failure.message}"
     except Exception as error:
-        return otherwise, f"{what}: {type(error).__name__}"
+        return otherwise, str(error) if isinstance(error, StepFailed) else type(error).__name__
 
 
 async def read_policies(aws: Aws, organization: str) -> list[Policy]:
@@ -2973,13 +2961,12 @@ async def read_policies(aws: Aws, organization: str) -> list[Policy]:
     for policy_id, name in await aws.ask(list_policies):
         try:
             content = await aws.ask(describe_policy, policy_id)
-            targets = await aws.ask(list_targets_for_policy, policy_id)
+            if targets := await aws.ask(list_targets_for_policy, policy_id):
+                judged = judge_policy(content, aws.caller.partition, organization)
+                policies.append(Policy({policy_id: name}, targets, *judged))
         except StepFailed as failure:
             if failure.code != "PolicyNotFoundException":  # deleted since it was listed
                 raise
-        else:
-            judged = judge_policy(content, aws.caller.partition, organization)
-            policies += [Policy({policy_id: name}, targets, *judged)] if targets else []
     return policies
 
 
@@ -2991,7 +2978,7 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
         paths[run.organization.management_account] = ""  # no service control policy applies to it
     why_not = run.enforcement.why_not
     if not why_not:
-        _, why_not = await best_effort("ListParents", read_paths(aws, paths), None)
+        _, why_not = await best_effort(read_paths(aws, paths), None)
     run.enforcement = run.enforcement._replace(why_not=why_not)
     for account_id, path in paths.items():
         ids = None if why_not or path is None else path.split("/")
@@ -2999,8 +2986,7 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
 
 
 async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
-    """Add the paths that ListAccounts did not give, except of accounts that left since then. Each
-    account and OU is asked about once."""
+    """Add the paths that ListAccounts did not give; each account and OU is asked about once."""
     parents = dict[str, str]()
 
     async def read(child_id: str) -> None:
@@ -3014,71 +3000,63 @@ async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
         ids = [account_id]
         while ids[-1] in parents:
             ids.append(parents[ids[-1]])
-        paths[account_id] = "/".join(ids) if ids[-1] else None
+        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
 
 
-def controls_of_account(path: Ids | None, policies: Iterable[Policy]) -> dict[str, Control]:
+def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
     """The controls of the account with this path; not checked if the path is None."""
     if path is None:
         return dict.fromkeys(CONTROLS, Control(NOT_CHECKED))
-    applying = [policy for policy in policies if not policy.targets.isdisjoint(path)]
+    applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
     controls = {}
     for control in CONTROLS:
-        whole = strongest(control, applying)
-        for action in ACTIONS.get(control, ()):
-            closing = without_allow(action, path, applying)
-            if closing and whole.verdict in (PARTIAL, ABSENT):
-                why_not = f"no Allow without a condition lets {action} through"
-                whole = Control(NOT_CHECKED, closing, why_not_checked=why_not)
-        controls[control] = whole
+        denied, closed = strongest(control, applying), without_allow(control, path, applying)
+        controls[control] = denied if denied.verdict == NOT_CHECKED else stronger(denied, closed)
     return controls
 
 
-def without_allow(action: str, path: Ids, applying: Sequence[Policy]) -> Names:
-    """The policies of the first level of the path (root, OU, account) where none lets everybody do
-    this: one of every level has to, or else nobody may. FullAWSAccess was detached there."""
+def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy]) -> Control:
+    """Not checked if at some level of the path (root, OU, account) nothing lets everybody act: one
+    policy of every level has to, or else nobody may. FullAWSAccess was detached there."""
     for level in path:
-        names, allowed = dict[str, str](), False
+        names, closed = dict[str, str](), {*ACTIONS.get(control, ())}
         for policy in applying:
             if level in policy.targets:
                 names.update(policy.names)
-                allowed |= action in policy.allowed
-        if names and not allowed:
-            return names
-    return {}
+                closed -= policy.allowed
+        if names and closed:
+            why = f"no Allow without a condition lets {' or '.join(sorted(closed))} through"
+            return Control(NOT_CHECKED, names, why_not_checked=why)
+    return Control(ABSENT)
 
 
 def strongest(control: str, policies: Iterable[Policy]) -> Control:
-    """What holds where all of these apply. Statements that deny in full the actions that they name
-    may add up to all actions; they need not be of one policy."""
-    whole, in_full = Control(ABSENT), dict[Statement, Control]()
+    """What holds where all of these apply. Full denials of a part of the actions may add up to all
+    actions: of one policy or of several."""
+    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
     for policy in policies:
-        for about, judgement, statement in policy.denials:
-            if about == control:
-                denial = replace(judgement, policies=policy.names)
-                whole = stronger(whole, denial)
-                if statement:
-                    in_full[statement] = denial
+        for judgement, statement in policy.denials.get(control, ()):
+            denial = replace(judgement, policies=policy.names)
+            whole = stronger(whole, denial)
+            if statement:
+                in_full.append(statement)
+                added_up = stronger(added_up, denial)
     if whole.verdict == ENFORCED or undenied(control, in_full):
         return whole
-    return replace(functools.reduce(merged, in_full.values()), verdict=ENFORCED, conditions=())
+    return replace(added_up, verdict=ENFORCED, conditions=())
 
 
 def stronger(one: Control, other: Control) -> Control:
     """What holds where both apply. A principal is free only if every enforcing statement exempts
-    it, so the one with the fewest exemptions tells most. Partial ones add up to partial."""
+    it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
     if one.verdict != other.verdict:
         return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
-    fewest = min(one.exemptions, other.exemptions, key=len)
-    both = merged(one, other)
-    return replace(both, exemptions=fewest) if both.verdict == ENFORCED else both
-
-
-def merged(one: Control, other: Control) -> Control:
-    exemptions = dict.fromkeys(one.exemptions + other.exemptions)
+    exemptions = tuple(dict.fromkeys(one.exemptions + other.exemptions))
+    if one.verdict == ENFORCED:
+        exemptions = min(one.exemptions, other.exemptions, key=len)
     conditions = dict.fromkeys(one.conditions + other.conditions)
     policies = {**one.policies, **other.policies}
-    return Control(one.verdict, policies, tuple(exemptions), tuple(conditions))
+    return Control(one.verdict, policies, exemptions, tuple(conditions))
 
 
 # What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
@@ -3088,12 +3066,10 @@ MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
 Known = Mapping[str, str]  # what every request has of a condition's key, as a pattern
-# The effects that a condition can have on a control
-TESTS_MFA = "holds for a console user without MFA"
-ALWAYS_HOLDS = "holds for everybody whom the control is about"
-NEVER_HOLDS = "holds for nobody whom the control is about"
-EXEMPTS = "holds for everybody except the principals that it names"
-NARROWS = "holds for some, or it is not known for whom"
+# A condition holds for console users without MFA, for everybody whom the control is about, for none
+# of them, for all but those whom it names, or it is not known for whom.
+TESTS_MFA, ALWAYS_HOLDS, NEVER_HOLDS = "tests MFA", "always holds", "never holds"
+EXEMPTS, NARROWS = "exempts", "narrows"
 
 
 class Condition(NamedTuple):
@@ -3112,70 +3088,59 @@ class Statement(NamedTuple):
     conditions: tuple[Condition, ...]
 
 
-# The control, what a Deny statement does for it, and the statement if it denies all that it names
-Denial = tuple[str, Control, Union[Statement, None]]
-
-
-def judge_policy(content: str, partition: str, organization: str) -> tuple[list[Denial], set[str]]:
-    """What the Deny statements do, and the actions that an Allow without a condition lets everybody
-    do. Not checked if the policy is not understood."""
+def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, set[str]]:
+    """By control what each Deny statement does, with the statement if it denies in full what it
+    names; and the actions that an Allow without a condition lets everybody do."""
     known = {ARN: f"arn:{partition}:iam::*:user/*", ORGANIZATION: organization}
     known[REGION] = IAM_REGIONS.get(partition, "")
-    denials, allowed = list[Denial](), set[str]()
+    denials, allowed = dict[str, Any](), set[str]()
     try:
         statements = parse_policy(content)
     except (ValueError, AttributeError, RecursionError):  # the last: JSON nested too deep
-        return [(control, Control(NOT_CHECKED), None) for control in CONTROLS], allowed
+        return dict.fromkeys(CONTROLS, ((Control(NOT_CHECKED), None),)), allowed
     for statement, control in itertools.product(statements, CONTROLS):
-        left = undenied(control, [statement])
-        judgement = judge_statement(statement, control, left, known)
-        if statement.effect == "Allow":
-            if judgement.verdict == ENFORCED and not statement.conditions:
-                allowed.update({*ACTIONS.get(control, ())} - {*left})
-        elif judgement.verdict != ABSENT:
-            in_full = statement if judgement.verdict == ENFORCED else None
-            if left:
-                element, actions = "NotAction", left
-                if control == MFA_REQUIRED and statement.action == "Action":
-                    element, actions = "Action", statement.actions
-                conditions = " and ".join(
-                    (f"{element} {', '.join(actions)}", *judgement.conditions)
-                )
-                judgement = replace(judgement, verdict=PARTIAL, conditions=(conditions,))
-            denials.append((control, judgement, in_full))
+        judgement, in_full = judge_statement(statement, control, known)
+        if statement.effect == "Deny" and judgement.verdict != ABSENT:
+            denials.setdefault(control, []).append((judgement, statement if in_full else None))
+        elif in_full and not statement.conditions:
+            allowed.update({*ACTIONS.get(control, ())} - {*undenied(control, [statement])})
     return denials, allowed
 
 
-def judge_statement(statement: Statement, control: str, left: Ids, known: Known) -> Control:
-    """What a statement does for the actions of the control that it names: enforced, unless its
-    resources or conditions narrow it."""
-    if control in ACTIONS:
-        no_action = left == [*ACTIONS[control]]
-    elif statement.action == "NotAction":
-        no_action = any_covers(statement.actions, "*:*")
-    else:
-        no_action = all(any_covers(MFA_BASICS, name) for name in statement.actions)
-    everywhere, somewhere = reach(statement, known[ARN] if control in ACTIONS else ALL)
+def judge_statement(statement: Statement, control: str, known: Known) -> tuple[Control, bool]:
+    """What a statement does for a control: enforced, unless an element or a condition narrows it;
+    and whether at least all actions that it names are denied in full."""
+    of_mfa, negated = control == MFA_REQUIRED, statement.action == "NotAction"
+    left = undenied(control, [statement])
+    named_none = left == [*ACTIONS.get(control, ())]
+    if of_mfa and negated:
+        named_none = any_covers(statement.actions, "*:*")
+    elif of_mfa:
+        named_none = all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
+    everywhere, somewhere = reach(statement, ALL if of_mfa else known[ARN])
     of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
     exempt = ["root"] if control == NEW_KEYS_PREVENTED and not of_root else []  # has no API keys
     narrowed = [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
-    about = control in ACTIONS
+    about = not of_mfa
     for condition in statement.conditions:
         effect = effect_of(condition, control, known)
-        if effect == NEVER_HOLDS:
-            return Control(ABSENT)
+        somewhere &= effect != NEVER_HOLDS
         about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
         exempt += condition.values if effect == EXEMPTS else ()
         narrowed += [condition.text] if effect == NARROWS else ()
-    if no_action or not somewhere or not about:
-        return Control(ABSENT)
+    if named_none or not somewhere or not about:
+        return Control(ABSENT), False
+    in_full = not narrowed
+    if left and of_mfa and not negated:
+        narrowed.insert(0, f"Action {', '.join(statement.actions)}")
+    elif left:
+        narrowed.insert(0, f"NotAction {', '.join(left)}")
     conditions = (" and ".join(narrowed),) if narrowed else ()
-    return Control(PARTIAL if narrowed else ENFORCED, {}, tuple(exempt), conditions)
+    return Control(PARTIAL if narrowed else ENFORCED, {}, tuple(exempt), conditions), in_full
 
 
 def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
-    """The actions of the control that no statement names; for MFA, patterns for all actions without
-    those of MFA_BASICS."""
+    """The actions that no statement denies; for MFA, patterns of them without MFA_BASICS."""
     if control in ACTIONS:
         left = [*ACTIONS[control]]
         for statement in statements:
@@ -3258,7 +3223,6 @@ ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})\*"
 NO_USER = r"(?s)arn:[^:]*:(iam::[^:]*:(root|role/.*)|sts::[^:]*:assumed-role/.*)"
 NEITHER = r"(?s)arn:[^:]*:(iam::[^:]*:root|sts::[^:]*:assumed-role/.*)"  # user nor role
-NEITHER_TYPE = "Account|FederatedUser|Service"
 # Keys that no CreateAccessKey has: of other services, but for those that go with a role's
 # credentials to every service; of tags to set; of services that call for a resource.
 NEVER_SENT = (
@@ -3279,15 +3243,15 @@ CONDITION_RULES = (
     (BOOL, "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
     (BOOL, BY_AWS, all, FALSE, ALWAYS_HOLDS, ALWAYS_HOLDS),
     (BOOL, BY_AWS, all, TRUE, NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, ORGANIZATION, any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),  # this organization's
+    # This organization's; does an ARN operator take *?
+    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),
     (UNEQUAL, ORGANIZATION, any, re.escape(ALL), NEVER_HOLDS, NEVER_HOLDS),
     (EQUALS, TYPE, any, "User", ALWAYS_HOLDS, NARROWS),
-    (EQUALS, TYPE, all, NEITHER_TYPE, NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, all, f"{NEITHER_TYPE}|AssumedRole", NEVER_HOLDS, NARROWS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service", NEVER_HOLDS, NEVER_HOLDS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", NEVER_HOLDS, NARROWS),
     (UNEQUAL, TYPE, any, "User", NEVER_HOLDS, NARROWS),
     (UNEQUAL, TYPE, all, "Service", ALWAYS_HOLDS, ALWAYS_HOLDS),
     (LIKE_ARN, ARN, any, re.escape(ANY_USER), ALWAYS_HOLDS, NARROWS),
-    (EQUALS, ARN, any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),  # does an ARN operator take *?
     (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, NEVER_HOLDS, NEVER_HOLDS),
     (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, NEVER_HOLDS, NARROWS),
     (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), NEVER_HOLDS, NARROWS),
@@ -3300,8 +3264,7 @@ CONDITION_RULES = (
     (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, NEVER_HOLDS),
     ("null", NEVER_SENT, all, FALSE, NARROWS, NEVER_HOLDS),
 )
-# Without Like a string operator takes * and ? literally. An assumed role's aws:PrincipalArn is the
-# role's.
+# Without Like, * and ? stand for themselves. An assumed role's aws:PrincipalArn is the role's.
 MATCHES_NOBODY = re.compile(
     r"(?s)\S*string(not)?equals(ifexists)? \S* [^$]*[*?][^$]*|"
     rf"{UNLIKE_ARN} {ARN} arn:[^:]*:sts::[^:]*:assumed-role/.*")  # fmt: skip
@@ -3315,9 +3278,14 @@ def parse_policy(content: str) -> list[Statement]:
     for members in listed if isinstance(listed, list) else [listed]:
         if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
             raise ValueError("not a statement of a service control policy")
-        elements = *parse_element(members, "Action"), *parse_element(members, "Resource")
+        elements: Any = [members["Effect"]]
+        for name, negated in (("Action", "NotAction"), ("Resource", "NotResource")):
+            given = [each for each in (name, negated) if members.get(each, []) != []]
+            if len(given) != 1:
+                raise ValueError(f"not exactly one of {name} and {negated}")
+            elements += given[0], texts(members[given[0]])
         conditions = parse_conditions(members.get("Condition", {}))
-        statements.append(Statement(members["Effect"], *elements, conditions))
+        statements.append(Statement._make((*elements, conditions)))
     return statements
 
 
@@ -3326,14 +3294,6 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name occurs twice in an object")
     return dict(pairs)
-
-
-def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str, ...]]:
-    """The name and values of this element or of its negation: a statement has one of the two."""
-    given = [each for each in (name, f"Not{name}") if members.get(each, []) != []]
-    if len(given) != 1:
-        raise ValueError(f"not exactly one of {name} and Not{name}")
-    return given[0], texts(members[given[0]])
 
 
 def parse_conditions(block: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
@@ -4027,18 +3987,25 @@ DOCUMENTS = {
 }
 DEFAULT_ROLE = "IAMAuditRole"
 SCP_LONGEST = 10_240  # characters, including white space
+# The caller's reads that IAM can limit: the Sid of their statement, and the ARNs
+SCPS = "arn:*:organizations::*:policy/*service_control_policy/*"
+LIMITED_READS = {
+    **dict.fromkeys(POLICY_READS, ("ReadPolicies", SCPS)),
+    "organizations:DescribeOrganizationalUnit": ("ReadOUs", "arn:*:organizations::*:ou/*"),
+}
+NEW_KEYS = (
+    "iam:CreateAccessKey", "iam:CreateServiceSpecificCredential",
+    "iam:ResetServiceSpecificCredential", "iam:UploadSigningCertificate",
+    "iam:UploadSSHPublicKey")  # fmt: skip
+NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    scps = "arn:*:organizations::*:policy/*service_control_policy/*"
-    role_policy = policy_of(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
+    reads = statement("Allow", "ReadIAM", ROLE_READS)
+    role_policy = policy_of(reads, statement("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
     documents = {
-        "caller-policy": policy_of(
-            allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
-            allow("ReadPolicies", POLICY_READS, scps),
-            allow("AssumeAuditRole", ["sts:AssumeRole"], f"arn:*:iam::*:role/{role}"),
-        ),
+        "caller-policy": caller_policy(role),
         "role-policy": role_policy,
         "role-trust": policy_of(grant({"AWS": "111122223333"}, "sts:AssumeRole")),  # AWS's example
         "role-template": role_template(role, role_policy),
@@ -4047,6 +4014,16 @@ def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[s
         "alert-rule": alert_rule(),
     }
     return json.dumps(documents[name], indent=2) + "\n"
+
+
+def caller_policy(role: str) -> dict[str, Any]:
+    statements = dict[str, dict[str, Any]]()
+    for read in CALLER_READS:
+        sid, arns = LIMITED_READS.get(read, ("ReadOrganization", "*"))
+        statements.setdefault(sid, statement("Allow", sid, (), arns))["Action"].append(read)
+    role_arn = f"arn:*:iam::*:role/{role}"
+    assume = statement("Allow", "AssumeAuditRole", ["sts:AssumeRole"], role_arn)
+    return policy_of(*statements.values(), assume)
 
 
 def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
@@ -4059,38 +4036,23 @@ def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
     properties = {
         "RoleName": {"Ref": "RoleName"},
         "Path": f"{path}/",
-        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
+        "Description": "Read by iam_audit.py: users, their credentials and MFA devices",
         "AssumeRolePolicyDocument": trust,
         "Policies": [{"PolicyName": "iam-audit", "PolicyDocument": role_policy}],
     }
-    id_pattern = r"([\w+=,.@:/-]{2,1224})?"
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
             "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
             "AuditingAccountId": parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": parameter("Value of --external-id, if any", id_pattern, Default=""),
+            "ExternalId": parameter(
+                "--external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
+            ),
         },
         "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
         "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
     }
-
-
-NEW_KEYS = (
-    "iam:CreateAccessKey",
-    "iam:CreateServiceSpecificCredential",
-    "iam:ResetServiceSpecificCredential",
-    "iam:UploadSigningCertificate",
-    "iam:UploadSSHPublicKey",
-)
-NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
-ALERTS = (
-    "CreateAccessKey",
-    "CreateLoginProfile",
-    "CreateServiceSpecificCredential",
-    "DeactivateMFADevice",
-)
 
 
 def scp_require_mfa() -> dict[str, Any]:
@@ -4108,31 +4070,31 @@ def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
     root's password with iam:CreateLoginProfile too."""
     exempt = [f"arn:*:iam::*:role/{role}" for role in exempt_roles]
     condition = {"Condition": {"ArnNotLike": {"aws:PrincipalArn": exempt}}} if exempt else {}
-    return policy_of(
-        {**deny("DenyNewKeys", NEW_KEYS), **condition},
-        {**deny("DenyNewPasswords", NEW_PASSWORDS, "arn:*:iam::*:user/*"), **condition},
-    )
+    passwords = statement("Deny", "DenyNewPasswords", NEW_PASSWORDS, "arn:*:iam::*:user/*")
+    keys = statement("Deny", "DenyNewKeys", NEW_KEYS)
+    return policy_of({**keys, **condition}, {**passwords, **condition})
 
 
 def alert_rule() -> dict[str, Any]:
     """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each event."""
-    topic = {"Ref": "Topic"}
-    email = {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
+    topic, email = {"Ref": "Topic"}, {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
     # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
     publish = grant({"Service": "events.amazonaws.com"}, "sns:Publish", Resource=topic)
     policy = {"Topics": [topic], "PolicyDocument": policy_of(publish)}
-    succeeded = {
+    actions = (*NEW_KEYS, *NEW_PASSWORDS, "iam:DeactivateMFADevice")
+    detail = {
         "eventSource": ["iam.amazonaws.com"],
-        "eventName": list(ALERTS),
+        "eventName": [action.removeprefix("iam:") for action in actions],
         "errorCode": [{"exists": False}],
     }
-    cloudtrail = ["AWS API Call via CloudTrail"]
-    pattern = {"source": ["aws.iam"], "detail-type": cloudtrail, "detail": succeeded}
-    rule = {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]}
+    pattern = {"source": ["aws.iam"], "detail-type": ["AWS API Call via CloudTrail"]}
+    rule = {
+        "EventPattern": {**pattern, "detail": detail},
+        "Targets": [{"Id": "Topic", "Arn": topic}],
+    }
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "A message when an access key, password or API key is created or MFA is "
-        "deactivated (for us-east-1)",
+        "Description": "A message for each new credential or MFA deactivation (for us-east-1)",
         "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
             "Topic": {"Type": "AWS::SNS::Topic", "Properties": {"Subscription": [email]}},
@@ -4150,14 +4112,10 @@ def policy_of(*statements: Mapping[str, Any]) -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
 
-def allow(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
-    """A statement. IAM's reads of a user are allowed on * because a user who was just deleted has
-    no ARN: IAM would answer AccessDenied where the audit expects NoSuchEntity."""
-    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resources}
-
-
-def deny(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
-    return {"Sid": sid, "Effect": "Deny", "Action": list(actions), "Resource": resources}
+def statement(effect: str, sid: str, actions: Iterable[str], arns: str = "*") -> dict[str, Any]:
+    """IAM's reads of a user are allowed on * because a user who was just deleted has no ARN: IAM
+    would answer AccessDenied where the audit expects NoSuchEntity."""
+    return {"Sid": sid, "Effect": effect, "Action": list(actions), "Resource": arns}
 
 
 def grant(principal: Mapping[str, Any], action: str, **more: Any) -> dict[str, Any]:
