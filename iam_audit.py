@@ -3430,178 +3430,162 @@ def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
 
 # === Enforce: what the organization's policies already prevent ===================================
 
-MFA_REQUIRED, NEW_KEYS_PREVENTED = "mfa-required", "new-keys-prevented"
-CONTROLS = {MFA_REQUIRED: "console users need MFA to act", NEW_KEYS_PREVENTED: "no new access keys"}
-ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
-VERDICTS = (ENFORCED, NOT_CHECKED, PARTIAL, ABSENT)  # where several apply, the first one counts
-# FullAWSAccess was detached: then what no policy allows is denied
-NO_ALLOW = "no Allow without a condition lets iam:CreateAccessKey through"
-
-
-class Judgement(NamedTuple):
-    verdict: str  # what a statement or policy does for a control
-    exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()  # one per narrowed statement
-
-
-class Judged(NamedTuple):
-    judgements: Mapping[str, Judgement]  # by control
-    allows_new_keys: bool  # whether an Allow without a condition lets everybody create them
-
-
-class Policy(NamedTuple):
-    id: str
-    name: str
-    targets: frozenset[str]  # the IDs that it is attached to
-    judged: Judged
+CONTROLS = {
+    "mfa-required": "console users need MFA to act",
+    "new-keys-prevented": "no new access keys",
+    "new-api-keys-prevented": "no new API keys",
+}
+MFA_REQUIRED, NEW_KEYS_PREVENTED, NEW_API_KEYS_PREVENTED = CONTROLS
+# What the other controls prevent. To reset an API key is to get a new one.
+API_KEYS = "iam:CreateServiceSpecificCredential", "iam:ResetServiceSpecificCredential"
+ACTIONS = {NEW_KEYS_PREVENTED: ("iam:CreateAccessKey",), NEW_API_KEYS_PREVENTED: API_KEYS}
+VERDICTS = ("enforced", "not checked", "partial", "absent")  # of several the first one counts
+ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = VERDICTS
 
 
 @dataclass(frozen=True)
 class Control:
-    verdict: str  # what holds in one account
-    policies: Mapping[str, str]  # what it rests on: the policies' names by ID
+    verdict: str  # what a Deny statement does for a control, or what holds in one account
+    policies: Mapping[str, str] = field(default_factory=dict)  # what it rests on: names by ID
     exemptions: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()  # one per narrowed statement
     why_not_checked: str | None = None
 
 
+class Policy(NamedTuple):
+    names: Mapping[str, str]  # its own, by its ID
+    targets: frozenset[str]  # the IDs that it is attached to
+    denials: Mapping[str, Any]  # what each Deny statement does, by control: see judge_policy
+    allowed: set[str]  # the actions that an Allow without a condition lets everybody do
+
+
 class Enforcement(NamedTuple):
-    judged: tuple[Policy, ...] = ()
+    policies: tuple[Policy, ...] = ()
     why_not: str = ""  # why the policies are not known
     root_credentials_managed: bool | None = None
     root_why_not: str = ""
 
 
 async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
-    policies, why_not = await best_effort(
-        "service control policies", read_policies(aws, organization.id), []
-    )
-    asking = aws.ask(list_organizations_features)
-    root_managed, root_why_not = await best_effort("ListOrganizationsFeatures", asking, None)
+    policies, why_not = await best_effort(read_policies(aws, organization.id), [])
+    root_managed, root_why_not = await best_effort(aws.ask(list_organizations_features), None)
     if organization.feature_set != "ALL":
         why_not = "the organization has consolidated billing only, and policies need all features"
-    elif not why_not and not any(policy.targets for policy in policies):
+    elif not why_not and not policies:
         why_not = "service control policies are off: none is attached, not even FullAWSAccess"
     return Enforcement(tuple(policies), why_not, root_managed, root_why_not)
 
 
-async def best_effort(what: str, question: Awaitable[T], otherwise: T) -> tuple[T, str]:
+async def best_effort(question: Awaitable[T], otherwise: T) -> tuple[T, str]:
     """What was read and "", or `otherwise` and why it is not checked: the audit goes on."""
     try:
         return await question, ""
-    except StepFailed as failure:
-        return otherwise, f"{what}: {failure.code}: {failure.message}"
     except Exception as error:
-        return otherwise, f"{what}: {type(error).__name__}"
+        return otherwise, str(error) if isinstance(error, StepFailed) else type(error).__name__
 
 
 async def read_policies(aws: Aws, organization: str) -> list[Policy]:
+    """The policies that are attached somewhere."""
     policies = []
     for policy_id, name in await aws.ask(list_policies):
         try:
             content = await aws.ask(describe_policy, policy_id)
-            targets = await aws.ask(list_targets_for_policy, policy_id)
+            if targets := await aws.ask(list_targets_for_policy, policy_id):
+                judged = judge_policy(content, aws.caller.partition, organization)
+                policies.append(Policy({policy_id: name}, targets, *judged))
         except StepFailed as failure:
             if failure.code != "PolicyNotFoundException":  # deleted since it was listed
                 raise
-        else:
-            judged = judge_policy(content, aws.caller.partition, organization)
-            policies.append(Policy(policy_id, name, targets, judged))
     return policies
 
 
 async def apply_enforcement(aws: Aws, run: Run) -> None:
     """Decide the controls of each account, audited or failed."""
     everyone: list[Any] = [*run.audited, *run.failed]
-    management, unknown = run.organization.management_account, []
-    for one in everyone:
-        if one.account.path is None and one.account.id != management:
-            unknown.append(one.account.id)
-    why_not, parents = run.enforcement.why_not, dict[str, str]()
+    paths = {one.account.id: one.account.path for one in everyone}
+    if run.organization.management_account in paths:
+        paths[run.organization.management_account] = ""  # no service control policy applies to it
+    why_not = run.enforcement.why_not
     if not why_not:
-        parents, why_not = await best_effort("ListParents", read_parents(aws, unknown), parents)
+        _, why_not = await best_effort(read_paths(aws, paths), None)
     run.enforcement = run.enforcement._replace(why_not=why_not)
-    for one in everyone:
-        path = None if why_not else path_of(one.account, management, parents)
-        run.controls[one.account.id] = controls_of_account(path, run.enforcement.judged)
+    for account_id, path in paths.items():
+        ids = None if why_not or path is None else path.split("/")
+        run.controls[account_id] = controls_of_account(ids, run.enforcement.policies)
 
 
-async def read_parents(aws: Aws, account_ids: Sequence[str]) -> dict[str, str]:
-    """What is above these accounts, up to the root; each account and OU is asked about once."""
-    parents: dict[str, str] = {}
+async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
+    """Add the paths that ListAccounts did not give; each account and OU is asked about once."""
+    parents = dict[str, str]()
 
     async def read(child_id: str) -> None:
         parents[child_id] = await aws.ask(list_parents, child_id)
 
-    level = account_ids
+    level = unknown = [account_id for account_id, path in paths.items() if path is None]
     while level:
         await side_by_side(PARENTS_AT_ONCE, level, read)
         level = sorted({up for up in parents.values() if up.startswith("ou-")} - parents.keys())
-    return parents
-
-
-def path_of(account: Account, management: str, parents: Mapping[str, str]) -> Sequence[str] | None:
-    """The IDs of the account, its OUs and the root; None if it left since it was listed."""
-    if account.id == management:
-        return ()  # no service control policy applies to it
-    if account.path is not None:
-        return account.path.split("/")
-    ids = [account.id]
-    while ids[-1] and not ids[-1].startswith("r-"):
-        ids.append(parents[ids[-1]])
-    return ids if ids[-1] else None
+    for account_id in unknown:
+        ids = [account_id]
+        while ids[-1] in parents:
+            ids.append(parents[ids[-1]])
+        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
 
 
 def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
     """The controls of the account with this path; not checked if the path is None."""
     if path is None:
-        return dict.fromkeys(CONTROLS, Control(NOT_CHECKED, {}))
+        return dict.fromkeys(CONTROLS, Control(NOT_CHECKED))
     applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
     controls = {}
     for control in CONTROLS:
-        whole = strongest([policy.judged.judgements[control] for policy in applying])
-        names = {}
-        for policy in applying:
-            if policy.judged.judgements[control].verdict == whole.verdict != ABSENT:
-                names[policy.id] = policy.name
-        controls[control] = Control(whole.verdict, names, whole.exemptions, whole.conditions)
-    closing = without_allow(path, applying)
-    if closing and controls[NEW_KEYS_PREVENTED].verdict in (PARTIAL, ABSENT):
-        controls[NEW_KEYS_PREVENTED] = Control(NOT_CHECKED, closing, why_not_checked=NO_ALLOW)
+        denied, closed = strongest(control, applying), without_allow(control, path, applying)
+        controls[control] = denied if denied.verdict == NOT_CHECKED else stronger(denied, closed)
     return controls
 
 
-def without_allow(path: Sequence[str], applying: Sequence[Policy]) -> dict[str, str]:
-    """The policies, by ID, of the first level of the path (root, OU, account) where none lets
-    everybody create access keys: one of every level has to, or else nobody may."""
+def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy]) -> Control:
+    """Not checked if at some level of the path (root, OU, account) nothing lets everybody act: one
+    policy of every level has to, or else nobody may. FullAWSAccess was detached there."""
     for level in path:
-        names, allowed = dict[str, str](), False
+        names, closed = dict[str, str](), {*ACTIONS.get(control, ())}
         for policy in applying:
             if level in policy.targets:
-                names[policy.id] = policy.name
-                allowed |= policy.judged.allows_new_keys
-        if names and not allowed:
-            return names
-    return {}
+                names.update(policy.names)
+                closed -= policy.allowed
+        if names and closed:
+            why = f"no Allow without a condition lets {' or '.join(sorted(closed))} through"
+            return Control(NOT_CHECKED, names, why_not_checked=why)
+    return Control(ABSENT)
 
 
-def strongest(judgements: Sequence[Judgement]) -> Judgement:
-    """What holds where all of these apply. A principal is free only if every enforcing one exempts
+def strongest(control: str, policies: Iterable[Policy]) -> Control:
+    """What holds where all of these apply. Full denials of a part of the actions may add up to all
+    actions: of one policy or of several."""
+    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
+    for policy in policies:
+        for judgement, statement in policy.denials.get(control, ()):
+            denial = replace(judgement, policies=policy.names)
+            whole = stronger(whole, denial)
+            if statement:
+                in_full.append(statement)
+                added_up = stronger(added_up, denial)
+    if whole.verdict == ENFORCED or undenied(control, in_full):
+        return whole
+    return replace(added_up, verdict=ENFORCED, conditions=())
+
+
+def stronger(one: Control, other: Control) -> Control:
+    """What holds where both apply. A principal is free only if every enforcing statement exempts
     it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
-    verdict = min((each.verdict for each in judgements), key=VERDICTS.index, default=ABSENT)
-    same = [each for each in judgements if each.verdict == verdict]
-    if verdict == ENFORCED:
-        return min(same, key=lambda one: len(one.exemptions))
-    return together(verdict, same)
-
-
-def together(verdict: str, judgements: Iterable[Judgement]) -> Judgement:
-    """The judgements as one: the exemptions and conditions of all, once each."""
-    exemptions, conditions = dict[str, None](), dict[str, None]()
-    for each in judgements:
-        exemptions.update(dict.fromkeys(each.exemptions))
-        conditions.update(dict.fromkeys(each.conditions))
-    return Judgement(verdict, tuple(exemptions), tuple(conditions))
+    if one.verdict != other.verdict:
+        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
+    exemptions = tuple(dict.fromkeys(one.exemptions + other.exemptions))
+    if one.verdict == ENFORCED:
+        exemptions = min(one.exemptions, other.exemptions, key=len)
+    conditions = dict.fromkeys(one.conditions + other.conditions)
+    policies = {**one.policies, **other.policies}
+    return Control(one.verdict, policies, exemptions, tuple(conditions))
 
 
 # What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
@@ -3611,12 +3595,10 @@ MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
 Known = Mapping[str, str]  # what every request has of a condition's key, as a pattern
-# The effects that a condition can have on a control
-TESTS_MFA = "holds for a console user without MFA"
-ALWAYS_HOLDS = "holds for everybody whom the control is about"
-NEVER_HOLDS = "holds for nobody whom the control is about"
-EXEMPTS = "holds for everybody except the principals that it names"
-NARROWS = "holds for some, or it is not known for whom"
+# A condition holds for console users without MFA, for everybody whom the control is about, for none
+# of them, for all but those whom it names, or it is not known for whom.
+TESTS_MFA, ALWAYS_HOLDS, NEVER_HOLDS = "tests MFA", "always holds", "never holds"
+EXEMPTS, NARROWS = "exempts", "narrows"
 
 
 class Condition(NamedTuple):
@@ -3635,47 +3617,65 @@ class Statement(NamedTuple):
     conditions: tuple[Condition, ...]
 
 
-def judge_policy(content: str, partition: str, organization: str) -> Judged:
-    """What the Deny statements do for each control: not checked if the policy is not understood."""
+def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, set[str]]:
+    """By control what each Deny statement does, with the statement if it denies in full what it
+    names; and the actions that an Allow without a condition lets everybody do."""
     known = {ARN: f"arn:{partition}:iam::*:user/*", ORGANIZATION: organization}
     known[REGION] = IAM_REGIONS.get(partition, "")
+    denials, allowed = dict[str, Any](), set[str]()
     try:
         statements = parse_policy(content)
     except (ValueError, AttributeError, RecursionError):  # the last: JSON nested too deep
-        return Judged(dict.fromkeys(CONTROLS, Judgement(NOT_CHECKED)), allows_new_keys=False)
-    on_mfa, on_new_keys, allows = list[Judgement](), list[Judgement](), False
-    in_part = dict[Statement, Judgement]()  # full denials of the actions that they name
-    for statement in statements:
-        judgement = judge_new_keys(statement, known)
-        if statement.effect == "Allow":
-            allows |= judgement.verdict == ENFORCED and not statement.conditions
-            continue
-        on_new_keys.append(judgement)
-        on_mfa.append(judge_mfa(statement, undenied([statement]), known))
-        judgement = judge_mfa(statement, (), known)
-        if judgement.verdict == ENFORCED:
-            in_part[statement] = judgement
-    if not undenied(in_part):
-        on_mfa.append(together(ENFORCED, in_part.values()))
-    controls = {MFA_REQUIRED: strongest(on_mfa), NEW_KEYS_PREVENTED: strongest(on_new_keys)}
-    return Judged(controls, allows)
+        return dict.fromkeys(CONTROLS, ((Control(NOT_CHECKED), None),)), allowed
+    for statement, control in itertools.product(statements, CONTROLS):
+        judgement, in_full = judge_statement(statement, control, known)
+        if statement.effect == "Deny" and judgement.verdict != ABSENT:
+            denials.setdefault(control, []).append((judgement, statement if in_full else None))
+        elif in_full and not statement.conditions:
+            allowed.update({*ACTIONS.get(control, ())} - {*undenied(control, [statement])})
+    return denials, allowed
 
 
-def judge_mfa(statement: Statement, left: Sequence[str], known: Known) -> Judgement:
-    """Whether a Deny statement keeps console users without MFA from all actions but `left`."""
-    negated, everywhere = statement.action == "NotAction", "*" in statement.resources
-    set_up_only = all(any_covers(MFA_BASICS, name) for name in statement.actions)
-    no_action = any_covers(statement.actions, "*:*") if negated else set_up_only
-    if no_action or (everywhere and statement.resource == "NotResource"):
-        return Judgement(ABSENT)
-    shown = ", ".join(left if negated else statement.actions)
-    narrowed = [f"{statement.action} {shown}"] if left else []
-    narrowed += [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
-    return judge_conditions(MFA_REQUIRED, statement, known, [], narrowed)
+def judge_statement(statement: Statement, control: str, known: Known) -> tuple[Control, bool]:
+    """What a statement does for a control: enforced, unless an element or a condition narrows it;
+    and whether at least all actions that it names are denied in full."""
+    of_mfa, negated = control == MFA_REQUIRED, statement.action == "NotAction"
+    left = undenied(control, [statement])
+    named_none = left == [*ACTIONS.get(control, ())]
+    if of_mfa and negated:
+        named_none = any_covers(statement.actions, "*:*")
+    elif of_mfa:
+        named_none = all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
+    everywhere, somewhere = reach(statement, ALL if of_mfa else known[ARN])
+    of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
+    exempt = ["root"] if control == NEW_KEYS_PREVENTED and not of_root else []  # has no API keys
+    narrowed = [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
+    about = not of_mfa
+    for condition in statement.conditions:
+        effect = effect_of(condition, control, known)
+        somewhere &= effect != NEVER_HOLDS
+        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
+        exempt += condition.values if effect == EXEMPTS else ()
+        narrowed += [condition.text] if effect == NARROWS else ()
+    if named_none or not somewhere or not about:
+        return Control(ABSENT), False
+    in_full = not narrowed
+    if left and of_mfa and not negated:
+        narrowed.insert(0, f"Action {', '.join(statement.actions)}")
+    elif left:
+        narrowed.insert(0, f"NotAction {', '.join(left)}")
+    conditions = (" and ".join(narrowed),) if narrowed else ()
+    return Control(PARTIAL if narrowed else ENFORCED, {}, tuple(exempt), conditions), in_full
 
 
-def undenied(statements: Iterable[Statement]) -> list[str]:
-    """Patterns for all actions that no statement denies, without those of MFA_BASICS."""
+def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
+    """The actions that no statement denies; for MFA, patterns of them without MFA_BASICS."""
+    if control in ACTIONS:
+        left = [*ACTIONS[control]]
+        for statement in statements:
+            negated = statement.action == "NotAction"
+            left = [each for each in left if any_covers(statement.actions, each) == negated]
+        return left
     denied, left, services = [*MFA_BASICS], ["*:*"], {"*"}
     for statement in statements:
         denied += statement.actions if statement.action == "Action" else ()
@@ -3690,18 +3690,6 @@ def undenied(statements: Iterable[Statement]) -> list[str]:
     return [] if any_covers(denied, "*:*") else left
 
 
-def judge_new_keys(statement: Statement, known: Known) -> Judgement:
-    """Whether a Deny statement keeps everybody from creating access keys for IAM users."""
-    denied = any_covers(statement.actions, "iam:CreateAccessKey") == (statement.action == "Action")
-    all_users, some_users = reach(statement, known[ARN])
-    if not denied or not some_users:
-        return Judgement(ABSENT)
-    of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
-    narrowed = [] if all_users else [f"{statement.resource} {', '.join(statement.resources)}"]
-    exemptions = [] if of_root else ["root"]
-    return judge_conditions(NEW_KEYS_PREVENTED, statement, known, exemptions, narrowed)
-
-
 def reach(statement: Statement, arns: str) -> tuple[bool, bool]:
     """Whether a statement is about all resources with these ARNs; whether it may be about some."""
     whole, part, kind = False, False, arns.split(":", 5)[-1].rstrip("*")
@@ -3710,26 +3698,8 @@ def reach(statement: Statement, arns: str) -> tuple[bool, bool]:
         start = re.split(r"[*$]", segments[-1])[0][: len(kind)]
         of_iam = all(map(covers, segments[:4], arns.split(":")))  # in any account
         whole |= pattern == "*" or covers(pattern, arns)
-        part |= len(segments) < 6 or (of_iam and covers(start, kind[: len(start)]))
+        part |= arns == ALL or len(segments) < 6 or (of_iam and covers(start, kind[: len(start)]))
     return (whole, part) if statement.resource == "Resource" else (not part, not whole)
-
-
-def judge_conditions(
-    control: str, statement: Statement, known: Known, exemptions: list[str], narrowed: list[str]
-) -> Judgement:
-    """Enforced, unless a condition narrows the statement or other elements have `narrowed` it."""
-    about = control == NEW_KEYS_PREVENTED
-    for condition in statement.conditions:
-        effect = effect_of(condition, control, known)
-        if effect == NEVER_HOLDS:
-            return Judgement(ABSENT)
-        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
-        exemptions += condition.values if effect == EXEMPTS else ()
-        narrowed += [condition.text] if effect == NARROWS else ()
-    if not about:
-        return Judgement(ABSENT)
-    conditions = (" and ".join(narrowed),) if narrowed else ()
-    return Judgement(PARTIAL if narrowed else ENFORCED, tuple(exemptions), conditions)
 
 
 def effect_of(condition: Condition, control: str, known: Known) -> str:
@@ -3740,8 +3710,8 @@ def effect_of(condition: Condition, control: str, known: Known) -> str:
     for index, value in enumerate(values):
         if everybody and covers(value, everybody):
             values[index] = ANY_USER if condition.key == ARN else ALL
-    for operator, key, quantifier, value, on_mfa, on_new_keys in CONDITION_RULES:
-        effect = on_mfa if control == MFA_REQUIRED else on_new_keys
+    for operator, key, quantifier, value, on_mfa, on_new in CONDITION_RULES:
+        effect = on_mfa if control == MFA_REQUIRED else on_new
         about = all(map(re.fullmatch, (operator, key), (condition.operator, condition.key)))
         if effect != NARROWS and about and quantifier(map(re.compile(value).fullmatch, values)):
             return effect
@@ -3782,7 +3752,6 @@ ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})\*"
 NO_USER = r"(?s)arn:[^:]*:(iam::[^:]*:(root|role/.*)|sts::[^:]*:assumed-role/.*)"
 NEITHER = r"(?s)arn:[^:]*:(iam::[^:]*:root|sts::[^:]*:assumed-role/.*)"  # user nor role
-NEITHER_TYPE = "Account|FederatedUser|Service"
 # Keys that no CreateAccessKey has: of other services, but for those that go with a role's
 # credentials to every service; of tags to set; of services that call for a resource.
 NEVER_SENT = (
@@ -3803,15 +3772,15 @@ CONDITION_RULES = (
     (BOOL, "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
     (BOOL, BY_AWS, all, FALSE, ALWAYS_HOLDS, ALWAYS_HOLDS),
     (BOOL, BY_AWS, all, TRUE, NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, ORGANIZATION, any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),  # this organization's
+    # This organization's; does an ARN operator take *?
+    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),
     (UNEQUAL, ORGANIZATION, any, re.escape(ALL), NEVER_HOLDS, NEVER_HOLDS),
     (EQUALS, TYPE, any, "User", ALWAYS_HOLDS, NARROWS),
-    (EQUALS, TYPE, all, NEITHER_TYPE, NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, all, f"{NEITHER_TYPE}|AssumedRole", NEVER_HOLDS, NARROWS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service", NEVER_HOLDS, NEVER_HOLDS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", NEVER_HOLDS, NARROWS),
     (UNEQUAL, TYPE, any, "User", NEVER_HOLDS, NARROWS),
     (UNEQUAL, TYPE, all, "Service", ALWAYS_HOLDS, ALWAYS_HOLDS),
     (LIKE_ARN, ARN, any, re.escape(ANY_USER), ALWAYS_HOLDS, NARROWS),
-    (EQUALS, ARN, any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),  # does an ARN operator take *?
     (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, NEVER_HOLDS, NEVER_HOLDS),
     (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, NEVER_HOLDS, NARROWS),
     (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), NEVER_HOLDS, NARROWS),
@@ -3824,8 +3793,7 @@ CONDITION_RULES = (
     (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, NEVER_HOLDS),
     ("null", NEVER_SENT, all, FALSE, NARROWS, NEVER_HOLDS),
 )
-# Without Like a string operator takes * and ? literally. An assumed role's aws:PrincipalArn is the
-# role's.
+# Without Like, * and ? stand for themselves. An assumed role's aws:PrincipalArn is the role's.
 MATCHES_NOBODY = re.compile(
     r"(?s)\S*string(not)?equals(ifexists)? \S* [^$]*[*?][^$]*|"
     rf"{UNLIKE_ARN} {ARN} arn:[^:]*:sts::[^:]*:assumed-role/.*")  # fmt: skip
@@ -3839,9 +3807,14 @@ def parse_policy(content: str) -> list[Statement]:
     for members in listed if isinstance(listed, list) else [listed]:
         if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
             raise ValueError("not a statement of a service control policy")
-        elements = *parse_element(members, "Action"), *parse_element(members, "Resource")
+        elements: Any = [members["Effect"]]
+        for name, negated in (("Action", "NotAction"), ("Resource", "NotResource")):
+            given = [each for each in (name, negated) if members.get(each, []) != []]
+            if len(given) != 1:
+                raise ValueError(f"not exactly one of {name} and {negated}")
+            elements += given[0], texts(members[given[0]])
         conditions = parse_conditions(members.get("Condition", {}))
-        statements.append(Statement(members["Effect"], *elements, conditions))
+        statements.append(Statement._make((*elements, conditions)))
     return statements
 
 
@@ -3850,14 +3823,6 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name occurs twice in an object")
     return dict(pairs)
-
-
-def parse_element(members: Mapping[str, Any], name: str) -> tuple[str, tuple[str, ...]]:
-    """The name and values of this element or of its negation: a statement has one of the two."""
-    given = [each for each in (name, f"Not{name}") if members.get(each, []) != []]
-    if len(given) != 1:
-        raise ValueError(f"not exactly one of {name} and Not{name}")
-    return given[0], texts(members[given[0]])
 
 
 def parse_conditions(block: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
@@ -4582,18 +4547,25 @@ DOCUMENTS = {
 }
 DEFAULT_ROLE = "IAMAuditRole"
 SCP_LONGEST = 10_240  # characters, including white space
+# The caller's reads that IAM can limit: the Sid of their statement, and the ARNs
+SCPS = "arn:*:organizations::*:policy/*service_control_policy/*"
+LIMITED_READS = {
+    **dict.fromkeys(POLICY_READS, ("ReadPolicies", SCPS)),
+    "organizations:DescribeOrganizationalUnit": ("ReadOUs", "arn:*:organizations::*:ou/*"),
+}
+NEW_KEYS = (
+    "iam:CreateAccessKey", "iam:CreateServiceSpecificCredential",
+    "iam:ResetServiceSpecificCredential", "iam:UploadSigningCertificate",
+    "iam:UploadSSHPublicKey")  # fmt: skip
+NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
 
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    scps = "arn:*:organizations::*:policy/*service_control_policy/*"
-    role_policy = policy_of(allow("ReadIAM", ROLE_READS), allow("ReadCloudTrail", CLOUDTRAIL_READS))
+    reads = statement("Allow", "ReadIAM", ROLE_READS)
+    role_policy = policy_of(reads, statement("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
     documents = {
-        "caller-policy": policy_of(
-            allow("ReadOrganization", [read for read in CALLER_READS if read not in POLICY_READS]),
-            allow("ReadPolicies", POLICY_READS, scps),
-            allow("AssumeAuditRole", ["sts:AssumeRole"], f"arn:*:iam::*:role/{role}"),
-        ),
+        "caller-policy": caller_policy(role),
         "role-policy": role_policy,
         "role-trust": policy_of(grant({"AWS": "111122223333"}, "sts:AssumeRole")),  # AWS's example
         "role-template": role_template(role, role_policy),
@@ -4602,6 +4574,16 @@ def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[s
         "alert-rule": alert_rule(),
     }
     return json.dumps(documents[name], indent=2) + "\n"
+
+
+def caller_policy(role: str) -> dict[str, Any]:
+    statements = dict[str, dict[str, Any]]()
+    for read in CALLER_READS:
+        sid, arns = LIMITED_READS.get(read, ("ReadOrganization", "*"))
+        statements.setdefault(sid, statement("Allow", sid, (), arns))["Action"].append(read)
+    role_arn = f"arn:*:iam::*:role/{role}"
+    assume = statement("Allow", "AssumeAuditRole", ["sts:AssumeRole"], role_arn)
+    return policy_of(*statements.values(), assume)
 
 
 def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
@@ -4614,38 +4596,23 @@ def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
     properties = {
         "RoleName": {"Ref": "RoleName"},
         "Path": f"{path}/",
-        "Description": "Read by iam_audit.py: users, access keys and MFA devices",
+        "Description": "Read by iam_audit.py: users, their credentials and MFA devices",
         "AssumeRolePolicyDocument": trust,
         "Policies": [{"PolicyName": "iam-audit", "PolicyDocument": role_policy}],
     }
-    id_pattern = r"([\w+=,.@:/-]{2,1224})?"
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
             "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
             "AuditingAccountId": parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": parameter("Value of --external-id, if any", id_pattern, Default=""),
+            "ExternalId": parameter(
+                "--external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
+            ),
         },
         "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
         "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
     }
-
-
-NEW_KEYS = (
-    "iam:CreateAccessKey",
-    "iam:CreateServiceSpecificCredential",
-    "iam:ResetServiceSpecificCredential",
-    "iam:UploadSigningCertificate",
-    "iam:UploadSSHPublicKey",
-)
-NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
-ALERTS = (
-    "CreateAccessKey",
-    "CreateLoginProfile",
-    "CreateServiceSpecificCredential",
-    "DeactivateMFADevice",
-)
 
 
 def scp_require_mfa() -> dict[str, Any]:
@@ -4663,31 +4630,31 @@ def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
     root's password with iam:CreateLoginProfile too."""
     exempt = [f"arn:*:iam::*:role/{role}" for role in exempt_roles]
     condition = {"Condition": {"ArnNotLike": {"aws:PrincipalArn": exempt}}} if exempt else {}
-    return policy_of(
-        {**deny("DenyNewKeys", NEW_KEYS), **condition},
-        {**deny("DenyNewPasswords", NEW_PASSWORDS, "arn:*:iam::*:user/*"), **condition},
-    )
+    passwords = statement("Deny", "DenyNewPasswords", NEW_PASSWORDS, "arn:*:iam::*:user/*")
+    keys = statement("Deny", "DenyNewKeys", NEW_KEYS)
+    return policy_of({**keys, **condition}, {**passwords, **condition})
 
 
 def alert_rule() -> dict[str, Any]:
     """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each event."""
-    topic = {"Ref": "Topic"}
-    email = {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
+    topic, email = {"Ref": "Topic"}, {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
     # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
     publish = grant({"Service": "events.amazonaws.com"}, "sns:Publish", Resource=topic)
     policy = {"Topics": [topic], "PolicyDocument": policy_of(publish)}
-    succeeded = {
+    actions = (*NEW_KEYS, *NEW_PASSWORDS, "iam:DeactivateMFADevice")
+    detail = {
         "eventSource": ["iam.amazonaws.com"],
-        "eventName": list(ALERTS),
+        "eventName": [action.removeprefix("iam:") for action in actions],
         "errorCode": [{"exists": False}],
     }
-    cloudtrail = ["AWS API Call via CloudTrail"]
-    pattern = {"source": ["aws.iam"], "detail-type": cloudtrail, "detail": succeeded}
-    rule = {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]}
+    pattern = {"source": ["aws.iam"], "detail-type": ["AWS API Call via CloudTrail"]}
+    rule = {
+        "EventPattern": {**pattern, "detail": detail},
+        "Targets": [{"Id": "Topic", "Arn": topic}],
+    }
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "A message when an access key, password or API key is created or MFA is "
-        "deactivated (for us-east-1)",
+        "Description": "A message for each new credential or MFA deactivation (for us-east-1)",
         "Parameters": {"Email": parameter("Who gets the messages", r"[^@\s]+@[^@\s]+")},
         "Resources": {
             "Topic": {"Type": "AWS::SNS::Topic", "Properties": {"Subscription": [email]}},
@@ -4705,14 +4672,10 @@ def policy_of(*statements: Mapping[str, Any]) -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
 
-def allow(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
-    """A statement. IAM's reads of a user are allowed on * because a user who was just deleted has
-    no ARN: IAM would answer AccessDenied where the audit expects NoSuchEntity."""
-    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resources}
-
-
-def deny(sid: str, actions: Iterable[str], resources: str = "*") -> dict[str, Any]:
-    return {"Sid": sid, "Effect": "Deny", "Action": list(actions), "Resource": resources}
+def statement(effect: str, sid: str, actions: Iterable[str], arns: str = "*") -> dict[str, Any]:
+    """IAM's reads of a user are allowed on * because a user who was just deleted has no ARN: IAM
+    would answer AccessDenied where the audit expects NoSuchEntity."""
+    return {"Sid": sid, "Effect": effect, "Action": list(actions), "Resource": arns}
 
 
 def grant(principal: Mapping[str, Any], action: str, **more: Any) -> dict[str, Any]:

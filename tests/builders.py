@@ -33,12 +33,14 @@ from iam_audit import (
     Account,
     AuditedAccount,
     Caller,
+    Control,
     Credential,
     Enforcement,
     FailedAccount,
     Organization,
     Outcome,
     Plan,
+    Policy,
     Run,
     SkippedAccount,
     Tracking,
@@ -134,23 +136,39 @@ def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER
     return found
 
 
-def judgements(content: str, partition: str = "aws") -> Mapping[str, iam_audit.Judgement]:
-    """What a policy does for each control."""
-    return iam_audit.judge_policy(content, partition, "o-test123456").judgements
+ALLOW_ALL = json.dumps({"Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}})
 
 
-def judged(content: str, control: str, partition: str = "aws") -> iam_audit.Judgement:
+def attached(content: str, *targets: str, name: str = "", partition: str = "aws") -> Policy:
+    """A policy of the ID p-NAME, judged for the organization o-test123456."""
+    judged = iam_audit.judge_policy(content, partition, "o-test123456")
+    return Policy({f"p-{name}": name}, frozenset(targets), *judged)
+
+
+def judgements(content: str, partition: str = "aws") -> Mapping[str, Control]:
+    """What a policy does for each control beside FullAWSAccess, without the policy's name."""
+    policies = [attached(content, "r-1", partition=partition), attached(ALLOW_ALL, "r-1")]
+    found = iam_audit.controls_of_account(["r-1"], policies)
+    return {name: dataclasses.replace(control, policies={}) for name, control in found.items()}
+
+
+def judged(content: str, control: str, partition: str = "aws") -> Control:
     """What a policy does for a control."""
     return judgements(content, partition)[control]
 
 
-def in_organization(*attached: tuple[str, str]) -> Mapping[str, iam_audit.Control]:
+def control_of(
+    verdict: str, exemptions: Iterable[str] = (), conditions: Iterable[str] = ()
+) -> Control:
+    """What `judged` gives."""
+    return Control(verdict, {}, tuple(exemptions), tuple(conditions))
+
+
+def in_organization(*attached_: tuple[str, str]) -> Mapping[str, Control]:
     """The controls of the account 111122223333 at r-1/ou-1/ou-2, under these policies: target and content of each."""
     policies = []
-    for number, (target, content) in enumerate(attached):
-        judged = iam_audit.judge_policy(content, "aws", "o-test123456")
-        name = f"p-{number}"
-        policies.append(iam_audit.Policy(name, name.upper(), frozenset([target]), judged))
+    for number, (target, content) in enumerate(attached_):
+        policies.append(attached(content, target, name=str(number)))
     path = ("o-test123456", "r-1", "ou-1", "ou-2", "111122223333", "")
     return iam_audit.controls_of_account(path, policies)
 

@@ -10,7 +10,7 @@ from typing import Any
 import boto3
 import parliament
 import pytest
-from builders import ENFORCED, judged
+from builders import ENFORCED, control_of, judged
 from cfnlint import ManualArgs
 from cfnlint.api import lint
 from evaluator import denies, matches, request_of
@@ -66,15 +66,17 @@ def test_cfn_lint_finds_nothing_in_the_templates(name: str) -> None:
 
 
 def test_the_judge_calls_both_policies_enforced() -> None:
-    assert judged(audit.print_document("scp-require-mfa"), "mfa-required") == audit.Judgement(
+    assert judged(audit.print_document("scp-require-mfa"), "mfa-required") == control_of(ENFORCED)
+    assert judged(audit.print_document("scp-deny-access-keys"), "new-keys-prevented") == control_of(
         ENFORCED
     )
     assert judged(
-        audit.print_document("scp-deny-access-keys"), "new-keys-prevented"
-    ) == audit.Judgement(ENFORCED)
+        audit.print_document("scp-deny-access-keys"), "new-api-keys-prevented"
+    ) == control_of(ENFORCED)
     exempting = audit.print_document("scp-deny-access-keys", exempt_roles=["Admin", "path/Other"])
     names = ("arn:*:iam::*:role/Admin", "arn:*:iam::*:role/path/Other")
-    assert judged(exempting, "new-keys-prevented") == audit.Judgement(ENFORCED, names)
+    for control in ("new-keys-prevented", "new-api-keys-prevented"):
+        assert judged(exempting, control) == control_of(ENFORCED, names)
 
 
 @pytest.mark.parametrize("name", ["scp-require-mfa", "scp-deny-access-keys"])
@@ -183,6 +185,18 @@ def test_the_caller_may_read_the_organizations_and_the_managed_policies(
     assert not matches(resource, f"arn:aws:organizations::{owner_and_path}/tag_policy/p-1")
 
 
+def test_the_caller_may_read_organizational_units_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IAM's service authorization reference has organizationalunit as the action's required resource."""
+    action = "organizations:DescribeOrganizationalUnit"
+    monkeypatch.setattr(audit, "CALLER_READS", {**audit.CALLER_READS, action: "the names of OUs"})
+    [read] = [each for each in printed("caller-policy")["Statement"] if action in each["Action"]]
+    assert read["Action"] == [action]
+    unit = "arn:aws:organizations::444455556666:ou/o-ab12cdef34/ou-ab12-cdefgh34"
+    assert matches(read["Resource"], unit)
+    for other in ("account/o-ab12cdef34/444455556666", "root/o-ab12cdef34/r-ab12"):
+        assert not matches(read["Resource"], f"arn:aws:organizations::444455556666:{other}")
+
+
 def test_moto_accepts_the_policies() -> None:
     with mock_aws():
         iam = boto3.client("iam", "us-east-1")
@@ -260,6 +274,13 @@ def test_the_alert_rule_sends_what_succeeded_to_the_topic() -> None:
         for detail in (
             {"eventName": "CreateAccessKey", "eventID": "made"},
             {"eventName": "CreateServiceSpecificCredential", "eventID": "API key"},
+            {"eventName": "ResetServiceSpecificCredential", "eventID": "reset"},
+            {"eventName": "UploadSigningCertificate", "eventID": "certificate"},
+            {"eventName": "UploadSSHPublicKey", "eventID": "SSH key"},
+            {"eventName": "CreateLoginProfile", "eventID": "password"},
+            {"eventName": "UpdateLoginProfile", "eventID": "new password"},
+            {"eventName": "DeactivateMFADevice", "eventID": "no MFA"},
+            {"eventName": "DeleteAccessKey", "eventID": "fewer keys"},
             {"eventName": "CreateAccessKey", "eventID": "denied", "errorCode": "AccessDenied"},
             {"eventName": "ListAccessKeys", "eventID": "read"},
         ):
@@ -270,7 +291,10 @@ def test_the_alert_rule_sends_what_succeeded_to_the_topic() -> None:
     assert (subscription["Protocol"], subscription["Endpoint"]) == ("email", "security@example.com")
     assert (target["Arn"], subscription["TopicArn"]) == (topic["TopicArn"], topic["TopicArn"])
     ids = {json.loads(message["Body"])["detail"]["eventID"] for message in seen}
-    assert ids == {"made", "API key"}
+    assert ids == {
+        *("made", "API key", "reset", "certificate", "SSH key"),
+        *("password", "new password", "no MFA"),
+    }
 
 
 def test_only_eventbridge_may_publish_to_the_topic() -> None:

@@ -11,6 +11,8 @@ from builders import (
     ENFORCED,
     NOT_CHECKED,
     PARTIAL,
+    attached,
+    control_of,
     judged,
     judgements,
 )
@@ -573,7 +575,7 @@ def test_what_a_condition_makes_of_a_denial(
         ("new-keys-prevented", deny(KEY, condition), on_keys),
     ):
         found = judged(policy(statement), control)
-        assert found == audit.Judgement(verdict, (), tuple(text) if verdict == PARTIAL else ())
+        assert found == control_of(verdict, (), tuple(text) if verdict == PARTIAL else ())
 
 
 @pytest.mark.parametrize(
@@ -626,15 +628,15 @@ def test_whom_an_exemption_names(
     found = judged(
         policy(deny(KEY, {operator: {"aws:PrincipalArn": values}})), "new-keys-prevented"
     )
-    named = audit.Judgement(ENFORCED, tuple(exemptions or ()))
+    named = control_of(ENFORCED, tuple(exemptions or ()))
     narrowed = (f"{operator} aws:PrincipalArn {', '.join(values)}",)
-    assert found == (audit.Judgement(PARTIAL, (), narrowed) if exemptions is None else named)
+    assert found == (control_of(PARTIAL, (), narrowed) if exemptions is None else named)
 
 
 def test_a_user_name_with_an_asterisk_is_nobodys() -> None:
     exempt = {"StringNotEquals": {"aws:username": ["ci", "*"]}}
     found = judged(policy(deny(KEY, exempt)), "new-keys-prevented")
-    assert found == audit.Judgement(ENFORCED, ("ci",))
+    assert found == control_of(ENFORCED, ("ci",))
 
 
 @pytest.mark.parametrize(
@@ -652,7 +654,7 @@ def test_roots_own_keys_are_exempt_where_the_resource_leaves_them_out(
     elements: dict[str, Any], exemptions: tuple[str, ...]
 ) -> None:
     found = judged(policy(deny(KEY, **elements)), "new-keys-prevented")
-    assert found == audit.Judgement(ENFORCED, exemptions)
+    assert found == control_of(ENFORCED, exemptions)
 
 
 def test_a_denial_of_roots_own_keys_alone_prevents_nothing() -> None:
@@ -905,10 +907,128 @@ def test_examples_that_aws_documents_are_judged_by_what_they_do(
     statement: dict[str, Any], on_mfa: str, on_keys: str
 ) -> None:
     found = judgements(policy(statement))
+    # those that name CreateAccessKey itself leave API keys alone
+    on_api_keys = ABSENT if KEY in statement.get("Action", ()) else on_keys
     assert {control: judgement.verdict for control, judgement in found.items()} == {
         "mfa-required": on_mfa,
         "new-keys-prevented": on_keys,
+        "new-api-keys-prevented": on_api_keys,
     }
+
+
+CREATE, RESET = "iam:CreateServiceSpecificCredential", "iam:ResetServiceSpecificCredential"
+API = "new-api-keys-prevented"
+NOT_CREATE, NOT_RESET = f"NotAction {CREATE}", f"NotAction {RESET}"
+BEDROCK = {"StringEquals": {"iam:ServiceSpecificCredentialServiceName": "bedrock.amazonaws.com"}}
+ONLY_BEDROCK = "StringEquals iam:ServiceSpecificCredentialServiceName bedrock.amazonaws.com"
+WITHOUT_MFA = "Bool aws:MultiFactorAuthPresent false"
+BUT_ADMIN = {"ArnNotLike": {"aws:PrincipalArn": ROLE + "Admin"}}
+BUT_OPS = {"ArnNotLike": {"aws:PrincipalArn": ROLE + "Ops"}}
+API_KEY_CASES: list[tuple[str, list[Any], Any]] = [
+    # the statements of one policy each, and what they come to
+    ("both, by name", [deny([CREATE, RESET])], control_of(ENFORCED)),
+    ("both, in any case", [deny(["IAM:createservicespecificcredential", RESET])], control_of(ENFORCED)),
+    ("both, by a wildcard", [deny("iam:*ServiceSpecificCredential")], control_of(ENFORCED)),
+    ("all of IAM", [deny("iam:*")], control_of(ENFORCED)),
+    ("all but S3", [deny(NotAction="s3:*")], control_of(ENFORCED)),
+    ("access keys", [deny(KEY)], control_of(ABSENT)),
+    ("all but IAM", [deny(NotAction="iam:*")], control_of(ABSENT)),
+    ("all but both", [deny(NotAction=[CREATE, RESET])], control_of(ABSENT)),
+    ("allowed", [{"Effect": "Allow", "Action": "*", "Resource": "*"}], control_of(ABSENT)),
+    # one of the two: the condition says which one is left
+    ("create alone", [deny(CREATE)], control_of(PARTIAL, (), [NOT_RESET])),
+    ("reset alone", [deny(RESET)], control_of(PARTIAL, (), [NOT_CREATE])),
+    ("all that is created", [deny("iam:Create*")], control_of(PARTIAL, (), [NOT_RESET])),
+    ("all but create", [deny(NotAction=CREATE)], control_of(PARTIAL, (), [NOT_CREATE])),
+    (
+        "create alone, of one service",
+        [deny(CREATE, BEDROCK)],
+        control_of(PARTIAL, (), [f"{NOT_RESET} and {ONLY_BEDROCK}"]),
+    ),
+    (
+        "create alone, without an exempt role",
+        [deny(CREATE, BUT_ADMIN)],
+        control_of(PARTIAL, [ROLE + "Admin"], [NOT_RESET]),
+    ),
+    ("both, of one service", [deny([CREATE, RESET], BEDROCK)], control_of(PARTIAL, (), [ONLY_BEDROCK])),
+    # they add up
+    ("one each", [deny(CREATE), deny(RESET)], control_of(ENFORCED)),
+    ("one each, by name and by NotAction", [deny(CREATE), deny(NotAction=CREATE)], control_of(ENFORCED)),
+    ("one twice", [deny(CREATE), deny("iam:Create*")], control_of(PARTIAL, (), [NOT_RESET])),
+    (
+        "one in full, one narrowed",
+        [deny(CREATE), deny(RESET, NO_MFA)],
+        control_of(PARTIAL, (), [NOT_RESET, f"{NOT_CREATE} and {WITHOUT_MFA}"]),
+    ),
+    (
+        "one in full, both narrowed",
+        [deny(CREATE), deny([CREATE, RESET], NO_MFA)],
+        control_of(PARTIAL, (), [NOT_RESET, WITHOUT_MFA]),
+    ),
+    (
+        "both narrowed, in different ways",
+        [deny(CREATE, NO_MFA), deny(RESET, BEDROCK)],
+        control_of(PARTIAL, (), [f"{NOT_RESET} and {WITHOUT_MFA}", f"{NOT_CREATE} and {ONLY_BEDROCK}"]),
+    ),
+    (
+        "one in full, one that hits root alone",
+        [deny(CREATE), deny(RESET, {"ArnLike": {"aws:PrincipalArn": "arn:aws:iam::*:root"}})],
+        control_of(PARTIAL, (), [NOT_RESET]),
+    ),
+    (
+        "one in full, one for one user",
+        [deny(CREATE), deny(RESET, Resource=USER + "ci")],
+        control_of(PARTIAL, (), [NOT_RESET, f"{NOT_CREATE} and Resource {USER}ci"]),
+    ),
+    # whoever is exempt from one of them gets through to that one
+    (
+        "one each, with exemptions of their own",
+        [deny(CREATE, BUT_ADMIN), deny(RESET, BUT_OPS)],
+        control_of(ENFORCED, [ROLE + "Admin", ROLE + "Ops"]),
+    ),
+    (
+        "one each, and both with fewer exemptions",
+        [deny(CREATE, BUT_ADMIN), deny(RESET, BUT_OPS), deny([CREATE, RESET], BUT_OPS)],
+        control_of(ENFORCED, [ROLE + "Ops"]),
+    ),
+    # root has no API keys of its own that a denial on user/* could leave out
+    ("on users", [deny([CREATE, RESET], Resource="arn:*:iam::*:user/*")], control_of(ENFORCED)),
+    ("on root", [deny([CREATE, RESET], Resource="arn:aws:iam::*:root")], control_of(ABSENT)),
+    ("root is free to create them for users", [deny([CREATE, RESET], {"ArnNotLike": {"aws:PrincipalArn": [
+        "arn:aws:iam::*:root"]}})], control_of(ENFORCED, ["arn:aws:iam::*:root"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("statements", "expected"),
+    [case[1:] for case in API_KEY_CASES],
+    ids=[case[0] for case in API_KEY_CASES],
+)
+def test_which_statements_prevent_new_api_keys(statements: list[Any], expected: Any) -> None:
+    assert judged(policy(*statements), API) == expected
+    assert judged(policy(*statements[::-1]), API).verdict == expected.verdict
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [*(case[0] for case in CONDITIONS), *({case[0]: {case[1]: case[2]}} for case in EXEMPTIONS)],
+    ids=str,
+)
+def test_conditions_on_new_api_keys_are_judged_as_those_on_new_access_keys(
+    condition: dict[str, Any],
+) -> None:
+    found = judged(policy(deny([CREATE, RESET], condition)), API)
+    assert found == judged(policy(deny(KEY, condition)), "new-keys-prevented")
+
+
+@pytest.mark.parametrize("case", KEY_CASES, ids=[case[0] for case in KEY_CASES])
+def test_resources_of_new_api_keys_are_judged_as_those_of_new_access_keys(case: Any) -> None:
+    statement = {
+        name: [CREATE, RESET] if value == KEY else value for name, value in case[1].items()
+    }
+    if statement.get("Action") == [CREATE, RESET]:
+        found = judged(policy(statement), API)
+        assert (found.verdict, found.conditions) == case[2:]
 
 
 @pytest.mark.parametrize("partition", ["aws", "aws-cn", "aws-us-gov"])
@@ -926,14 +1046,14 @@ def test_partial_statements_add_up_to_partial() -> None:
     judgement = judged(
         policy(deny("s3:*", NO_MFA), deny("ec2:*", NO_MFA), deny(KEY)), "mfa-required"
     )
-    assert judgement == audit.Judgement(PARTIAL, (), ("Action s3:*", "Action ec2:*"))
+    assert judgement == control_of(PARTIAL, (), ("Action s3:*", "Action ec2:*"))
 
 
 def test_the_enforcing_statement_with_the_fewest_exemptions_counts() -> None:
     exempt = deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": ROLE + "Admin"}})
-    assert judged(
-        policy(exempt, deny(KEY), deny(KEY, NO_MFA)), "new-keys-prevented"
-    ) == audit.Judgement(ENFORCED)
+    assert judged(policy(exempt, deny(KEY), deny(KEY, NO_MFA)), "new-keys-prevented") == control_of(
+        ENFORCED
+    )
 
 
 def test_of_two_enforcing_statements_the_one_that_spares_named_principals_counts() -> None:
@@ -941,7 +1061,7 @@ def test_of_two_enforcing_statements_the_one_that_spares_named_principals_counts
     two_roles = deny(KEY, {"ArnNotLike": {"aws:PrincipalArn": [ROLE + "Admin", ROLE + "Other"]}})
     for both in ((only_users, two_roles), (two_roles, only_users)):
         found = judged(policy(*both), "new-keys-prevented")
-        assert found == audit.Judgement(ENFORCED, (ROLE + "Admin", ROLE + "Other"))
+        assert found == control_of(ENFORCED, (ROLE + "Admin", ROLE + "Other"))
 
 
 @pytest.mark.parametrize(("operator", "verdict"), [("StringLike", ENFORCED), ("ArnLike", PARTIAL)])
@@ -1041,13 +1161,12 @@ ALLOW_ALL = {"Effect": "Allow", "Action": "*", "Resource": "*"}
 PREVENT, FULL = policy(deny(KEY)), policy(ALLOW_ALL)
 
 
-def controls(*policies: tuple[str, str, str], management: bool = False) -> audit.Control:
+def controls(
+    *policies: tuple[str, str, str], management: bool = False, name: str = "new-keys-prevented"
+) -> audit.Control:
     """The control of new keys of an account on PATH, under policies of a name, content and target each."""
-    listed = []
-    for name, content, target in policies:
-        judged = audit.judge_policy(content, "aws", "o-1")
-        listed.append(audit.Policy(f"p-{name}", name, frozenset([target]), judged))
-    return audit.controls_of_account(() if management else PATH, listed)["new-keys-prevented"]
+    listed = [attached(content, target, name=each) for each, content, target in policies]
+    return audit.controls_of_account(() if management else PATH, listed)[name]
 
 
 @pytest.mark.parametrize("target", PATH[1:])
@@ -1123,3 +1242,85 @@ def test_an_allow_that_lets_new_keys_through_is_none_that_prevents_them(
     allow: dict[str, Any],
 ) -> None:
     assert controls(("listed", policy(allow), "ou-1")) == audit.Control(ABSENT, {})
+
+
+CREATION, RESETS = policy(ALLOW_ALL, deny(CREATE)), policy(ALLOW_ALL, deny(RESET))
+
+
+def test_two_policies_may_deny_one_action_each() -> None:
+    """Wherever they are attached: to the same place, or above one another."""
+    full = ("full", FULL, "r-1")
+    for target in PATH[1:]:
+        listed = (full, ("create", CREATION, "ou-1"), ("reset", RESETS, target))
+        found = controls(*listed, name=API)
+        assert found == audit.Control(ENFORCED, {"p-create": "create", "p-reset": "reset"})
+        assert controls(full, listed[1], ("reset", RESETS, "ou-3"), name=API) == audit.Control(
+            PARTIAL, {"p-create": "create"}, (), (NOT_RESET,)
+        )
+
+
+def test_policies_that_deny_both_are_named_and_not_those_that_add_nothing() -> None:
+    both = ("both", policy(deny([CREATE, RESET])), "ou-1")
+    found = controls(both, ("create", CREATION, "ou-2"), name=API)
+    assert found == audit.Control(ENFORCED, {"p-both": "both"})
+    narrow = ("narrow", policy(ALLOW_ALL, deny(RESET, NO_MFA)), "r-1")
+    found = controls(("full", FULL, "ou-1"), ("create", policy(ALLOW_ALL, deny(CREATE)), "ou-2"), narrow,
+                     ("account", FULL, PATH[-1]), name=API)  # fmt: skip
+    names = {"p-create": "create", "p-narrow": "narrow"}
+    conditions = (NOT_RESET, f"{NOT_CREATE} and {WITHOUT_MFA}")
+    assert found == audit.Control(PARTIAL, names, (), conditions)
+
+
+def test_mfa_denials_of_two_policies_add_up() -> None:
+    but_iam = ("but IAM", policy(deny(NotAction=["iam:*", *SETUP], condition=NO_MFA)), "ou-1")
+    iam = ("IAM", policy(deny(NotAction=SETUP, condition=NO_MFA, Resource="*")), "ou-2")
+    part = ("part", policy(deny("iam:*", NO_MFA)), "ou-2")
+    assert controls(but_iam, part, name="mfa-required") == audit.Control(
+        ENFORCED, {"p-but IAM": "but IAM", "p-part": "part"}
+    )
+    assert controls(but_iam, iam, name="mfa-required") == audit.Control(ENFORCED, {"p-IAM": "IAM"})
+    elsewhere = ("part", policy(deny("s3:*", NO_MFA)), "ou-2")
+    assert controls(but_iam, elsewhere, name="mfa-required").verdict == PARTIAL
+
+
+def test_a_policy_that_is_not_understood_leaves_one_action_open() -> None:
+    full, bad, create = ("full", FULL, "r-1"), ("bad", "{", "r-1"), ("create", CREATION, "ou-1")
+    assert controls(full, bad, create, name=API) == audit.Control(NOT_CHECKED, {"p-bad": "bad"})
+    both = (full, bad, create, ("reset", RESETS, "ou-2"))
+    assert controls(*both, name=API).verdict == ENFORCED
+
+
+@pytest.mark.parametrize(
+    ("allowed", "closed"),
+    [
+        ("s3:*", f"{CREATE} or {RESET}"),
+        (["iam:CreateAccessKey"], f"{CREATE} or {RESET}"),
+        (["iam:Create*"], RESET),
+        ([RESET], CREATE),
+        ([CREATE, RESET], None),
+        ("iam:*", None),
+    ],
+)
+def test_a_level_has_to_allow_both_actions(allowed: Any, closed: str | None) -> None:
+    full = [(f"full{level}", FULL, level) for level in PATH[1:] if level != "ou-1"]
+    listed = ("listed", policy({**ALLOW_ALL, "Action": allowed}), "ou-1")
+    found = controls(*full, listed, name=API)
+    if closed is None:
+        assert found == audit.Control(ABSENT)
+        return
+    why = f"no Allow without a condition lets {closed} through"
+    assert found == audit.Control(NOT_CHECKED, {"p-listed": "listed"}, why_not_checked=why)
+    # two policies of the level may allow one each
+    rest = ("rest", policy({**ALLOW_ALL, "Action": [CREATE, RESET]}), "ou-1")
+    assert controls(*full, listed, rest, name=API) == audit.Control(ABSENT)
+    # partly denied is not checked either, and denied is denied
+    assert controls(*full, listed, ("half", CREATION, "r-1"), name=API).verdict == NOT_CHECKED
+    denied = (("half", CREATION, "r-1"), ("other", RESETS, "ou-2"))
+    assert controls(*full, listed, *denied, name=API).verdict == ENFORCED
+
+
+def test_an_allow_list_of_one_control_leaves_the_other_alone() -> None:
+    full = [(f"full{level}", FULL, level) for level in PATH[1:] if level != "ou-1"]
+    listed = ("listed", policy({**ALLOW_ALL, "Action": [KEY]}), "ou-1")
+    assert controls(*full, listed) == audit.Control(ABSENT)
+    assert controls(*full, listed, name=API).verdict == NOT_CHECKED

@@ -17,6 +17,7 @@ import iam_audit as audit
 
 POLICIES, WORKERS = 20_000, 8
 KEY = "iam:CreateAccessKey"
+API_KEY = ("iam:CreateServiceSpecificCredential", "iam:ResetServiceSpecificCredential")
 ALLOW_ALL = {"Effect": "Allow", "Action": "*", "Resource": "*"}
 IAM, STS = "arn:aws:iam::*:", "arn:aws:sts::*:assumed-role/"
 USERS = ["user/ci", "user/team/anna", "user/x"]
@@ -31,6 +32,7 @@ WITH_MFA = {"aws:MultiFactorAuthPresent": "true", "aws:MultiFactorAuthAge": "60"
 ACTIONS = [
     "*", "*:*", "iam:*", "s3:*", "iam:Create*", KEY, "iam:EnableMFADevice", "iam:Get*", "sts:*", "iam:*MFADevice",
     "?am:*", "sts:GetSessionToken", "i*", "iam:*Key", "IAM:createaccesskey", "ec2:*",
+    *API_KEY, "iam:*SpecificCredential", "iam:Reset*",
 ]  # fmt: skip
 RESOURCES = [
     "*", "*", "*", "arn:*:iam::*:user/*", IAM + "user/ci", IAM + "user/*", IAM + "role/*", "arn:aws:s3:::*", IAM + "*",
@@ -89,13 +91,15 @@ STATEMENT = st.builds(
     },
     st.sampled_from(["Deny"] * 5 + ["Allow"]),
     st.sampled_from(["Action", "Action", "NotAction"]),
-    st.sampled_from(["*", KEY, "iam:*"]) | some(ACTIONS),
+    st.sampled_from(["*", KEY, "iam:*", [*API_KEY], *API_KEY]) | some(ACTIONS),
     st.sampled_from(["Resource"] * 4 + ["NotResource"]),
     st.just("*") | some(RESOURCES),
     st.lists(CONDITION, max_size=2),
 )
-# Mostly with FullAWSAccess at the same level, as AWS attaches it
-POLICY = st.tuples(st.lists(STATEMENT, min_size=1, max_size=2), st.booleans() | st.just(True))
+# Mostly with FullAWSAccess at the same level, as AWS attaches it; two statements may be two policies of two levels
+POLICY = st.tuples(
+    st.lists(STATEMENT, min_size=1, max_size=2), st.booleans() | st.just(True), st.booleans()
+)
 
 
 @functools.cache
@@ -109,21 +113,24 @@ def is_exempt(principal: str, exemptions: tuple[str, ...]) -> bool:
     return any(matches(each, arn) or each == name for each in exemptions)
 
 
-def check_new_keys(control: audit.Control, levels: list[list[dict[str, Any]]]) -> None:
-    """Enforced: nobody gets through but who is exempt. Absent: every user and role gets through."""
+def check_new_keys(
+    control: audit.Control, actions: tuple[str, ...], levels: list[list[dict[str, Any]]]
+) -> None:
+    """Enforced: nobody gets through to any of the actions but who is exempt. Absent: every user and role gets through
+    to all of them. Root has no API keys of its own, and creates those of users."""
     if control.verdict not in (ENFORCED, ABSENT):
         return
-    for principal in (*USERS, *ROLES, "root"):
+    for principal, action in itertools.product((*USERS, *ROLES, "root"), actions):
         exempt = is_exempt(principal, control.exemptions)
         for mfa in (False, True):
             context = request(principal, "us-east-1", mfa)
-            targets = [*USERS, "root"] if principal == "root" else USERS
+            targets = [*USERS, "root"] if principal == "root" and action == KEY else USERS
             for target in targets:
-                through = gets_through(levels, KEY, f"arn:aws:iam::{ACCOUNT}:{target}", context)
+                through = gets_through(levels, action, f"arn:aws:iam::{ACCOUNT}:{target}", context)
                 if control.verdict == ENFORCED:
-                    assert not through or exempt, (principal, mfa, target)
+                    assert not through or exempt, (principal, action, mfa, target)
                 elif principal != "root":
-                    assert through, (principal, mfa, target)
+                    assert through, (principal, action, mfa, target)
 
 
 def check_mfa(control: audit.Control, levels: list[list[dict[str, Any]]]) -> None:
@@ -156,15 +163,16 @@ def test_the_judge_keeps_its_promise(worker: int) -> None:
 
     @settings(max_examples=POLICIES // WORKERS, database=None)
     @given(POLICY)
-    def judge(policy: tuple[list[dict[str, Any]], bool]) -> None:
-        statements, full_access = policy
-        here = [*statements, ALLOW_ALL] if full_access else statements
+    def judge(policy: tuple[list[dict[str, Any]], bool, bool]) -> None:
+        statements, full_access, apart = policy
+        above = [*statements[1:], ALLOW_ALL] if apart else [ALLOW_ALL]
+        here = [*statements[: 1 if apart else 2], *([ALLOW_ALL] if full_access else [])]
         controls = in_organization(
-            ("r-1", json.dumps({"Statement": ALLOW_ALL})),
+            ("r-1", json.dumps({"Statement": above})),
             (ACCOUNT, json.dumps({"Statement": here})),
         )
-        levels = [[ALLOW_ALL], here]
-        check_new_keys(controls["new-keys-prevented"], levels)
+        for name, actions in (("new-keys-prevented", (KEY,)), ("new-api-keys-prevented", API_KEY)):
+            check_new_keys(controls[name], actions, [above, here])
         denials = [each for each in statements if each["Effect"] == "Deny"]
         check_mfa(controls["mfa-required"], [[ALLOW_ALL, *denials]])
         verdicts.update((name, control.verdict) for name, control in controls.items())

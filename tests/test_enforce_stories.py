@@ -128,6 +128,12 @@ def test_the_summary_counts_and_names(enforced: Enforced) -> None:
         ABSENT: 1,
     }
     assert (found["why_not_checked"], found["root_credentials_managed_centrally"]) == (None, True)
+    assert found["accounts"]["new-api-keys-prevented"] == {
+        ENFORCED: 1,
+        NOT_CHECKED: 0,
+        PARTIAL: 0,
+        ABSENT: 5,
+    }
     control = enforced.result.accounts["100000000004"]["controls"]["new-keys-prevented"]
     assert [each["name"] for each in control["policies"]] == ["KeysAtNight"]
     assert control["conditions"] == ["DateGreaterThan aws:CurrentTime 2026-01-01T20:00:00Z"]
@@ -246,6 +252,31 @@ def test_a_policy_that_is_deleted_meanwhile_is_left_out(
     assert controls(result, ONE) == (ABSENT, ENFORCED)
 
 
+def test_two_policies_prevent_new_api_keys_together(serve: Serve, run_program: Program) -> None:
+    """One denies their creation to the whole organization, one their reset in an OU."""
+
+    def denying(action: str) -> Json:
+        denial = {"Effect": "Deny", "Action": f"iam:{action}", "Resource": "*"}
+        return {"Version": "2012-10-17", "Statement": [denial, FULL["Statement"]]}
+
+    create, reset = "CreateServiceSpecificCredential", "ResetServiceSpecificCredential"
+    policies = [
+        policy("p-create0001", "NoCreation", denying(create), ["r-test"]),
+        policy("p-reset00001", "NoReset", denying(reset), ["ou-test-aaaaaaaa"]),
+        policy("p-FullAWSAccess", "FullAWSAccess", FULL, [ONE, TWO]),
+    ]
+    accounts = [placed(ONE, "ou-test-aaaaaaaa"), placed(TWO)]
+    result = run_program(serve(*accounts, policies=policies).env())
+    found = [result.accounts[one]["controls"]["new-api-keys-prevented"] for one in (ONE, TWO)]
+    assert [each["verdict"] for each in found] == [ENFORCED, PARTIAL]
+    assert [each["name"] for each in found[0]["policies"]] == ["NoCreation", "NoReset"]
+    assert [each["name"] for each in found[1]["policies"]] == ["NoCreation"]
+    assert found[1]["conditions"] == [f"NotAction iam:{reset}"]
+    text = " ".join(result.stdout.split())
+    assert "no new API keys 1 enforced, 1 partial" in text
+    assert f"partial by NoCreation (p-create0001), only if NotAction iam:{reset}" in text
+
+
 def test_few_of_many_policies_are_shown(serve: Serve, run_program: Program) -> None:
     hour = {"DateGreaterThan": {"aws:CurrentTime": "2026-01-01T20:00:00Z"}}
     narrow = {"Effect": "Deny", "Action": "iam:CreateAccessKey", "Resource": "*", "Condition": hour}
@@ -279,7 +310,7 @@ def test_what_is_denied_is_not_checked_and_claims_nothing(
     assert (result.exit_code, controls(result, ONE)) == (0, (NOT_CHECKED, NOT_CHECKED))
     assert result.accounts[ONE]["maturity"]["phase1"] == "Complete"
     assert "AccessDeniedException" in summary_of(result)["enforcement"]["why_not_checked"]
-    assert "not checked: service control policies: AccessDeniedException" in result.stdout
+    assert f"not checked: {action}: AccessDeniedException" in result.stdout
 
 
 def test_policies_that_are_off_are_not_checked(serve: Serve, run_program: Program) -> None:
