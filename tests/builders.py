@@ -406,7 +406,7 @@ def again(program: Program, env: Mapping[str, str], reports: Path, *options: str
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     view = reports.with_name(f"{reports.name}-{len(list(reports.parent.iterdir()))}")
     view.mkdir()
-    for folder in set(reports.iterdir()) - known:
+    for folder in set(reports.iterdir()) - known - {reports / "latest"}:
         shutil.copytree(folder, view / folder.name)
     result = Result(process.returncode, stdout, stderr, view)
     check_what_always_holds(result, env, verbose=False)

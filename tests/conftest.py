@@ -66,13 +66,13 @@ class Result:
     @property
     def folder(self) -> Path:
         """The run's own folder."""
-        [folder] = self.output_dir.iterdir()
+        [folder] = (each for each in self.output_dir.iterdir() if not each.is_symlink())
         return folder
 
     @property
     def csvs(self) -> set[str]:
         """The IDs of the accounts that have a CSV; none if there is no run folder."""
-        return {file.stem for file in self.output_dir.glob("*/accounts/*.csv")}
+        return {file.stem for file in self.output_dir.glob("*Z*/accounts/*.csv")}
 
     def csv(self, account_id: str) -> Path:
         return self.folder / "accounts" / f"{account_id}.csv"
@@ -89,7 +89,7 @@ class Result:
     @property
     def summary(self) -> Json | None:
         """summary.json; None if the run has not come to write it."""
-        files = list(self.output_dir.glob("*/summary.json"))
+        files = list(self.output_dir.glob("*Z*/summary.json"))
         return json.loads(files[0].read_text(encoding="utf-8")) if files else None
 
     @property
@@ -126,8 +126,11 @@ def check_what_always_holds(result: Result, env: Mapping[str, str], verbose: boo
     ]
     check_for_secrets("\n".join(outputs), env)
     for path in result.output_dir.rglob("*"):
+        if path.is_symlink():
+            assert (path.name, path.resolve()) == ("latest", result.folder.resolve())
+            continue
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
-        assert path.suffix in ("", ".csv", ".json"), f"a temporary file is left: {path}"
+        assert path.suffix in ("", ".csv", ".json", ".html"), f"a temporary file is left: {path}"
         assert not path.name.startswith("."), f"a temporary file is left: {path}"
     if result.summary is not None:
         audited = {one for one, entry in result.accounts.items() if entry["result"] == "audited"}
