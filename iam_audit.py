@@ -4923,8 +4923,8 @@ NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    reads = statement("Allow", "ReadIAM", ROLE_READS)
-    role_policy = policy_of(reads, statement("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
+    reads = statement_of("Allow", "ReadIAM", ROLE_READS)
+    role_policy = policy_of(reads, statement_of("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
     documents = {
         "caller-policy": caller_policy(role),
         "role-policy": role_policy,
@@ -4941,9 +4941,9 @@ def caller_policy(role: str) -> dict[str, Any]:
     statements = dict[str, dict[str, Any]]()
     for read in CALLER_READS:
         sid, arns = LIMITED_READS.get(read, ("ReadOrganization", "*"))
-        statements.setdefault(sid, statement("Allow", sid, (), arns))["Action"].append(read)
+        statements.setdefault(sid, statement_of("Allow", sid, (), arns))["Action"].append(read)
     role_arn = f"arn:*:iam::*:role/{role}"
-    assume = statement("Allow", "AssumeAuditRole", ["sts:AssumeRole"], role_arn)
+    assume = statement_of("Allow", "AssumeAuditRole", ["sts:AssumeRole"], role_arn)
     return policy_of(*statements.values(), assume)
 
 
@@ -4991,8 +4991,8 @@ def scp_deny_access_keys(exempt_roles: Sequence[str]) -> dict[str, Any]:
     root's password with iam:CreateLoginProfile too."""
     exempt = [f"arn:*:iam::*:role/{role}" for role in exempt_roles]
     condition = {"Condition": {"ArnNotLike": {"aws:PrincipalArn": exempt}}} if exempt else {}
-    passwords = statement("Deny", "DenyNewPasswords", NEW_PASSWORDS, "arn:*:iam::*:user/*")
-    keys = statement("Deny", "DenyNewKeys", NEW_KEYS)
+    passwords = statement_of("Deny", "DenyNewPasswords", NEW_PASSWORDS, "arn:*:iam::*:user/*")
+    keys = statement_of("Deny", "DenyNewKeys", NEW_KEYS)
     return policy_of({**keys, **condition}, {**passwords, **condition})
 
 
@@ -5033,7 +5033,7 @@ def policy_of(*statements: Mapping[str, Any]) -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
 
-def statement(effect: str, sid: str, actions: Iterable[str], arns: str = "*") -> dict[str, Any]:
+def statement_of(effect: str, sid: str, actions: Iterable[str], arns: str = "*") -> dict[str, Any]:
     """IAM's reads of a user are allowed on * because a user who was just deleted has no ARN: IAM
     would answer AccessDenied where the audit expects NoSuchEntity."""
     return {"Sid": sid, "Effect": effect, "Action": list(actions), "Resource": arns}

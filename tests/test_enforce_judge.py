@@ -1286,6 +1286,9 @@ def test_mfa_denials_of_two_policies_add_up() -> None:
 def test_a_policy_that_is_not_understood_leaves_one_action_open() -> None:
     full, bad, create = ("full", FULL, "r-1"), ("bad", "{", "r-1"), ("create", CREATION, "ou-1")
     assert controls(full, bad, create, name=API) == audit.Control(NOT_CHECKED, {"p-bad": "bad"})
+    # nor is an Allow of its level missed, or the policies beside it named
+    beside = ("s3", policy(ALLOW_S3), "r-1")
+    assert controls(bad, beside, name=API) == audit.Control(NOT_CHECKED, {"p-bad": "bad"})
     both = (full, bad, create, ("reset", RESETS, "ou-2"))
     assert controls(*both, name=API).verdict == ENFORCED
 

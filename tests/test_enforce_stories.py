@@ -131,8 +131,8 @@ def test_the_summary_counts_and_names(enforced: Enforced) -> None:
     assert found["accounts"]["new-api-keys-prevented"] == {
         ENFORCED: 1,
         NOT_CHECKED: 0,
-        PARTIAL: 0,
-        ABSENT: 5,
+        PARTIAL: 2,
+        ABSENT: 3,
     }
     control = enforced.result.accounts["100000000004"]["controls"]["new-keys-prevented"]
     assert [each["name"] for each in control["policies"]] == ["KeysAtNight"]
