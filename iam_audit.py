@@ -2816,7 +2816,7 @@ CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-w
 API_KEY_CAME_AND_WENT = "api-key-came-and-went"
 NEW_KEY_CHANGES = ("access-key-created", "api-key-created", CAME_AND_WENT, API_KEY_CAME_AND_WENT)
 LISTING, KINDS_LISTED = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
-WITHOUT_ID = {*ROOT_ACCESS_KEYS, *CERTIFICATES}
+WITHOUT_ID = {"", NOT_APPLICABLE, *ROOT_ACCESS_KEYS, *CERTIFICATES}
 RUNS_KEPT = 60  # in summary.json, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
@@ -3037,13 +3037,16 @@ def tables_of(tracking: Tracking, folder: Path) -> tuple[Any, Any]:
     if folder not in tracking.tables:
         tracking.tables[folder] = (None, None)
         known, others, path = set[int](), dict[str, Any](), folder / "credentials.csv"
-        whose, what = ("account_id", "username"), ("credential_id", "status", "created_date")
+        whose, what = (
+            ("account_id", "username"),
+            ("kind", "credential_id", "status", "created_date"),
+        )
+        table = (folder / "findings.csv", *whose, "finding", "access_key_id")
         try:
-            rows = table_rows(folder / "findings.csv", *whose, "finding", "access_key_id")
-            for *about, key_id in rows:
+            for *about, key_id in table_rows(*table):
                 known.add(hash((*about, "" if key_id in WITHOUT_ID else key_id)))
             if may_exist(path):  # old runs have none
-                for row in table_rows(path, *whose, "administrator", "kind", *what):
+                for row in table_rows(path, *whose, "administrator", *what):
                     account_id, user, administrator, kind, key_id, status, created = row
                     if administrator == "false":
                         known.add(hash((account_id, user)))
@@ -3137,17 +3140,12 @@ def judged(
     """The findings, each with whether the baseline lacked it; None if that is unknown. Those of an
     account that has become production since then are told once more."""
     found, known, run = list[Finding](), baseline.known, baseline.run
-    created, old_names = set[tuple[str, str]](), dict[str, str]()
-    for change in changes:
-        if change.change.endswith("-created"):
-            created.add((change.user, change.key_id or NOT_APPLICABLE))
-        elif change.change == "user-renamed":
-            old_names[change.user] = change.before
+    created = {(one.user, one.key_id) for one in changes if one.change.endswith("-created")}
+    old_names = {one.user: one.before for one in changes if one.change == "user-renamed"}
     for finding in findings:
-        user, key = finding.user, finding.key
-        key_id = key.id if key else NOT_APPLICABLE
+        user, key, new = finding.user, finding.key, None
+        key_id = key.id if key else ""
         row = (finding.account.id, old_names.get(user, user), finding.finding)
-        new: bool | None = None
         if known is not None and (user, key_id) in created:
             new = True
         elif known is not None and (key is None or key.kind not in baseline.unknown):
@@ -3180,7 +3178,7 @@ def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> I
         old_name = min(had) if had and name not in had else moved.get(name.lower(), "")
         if old_name not in ("", name):
             renamed[name] = old_name
-    gone = {name: before[name] for name in before.keys() - set(renamed.values())}
+    gone = {name: before[name] for name in before.keys() - {*renamed.values()}}
     for name in sorted(before.keys() | after.keys()):
         if name == ROOT and (ROOT not in before or ROOT not in after):
             continue
@@ -3278,9 +3276,8 @@ EXPLANATIONS = """
     signing-certificate-deactivated UpdateSigningCertificate=Inactive
 """.split()
 EXPLAINED_BY = dict(zip(EXPLANATIONS[::2], EXPLANATIONS[1::2]))
-COMING = ["created", "activated", "added", "enabled"]
-GOING = ["deleted", "deactivated", "removed", "disabled"]
-OPPOSITES = dict(zip(COMING + GOING, GOING + COMING))
+ON, OFF = "created activated added enabled".split(), "deleted deactivated removed disabled".split()
+OPPOSITES = dict(zip(ON + OFF, OFF + ON))
 EVENT_NAMES = tuple(sorted({*re.findall(r"(?<!=)\b[A-Z]\w+", " ".join(EXPLANATIONS))}))
 
 
@@ -3294,7 +3291,7 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
     if trail.error:
         return change._replace(witness="unavailable")
     contradicting = EXPLAINED_BY.get(f"{what}-{OPPOSITES.get(word)}", "")
-    by_id = change.key_id not in {"", *WITHOUT_ID}
+    by_id = change.key_id not in WITHOUT_ID
     for witness, names in (("confirmed", confirming), ("contradicted", contradicting)):
         for event in reversed(trail.events):
             user = event.new_name if change.change == "user-renamed" else event.user

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path

@@ -301,7 +301,7 @@ OLD_API_KEY, NEW_API_KEY = (
     credential(name, created=ago(days)) for name, days in (("ACCAOLD", 100), ("ACCANEW", 90))
 )
 OF_SERVICE = "ServiceSpecificCredential"
-ADMINISTRATOR = {"attached": ["arn:aws:iam::aws:policy/AdministratorAccess"]}
+ADMINISTRATOR: Json = {"attached": ["arn:aws:iam::aws:policy/AdministratorAccess"]}
 
 
 def holder(*credentials: Json, name: str = "bot", **options: Any) -> list[Json]:
@@ -367,8 +367,8 @@ def test_what_was_not_read_before_is_no_flood_of_new_keys(nights: Nights, why: s
     """Only the dates of API keys tell which are new. From the next night on all is compared."""
     young = credential("ACCAYOUNG", created=ago(1))
     before = holder(OLD_API_KEY, keys=[OLD_KEY])
-    promoted = {"keys": [OLD_KEY], **ADMINISTRATOR}
-    denied = {"deny": ["ListServiceSpecificCredentials"]} if why == "denied" else {}
+    promoted: Json = {"keys": [OLD_KEY], **ADMINISTRATOR}
+    denied: Json = {"deny": ["ListServiceSpecificCredentials"]} if why == "denied" else {}
     nights.run([{**before[0], **denied}], days=3)
     if why != "denied":
         (nights.folder(3) / "credentials.csv").unlink()
@@ -385,7 +385,7 @@ def test_what_was_not_read_before_is_no_flood_of_new_keys(nights: Nights, why: s
 
 def test_an_administrator_since_some_days_ago(nights: Nights) -> None:
     """With --previous 30d, although the runs of the nights between know it."""
-    plain = {"keys": [OLD_KEY]}
+    plain: Json = {"keys": [OLD_KEY]}
     nights.run(holder(OLD_API_KEY, **plain), days=40)
     nights.run(holder(OLD_API_KEY, **plain), days=31)
     nights.run(holder(OLD_API_KEY, NEW_API_KEY, **plain, **ADMINISTRATOR), days=1)
