@@ -2819,6 +2819,8 @@ LISTING, KINDS_LISTED = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASS
 WITHOUT_ID = {"", NOT_APPLICABLE, *ROOT_ACCESS_KEYS, *CERTIFICATES}
 RUNS_KEPT = 60  # in summary.json, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
+# The present name (or the last), the earlier one, and the user then and now, if they were there
+Person = tuple[str, str, "UserState | None", "UserState | None"]
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
 
 
@@ -3037,18 +3039,15 @@ def tables_of(tracking: Tracking, folder: Path) -> tuple[Any, Any]:
     if folder not in tracking.tables:
         tracking.tables[folder] = (None, None)
         known, others, path = set[int](), dict[str, Any](), folder / "credentials.csv"
-        whose, what = (
-            ("account_id", "username"),
-            ("kind", "credential_id", "status", "created_date"),
-        )
-        table = (folder / "findings.csv", *whose, "finding", "access_key_id")
+        whose, of_key = ("account_id", "username"), ("credential_id", "status", "created_date")
         try:
-            for *about, key_id in table_rows(*table):
+            rows = table_rows(folder / "findings.csv", *whose, "finding", "access_key_id")
+            for *about, key_id in rows:
                 known.add(hash((*about, "" if key_id in WITHOUT_ID else key_id)))
             if may_exist(path):  # old runs have none
-                for row in table_rows(path, *whose, "administrator", *what):
-                    account_id, user, administrator, kind, key_id, status, created = row
-                    if administrator == "false":
+                for row in table_rows(path, *whose, "administrator", "kind", *of_key):
+                    account_id, user, is_administrator, kind, key_id, status, created = row
+                    if is_administrator == "false":
                         known.add(hash((account_id, user)))
                     if kind in KINDS[1:]:
                         key = (user, key_id, KeyState(status, created, kind))
@@ -3095,14 +3094,13 @@ def track_account(
     else:
         tracking.new_keys_elsewhere += [one for one in changes if one.change in NEW_KEY_CHANGES]
         tracking.blind += [account] if baseline.passed_over else []
-    return judged(tracking, findings, changes, baseline)
+    return mark_new(tracking, findings, changes, baseline)
 
 
 def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
     """What has changed in an account. Of credentials of `unknown` kinds only their dates tell."""
-    account, trail, before = audited.account, audited.trail, baseline.states
-    unknown = baseline.unknown
-    after, found = states_of(rows_of(audited)), list[Change]()
+    account, trail, unknown = audited.account, audited.trail, baseline.unknown
+    before, after, found = baseline.states, states_of(rows_of(audited)), list[Change]()
     for user in audited.users:
         for key in user.others:
             if key.kind not in unknown:
@@ -3134,7 +3132,7 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
         yield with_witness(change, trail)._replace(since=baseline.since)
 
 
-def judged(
+def mark_new(
     tracking: Tracking, findings: Iterable[Finding], changes: Iterable[Change], baseline: Baseline
 ) -> list[Finding]:
     """The findings, each with whether the baseline lacked it; None if that is unknown. Those of an
@@ -3158,13 +3156,9 @@ def judged(
     return found
 
 
-# A user then and now, each a UserState or None. `name` is the present one, or the last one
-Person = namedtuple("Person", "name old_name then now")
-
-
 def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> Iterator[Person]:
-    """All users, renamed as keys tell, which stay with their user, or else CloudTrail. Root only if
-    both credential reports had it: it neither comes nor goes."""
+    """All users. Keys, which stay with their user, tell who was renamed, or else CloudTrail does.
+    Root only if both credential reports had it: it neither comes nor goes."""
     same, moved = {name.lower(): name for name in before}, dict[str, str]()
     for event in events:  # IAM knows a name in any letter case
         if event.new_name or event.name == "DeleteUser":
@@ -3184,9 +3178,9 @@ def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> I
             continue
         if name in after:
             then = before[renamed[name]] if name in renamed else gone.pop(name, None)
-            yield Person(name, renamed.get(name, name), then, after[name])
+            yield name, renamed.get(name, name), then, after[name]
         if name in gone:
-            yield Person(name, name, gone[name], None)
+            yield name, name, gone[name], None
 
 
 def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Change]:
@@ -3252,8 +3246,8 @@ def came_and_went(
             yield Change(account.id, account.name, event.user, event.key_id, change, event=event)
 
 
-# Changes, each with the CloudTrail event that confirms it; after "=" is the status that it sets. The
-# event of the opposite change contradicts it. "-": by many events, for which nobody asks
+# Changes, each with the CloudTrail event that confirms it; after "=" is the status that it sets.
+# What contradicts a change is the event of its opposite. "-": of many events, for which nobody asks
 EXPLANATIONS = """
     mfa-added EnableMFADevice                    mfa-removed DeactivateMFADevice
     mfa-changed EnableMFADevice+DeactivateMFADevice
