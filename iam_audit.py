@@ -82,8 +82,6 @@ import textwrap
 import threading
 import time
 import traceback
-from array import array
-from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
 from collections.abc import (
     AsyncIterator,
@@ -2817,12 +2815,13 @@ EVENTS_COLUMNS = (
 CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-went"
 API_KEY_CAME_AND_WENT = "api-key-came-and-went"
 NEW_KEY_CHANGES = ("access-key-created", "api-key-created", CAME_AND_WENT, API_KEY_CAME_AND_WENT)
-LISTING, OF_SERVICES = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
-WITHOUT_ID = {*ROOT_ACCESS_KEYS, *CERTIFICATES}
-RUNS_SHOWN, RUNS_KEPT = 12, 60  # in the terminal and in summary.json, this one included
+LISTING, KINDS_LISTED = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
+WITHOUT_ID = {"", NOT_APPLICABLE, *ROOT_ACCESS_KEYS, *CERTIFICATES}
+RUNS_KEPT = 60  # in summary.json, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
+# The present name (or the last), the earlier one, and the user then and now, if they were there
+Person = tuple[str, str, "UserState | None", "UserState | None"]
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
-LACKS_ROWS = "it lacks rows that summary.json counts"
 
 
 class Change(NamedTuple):
@@ -2849,7 +2848,7 @@ class EarlierAccount(NamedTuple):
     users: int = 0
     keys: int = 0
     levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
-    not_checked: Sequence[str] = ()  # operations that were denied
+    listed: bool = True  # whether its API keys and passwords for services were read
 
 
 class EarlierRun(NamedTuple):
@@ -2858,28 +2857,8 @@ class EarlierRun(NamedTuple):
     organization_id: str
     scope: Any  # as in summary.json
     max_key_age_days: int
-    figures: dict[str, Any]  # as in the table of runs
-    runs: Sequence[dict[str, Any]] | None  # those of its scope before it, if its summary tells
-    findings: int  # so many rows at least has its findings.csv
+    runs: list[dict[str, Any]]  # those of its scope before it that its summary tells of, and itself
     accounts: dict[str, EarlierAccount]  # the whole organization, in scope or not
-
-
-class Facts:
-    """Rows of text that are known, by their hashes: 500,000 of a large run take 4 MB."""
-
-    def __init__(self, hashes: Iterable[int] = ()) -> None:
-        self.hashes = array("q", sorted(hashes))
-
-    def __contains__(self, row: tuple[str, ...]) -> bool:
-        return bisect_left(self.hashes, hash(row)) < bisect_right(self.hashes, hash(row))
-
-
-class Tables(NamedTuple):
-    """What tables of an earlier run tell of its whole organization; None: that is unknown."""
-
-    findings: Facts | None = None
-    others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None  # user, ID; by account ID
-    not_administrators: Facts = Facts()  # account ID, user
 
 
 @dataclass
@@ -2890,7 +2869,6 @@ class History:
     folders: Sequence[Path] = ()
     organization_id: str = ""
     read: dict[Path, EarlierRun | AuditError] = field(default_factory=dict)
-    held: dict[str, States] = field(default_factory=dict)  # of the run that --previous names
 
     def __iter__(self) -> Iterator[EarlierRun | AuditError]:
         for folder in self.folders:
@@ -2903,16 +2881,6 @@ class History:
             if isinstance(run, AuditError) or run.organization_id == self.organization_id:
                 yield run
 
-    def name_one(self, folder: Path) -> None:
-        """Have this run alone. Raises AuditError if its summary or an account's CSV is damaged."""
-        run = earlier_run(folder)
-        if run.organization_id != self.organization_id:
-            raise AuditError(f"--previous: {folder} is of organization {run.organization_id}.")
-        for account_id, account in run.accounts.items():
-            if account.result == "audited":
-                self.held[account_id] = states_before(run, account_id)
-        self.folders, self.read = [folder], {folder: run}
-
 
 class Baseline(NamedTuple):
     """What an account is compared with. Without a run, keys created from `since` on are new."""
@@ -2921,7 +2889,10 @@ class Baseline(NamedTuple):
     states: States
     since: datetime | None
     passed_over: Sequence[str]  # messages on files that cannot be read
-    tables: Tables = Tables()
+    # Of the run's tables, None if that is unknown: hashes of its findings (account, user, finding,
+    # key) and of the users (account, user) who were no administrators; by account: user, ID, state
+    known: set[int] | None = None
+    others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None
     unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
 
 
@@ -2934,7 +2905,7 @@ class Tracking:
     runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope, oldest first
     unreadable: list[str] = field(default_factory=list)  # what the table of runs may lack
     baselines: dict[str, Baseline] = field(default_factory=dict)  # of accounts in hand
-    tables: dict[Path, Tables] = field(default_factory=dict)  # by the folder of their run
+    tables: dict[Path, tuple[Any, Any]] = field(default_factory=dict)  # read, by their folder
     compared: dict[str, EarlierRun] = field(default_factory=dict)  # by account ID
     passed_over: dict[str, None] = field(default_factory=dict)  # messages
     blind: list[Account] = field(default_factory=list)  # where new keys cannot be ruled out
@@ -2950,69 +2921,65 @@ class Tracking:
 def open_tracking(
     history: History, previous: Path | timedelta | None, scope: Scope, now: datetime
 ) -> Tracking:
-    """The last runs of this scope, and what to compare with: `previous`, or the newest so old."""
-    tracking, same_scope = Tracking(history), {"exclude_ous": [], **scope_document(scope)}
+    """The last runs of this scope, and what to compare with: `previous`, or the newest so old.
+    Raises AuditError if the run that `previous` names is damaged or of another organization."""
+    tracking = Tracking(history)
     for run in itertools.islice(history, RUNS_SEARCHED):
         if isinstance(run, AuditError):
             tracking.unreadable.append(str(run))
-        elif run.scope == same_scope:
-            tracking.runs = [*(run.runs or ()), run.figures, *tracking.runs]
-            if run.runs is not None:
+        elif run.scope == scope_document(scope):
+            tracking.runs = [*run.runs, *tracking.runs]
+            if len(run.runs) > 1:
                 break
     del tracking.runs[: 1 - RUNS_KEPT]
     if isinstance(previous, timedelta):
         latest = f"{now - previous:%Y%m%dT%H%M%SZ}"
         history.folders = [each for each in history.folders if each.name[: len(latest)] <= latest]
     elif previous is not None:
-        history.name_one(previous)
+        history.folders = [previous]
+        other = AuditError(f"--previous: {previous} is of another organization.")
+        named = next(iter(history), other)
+        if isinstance(named, AuditError):
+            raise named
+        for account_id, account in named.accounts.items():
+            if account.result == "audited":
+                states_before(named, account_id)
     tracking.earlier = next((run for run in history if isinstance(run, EarlierRun)), None)
-    if tracking.earlier is not None and history.held:
-        tables_of(tracking, tracking.earlier)  # at once: the folder may disappear during the run
     return tracking
 
 
 def scope_document(scope: Scope) -> dict[str, Any]:
     """The scope as summary.json has it. Earlier versions wrote no `exclude_ous`."""
-    names, ids = ("accounts", "exclude", "ous"), (scope.accounts, scope.exclude, scope.ous)
-    left_out = {"exclude_ous": sorted(scope.exclude_ous)} if scope.exclude_ous else {}
-    named = dict(zip(names, map(sorted, ids)))
-    return {**named, **left_out, "include_management": scope.include_management}
+    names = ("accounts", "exclude", "ous", *(["exclude_ous"] if scope.exclude_ous else ()))
+    listed = {name: sorted(getattr(scope, name)) for name in names}
+    return {**listed, "include_management": scope.include_management}
 
 
 def earlier_run(folder: Path) -> EarlierRun:
     """A finished run by its summary. Raises AuditError if anything there is not what it must be."""
     with reading(folder / "summary.json"):
-        summary, accounts, runs = read_summary(folder), {}, None
+        summary, accounts, runs = read_summary(folder), dict[str, EarlierAccount](), []
         organization, scope = summary["organization"], summary.get("scope")
         for entry in [*summary["accounts"], *summary["out_of_scope"]]:
             if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
                 raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
-            accounts[sys.intern(entry["id"])] = earlier_account(entry)  # most runs have the same
-        figures = run_figures(summary, summary["totals"], summary["gaps"]["organization"])
-        if scope and summary.get("runs"):
-            told = (run_figures(one, one, one) for one in summary["runs"])
-            runs = [one for one in told if one["started"] < figures["started"]]
+            accounts[entry["id"]] = earlier_account(entry)
+        started, days = parse_time(summary["started"]), typed(int, summary["max_key_age_days"])
+        itself = {**summary, **summary["totals"], **summary["gaps"]["organization"]}
+        for run in [*(summary.get("runs") or ()), itself]:
+            figures = {name: typed(int, run[name]) for name in ("audited", *RUN_GAPS)}
+            if run is itself or parse_time(run["started"]) < started:
+                runs.append({"started": iso(parse_time(run["started"])), **figures})
         if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
             included = organization["management_account_included"]
             scope = scope_document(Scope(include_management=included))
-        started, days = parse_time(summary["started"]), typed(int, summary["max_key_age_days"])
-        of_run = (folder, started, typed(str, organization["id"]))
-        scope = scope and {"exclude_ous": [], **scope}  # there was no such option
-        findings = sum(summary["findings"].values())
-        return EarlierRun(*of_run, scope, days, figures, runs, findings, accounts)
-
-
-def run_figures(run: Any, totals: Any, gaps: Any) -> dict[str, Any]:
-    """A run's line in the table of runs."""
-    figures = {"started": iso(parse_time(run["started"])), "audited": typed(int, totals["audited"])}
-    for name in RUN_GAPS:
-        figures[name] = typed(int, gaps[name])
-    return figures
+        return EarlierRun(
+            folder, started, typed(str, organization["id"]), scope, days, runs, accounts
+        )
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
-    """An account. Its texts are the same in many runs: interned, a year of them is some 50 MB."""
-    name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
+    name, result = typed(str, entry["name"]), entry.get("result", "out of scope")
     if result in ("failed", "skipped", "out of scope"):
         return EarlierAccount(name, result)
     if result != "audited":
@@ -3020,8 +2987,8 @@ def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
     levels = tuple(LEVELS.index(entry["maturity"][phase]) for phase in PHASES)
     users = typed(int, entry["users"]) + typed(bool, entry["root"])
     keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
-    not_checked = tuple(map(sys.intern, entry.get("not_checked", ())))
-    return EarlierAccount(name, result, production, users, keys, levels, not_checked)
+    listed = LISTING not in entry.get("not_checked", ())
+    return EarlierAccount(name, result, production, users, keys, levels, listed)
 
 
 def typed(kind: type[T], value: Any) -> T:
@@ -3036,64 +3003,9 @@ def states_before(run: EarlierRun, account_id: str) -> States:
     path, counted = account_csv(run.folder, account_id), run.accounts[account_id]
     states = read_states(path, account_id)
     keys = sum(len(state.keys) for state in states.values())
-    with reading(path):
-        if (len(states), keys) != (counted.users, counted.keys):
-            raise ValueError(LACKS_ROWS)
+    if (len(states), keys) != (counted.users, counted.keys):
+        raise AuditError(f"Cannot read the earlier run's {path}: it lacks rows of its summary.json")
     return states
-
-
-def tables_of(tracking: Tracking, run: EarlierRun) -> Tables:
-    """The tables of an earlier run, which are read once; old runs have no credentials.csv."""
-    if run.folder not in tracking.tables:
-        tables = Tables()
-        for name, read in (("credentials.csv", with_credentials), ("findings.csv", with_findings)):
-            path = run.folder / name
-            try:
-                with reading(path):
-                    if name == "findings.csv" or may_exist(path):
-                        tables = read(tables, path, run)
-            except AuditError as error:
-                tracking.passed_over[str(error)] = None
-        tracking.tables[run.folder] = tables
-    return tracking.tables[run.folder]
-
-
-def with_credentials(tables: Tables, path: Path, run: EarlierRun) -> Tables:
-    others, users, keys = dict[str, Any](), array("q"), 0
-    columns = ("account_id", "username", "administrator", "credential_id", "status", "created_date")
-    for account_id, user, administrator, *key, kind in table_rows(path, *columns, "kind"):
-        keys += kind == ACCESS_KEY
-        if administrator == "false":
-            users.append(hash((account_id, user)))
-        if kind in KINDS[1:]:
-            key_id, status, created = key
-            of_account = others.setdefault(account_id, [])
-            of_account.append((user, key_id, KeyState(status, created, kind)))
-    if keys != sum(account.keys for account in run.accounts.values()):
-        raise ValueError(LACKS_ROWS)
-    return tables._replace(others=others, not_administrators=Facts(users))
-
-
-def with_findings(tables: Tables, path: Path, run: EarlierRun) -> Tables:
-    rows = table_rows(path, "account_id", "finding", "username", "access_key_id")
-    found = Facts(map(hash, rows))
-    if len(found.hashes) < run.findings:
-        raise ValueError(LACKS_ROWS)
-    return tables._replace(findings=found)
-
-
-def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
-    """These cells of the rows of a table that may be large; to be called in `reading`."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a regular file")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        header = next(rows, [])
-        wanted = itemgetter(*map(header.index, columns))
-        for number, row in enumerate(rows, 2):
-            if len(row) != len(header):
-                raise ValueError(f"row {number} has more or fewer cells than the header")
-            yield tuple(map(original, wanted(row)))
 
 
 def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
@@ -3112,15 +3024,53 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
             since = run.started
         elif account.result == "audited":
             try:
-                states = history.held.pop(account_id, None) or states_before(run, account_id)
+                states = states_before(run, account_id)
             except AuditError as error:
                 passed_over.append(str(error))
                 continue
-            tables = tables_of(tracking, run)
-            unknown: Sequence[str] = OF_SERVICES if LISTING in account.not_checked else ()
-            unknown = KINDS[1:] if tables.others is None else unknown
-            return Baseline(run, states, run.started, passed_over, tables, unknown)
+            known, others = tables_of(tracking, run.folder)
+            unknown = KINDS[1:] if others is None else () if account.listed else KINDS_LISTED
+            return Baseline(run, states, run.started, passed_over, known, others, unknown)
     return Baseline(None, {}, since, passed_over)
+
+
+def tables_of(tracking: Tracking, folder: Path) -> tuple[Any, Any]:
+    """`known` and `others` of a Baseline, read once; nothing if one of the tables is damaged."""
+    if folder not in tracking.tables:
+        tracking.tables[folder] = (None, None)
+        known, others, path = set[int](), dict[str, Any](), folder / "credentials.csv"
+        whose, of_key = ("account_id", "username"), ("credential_id", "status", "created_date")
+        try:
+            rows = table_rows(folder / "findings.csv", *whose, "finding", "access_key_id")
+            for *about, key_id in rows:
+                known.add(hash((*about, "" if key_id in WITHOUT_ID else key_id)))
+            if may_exist(path):  # old runs have none
+                for row in table_rows(path, *whose, "administrator", "kind", *of_key):
+                    account_id, user, is_administrator, kind, key_id, status, created = row
+                    if is_administrator == "false":
+                        known.add(hash((account_id, user)))
+                    if kind in KINDS[1:]:
+                        key = (user, key_id, KeyState(status, created, kind))
+                        others.setdefault(account_id, []).append(key)
+            tracking.tables[folder] = (known, others if may_exist(path) else None)
+        except AuditError as error:
+            tracking.passed_over[str(error)] = None
+    return tracking.tables[folder]
+
+
+def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
+    """These cells of the rows of a table that may be large. Raises AuditError if it is damaged."""
+    with reading(path):
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, [])
+            wanted = itemgetter(*map(header.index, columns))
+            for number, row in enumerate(rows, 2):
+                if len(row) != len(header):
+                    raise ValueError(f"row {number} has more or fewer cells than the header")
+                yield tuple(map(original, wanted(row)))
 
 
 def track_account(
@@ -3136,154 +3086,101 @@ def track_account(
         events = tuple(event for event in trail.events if event.time >= since)
         audited = replace(audited, trail=replace(trail, events=events))
     if LISTING in audited.not_checked:
-        baseline = baseline._replace(unknown=(*OF_SERVICES, *baseline.unknown))
-    persons, changes = compare(audited, baseline)
+        baseline = baseline._replace(unknown=(*KINDS_LISTED, *baseline.unknown))
+    changes = list(changes_of(tracking, audited, baseline))
     if run is not None:
         tracking.compared[account.id] = run
         tracking.changes += changes
-        track_mfa(tracking, account, persons)
     else:
         tracking.new_keys_elsewhere += [one for one in changes if one.change in NEW_KEY_CHANGES]
         tracking.blind += [account] if baseline.passed_over else []
-    return judged(tracking, findings, persons, baseline)
+    return mark_new(tracking, findings, changes, baseline)
 
 
-def compare(audited: AuditedAccount, baseline: Baseline) -> tuple[list[Person], list[Change]]:
-    """The users then and now, and what has changed; without an earlier run, what dates tell."""
-    account, before, after = audited.account, baseline.states, states_of(rows_of(audited))
+def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
+    """What has changed in an account. Of credentials of `unknown` kinds only their dates tell."""
+    account, trail, unknown = audited.account, audited.trail, baseline.unknown
+    before, after, found = baseline.states, states_of(rows_of(audited)), list[Change]()
     for user in audited.users:
-        for one in user.others:
-            if one.kind not in baseline.unknown:
-                after[user.name].keys[one.id] = KeyState(one.status, iso(one.created), one.kind)
-    for name, key_id, state in (baseline.tables.others or {}).get(account.id, ()):
-        if name in before and state.kind not in baseline.unknown:
+        for key in user.others:
+            if key.kind not in unknown:
+                after[user.name].keys[key.id] = KeyState(key.status, iso(key.created), key.kind)
+        dated = KINDS if user.name == ROOT and ROOT not in before else unknown
+        for key in (*user.keys, *user.others):
+            if key.kind in dated and baseline.since and key.created >= baseline.since:
+                what = (user.name, key.id, f"{key.kind}-created", "", key.status)
+                found.append(Change(account.id, account.name, *what))
+    for name, key_id, state in (baseline.others or {}).get(account.id, ()):
+        if name in before and state.kind not in unknown:
             before[name].keys[key_id] = state
-    persons, found = list[Person](), list[Change]()
-    events = audited.trail.events if audited.trail else ()
-    if baseline.run is not None:
-        persons += persons_of(before, after, events)
-        found += changes_between(account, persons)
-        found += administrators_added(audited, baseline, persons)
-    if baseline.since is not None:
-        found += created_since(audited, baseline)
-        found += came_and_went(account, before, after, events)
-    for index, change in enumerate(found):
-        found[index] = with_witness(change, audited.trail)._replace(since=baseline.since)
-    return persons, found
+    events = trail.events if trail and baseline.since else ()
+    found += came_and_went(account, before, after, events)
+    persons = list(persons_of(before, after, events)) if baseline.run else []
+    found += changes_between(account, persons)
+    administrators = {user.name for user in audited.users if user.administrator == "true"}
+    for name, old_name, then, now in persons:
+        was_none = then is None or hash((account.id, old_name)) in (baseline.known or ())
+        if now and name in administrators and was_none:
+            what = (name, "", "administrator-added", "false" if then else "", "true")
+            found.append(Change(account.id, account.name, *what))
+        lacked, lacks = bool(then and then.lacks_mfa), bool(now and now.lacks_mfa)
+        tracking.mfa_fixed += lacked and not lacks
+        if lacks and not lacked:
+            new = Change(account.id, account.name, name, change="console-without-mfa")
+            tracking.mfa_new.append(new)
+    for change in found:
+        yield with_witness(change, trail)._replace(since=baseline.since)
 
 
-def judged(
-    tracking: Tracking, findings: Iterable[Finding], persons: Iterable[Person], baseline: Baseline
+def mark_new(
+    tracking: Tracking, findings: Iterable[Finding], changes: Iterable[Change], baseline: Baseline
 ) -> list[Finding]:
-    """The findings, each with whether it is new. Those of an account that has become production
-    since its baseline are told once more."""
-    found, users = list[Finding](), {person.name: person for person in persons if person.now}
-    for each in findings:
-        finding = each._replace(new=is_new(each, users.get(each.user), baseline))
-        found.append(finding)
-        account = baseline.run.accounts[finding.account.id] if baseline.run else None
-        risen = account is not None and finding.production and not account.production
-        untold = risen or finding.new is not False
-        if finding.priority == MOST_URGENT and untold and finding.exception is None:
-            tracking.urgent_new.append(finding)
+    """The findings, each with whether the baseline lacked it; None if that is unknown. Those of an
+    account that has become production since then are told once more."""
+    found, known, run = list[Finding](), baseline.known, baseline.run
+    created = {(one.user, one.key_id) for one in changes if one.change.endswith("-created")}
+    old_names = {one.user: one.before for one in changes if one.change == "user-renamed"}
+    for finding in findings:
+        user, key, new = finding.user, finding.key, None
+        key_id = key.id if key else ""
+        row = (finding.account.id, old_names.get(user, user), finding.finding)
+        if known is not None and (user, key_id) in created:
+            new = True
+        elif known is not None and (key is None or key.kind not in baseline.unknown):
+            new = hash((*row, "" if key_id in WITHOUT_ID else key_id)) not in known
+        found.append(finding._replace(new=new))
+        risen = run and finding.production and not run.accounts[finding.account.id].production
+        told = risen or new is not False
+        if told and finding.priority == MOST_URGENT and not finding.exception:
+            tracking.urgent_new.append(found[-1])
     return found
 
 
-def is_new(finding: Finding, person: Person | None, baseline: Baseline) -> bool | None:
-    """Whether the baseline lacked the finding; None if that is unknown."""
-    key, since, known = finding.key, baseline.since, baseline.tables.findings
-    if known is None or since is None:
-        return None
-    if person is None or person.then is None:  # a new user, or a report that lacked root's row
-        return True
-    undated = key is None or key.kind not in baseline.unknown
-    if key and key.id in WITHOUT_ID and undated:
-        state = KeyState(key.status, iso(key.created), key.kind)
-        return state not in person.then.keys.values()
-    key_id = key.id if key else NOT_APPLICABLE
-    if (finding.account.id, finding.finding, person.old_name, key_id) in known:
-        return False
-    return True if key is None or undated or key.created >= since else None
-
-
-def created_since(audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
-    """The new credentials of which their dates alone tell, as of root's if its row was missing."""
-    for user in audited.users:
-        of_user = Change(audited.account.id, audited.account.name, user.name)
-        no_row = user.name == ROOT and ROOT not in baseline.states
-        kinds = KINDS if no_row else baseline.unknown
-        for key in (*user.keys, *user.others):
-            if key.kind in kinds and baseline.since and key.created >= baseline.since:
-                change = of_user._replace(key_id=key.id, change=f"{key.kind}-created")
-                yield change._replace(after=key.status)
-
-
-def administrators_added(
-    audited: AuditedAccount, baseline: Baseline, persons: Iterable[Person]
-) -> Iterator[Change]:
-    """Administrators who are new, or of whom the earlier run says that they were none."""
-    administrators = {user.name for user in audited.users if user.administrator == "true"}
-    account, were_none = audited.account, baseline.tables.not_administrators
-    for name, old_name, then, now in persons:
-        added = then is None or (account.id, old_name) in were_none
-        if now and name in administrators and added:
-            before = "false" if then else ""
-            yield Change(account.id, account.name, name, "", "administrator-added", before, "true")
-
-
-class Person(NamedTuple):
-    """A user then and now (None: not there). `name` is the present one, or the last one."""
-
-    name: str
-    old_name: str
-    then: UserState | None
-    now: UserState | None
-
-
 def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> Iterator[Person]:
-    """All users; root only if both credential reports had it: root neither comes nor goes."""
-    names, renamed = before.keys() | after.keys(), renames(before, after, events)
-    if ROOT not in before or ROOT not in after:
-        names.discard(ROOT)
-    moved = set(renamed.values())
-    for name in sorted(names):
-        if name in after:
-            old_name = renamed.get(name, name)
-            is_other = name in moved and name not in renamed  # who had the name has another now
-            yield Person(name, old_name, None if is_other else before.get(old_name), after[name])
-        if name in before and name not in moved and (name not in after or name in renamed):
-            yield Person(name, name, before[name], None)
-
-
-def renames(before: States, after: States, events: Iterable[Event]) -> dict[str, str]:
-    """The old name by the new one, as keys tell, which stay with their user, or else CloudTrail."""
+    """All users. Keys, which stay with their user, tell who was renamed, or else CloudTrail does.
+    Root only if both credential reports had it: it neither comes nor goes."""
     same, moved = {name.lower(): name for name in before}, dict[str, str]()
     for event in events:  # IAM knows a name in any letter case
         if event.new_name or event.name == "DeleteUser":
             name = moved.pop(event.user.lower(), "") or same.pop(event.user.lower(), "")
             moved[event.new_name.lower()] = name
-    owners: dict[str, set[str]] = {}
-    for name, state in sorted(before.items()):
-        for key_id in state.keys.keys() - WITHOUT_ID:
-            owners.setdefault(key_id, set()).add(name)
-    renamed = {}
+    owners, renamed = dict[str, str](), dict[str, str]()  # by key ID; old names by new ones
+    for name, state in before.items():
+        owners.update(dict.fromkeys(state.keys.keys() - WITHOUT_ID, name))
     for name, state in after.items():
-        had = set[str]().union(*(owners.get(key_id, ()) for key_id in state.keys))
+        had = {owners[key_id] for key_id in state.keys if key_id in owners}
         old_name = min(had) if had and name not in had else moved.get(name.lower(), "")
         if old_name not in ("", name):
             renamed[name] = old_name
-    return renamed
-
-
-def track_mfa(tracking: Tracking, account: Account, persons: Iterable[Person]) -> None:
-    """Count the console users without MFA who have it now or are gone, and keep the new ones."""
-    for name, _old_name, then, now in persons:
-        lacked = then is not None and then.lacks_mfa
-        lacks = now is not None and now.lacks_mfa
-        tracking.mfa_fixed += lacked and not lacks
-        if lacks and not lacked:
-            new = Change(account.id, account.name, name, change="console-without-mfa")
-            tracking.mfa_new.append(new)
+    gone = {name: before[name] for name in before.keys() - {*renamed.values()}}
+    for name in sorted(before.keys() | after.keys()):
+        if name == ROOT and (ROOT not in before or ROOT not in after):
+            continue
+        if name in after:
+            then = before[renamed[name]] if name in renamed else gone.pop(name, None)
+            yield name, renamed.get(name, name), then, after[name]
+        if name in gone:
+            yield name, name, gone[name], None
 
 
 def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Change]:
@@ -3294,27 +3191,26 @@ def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Cha
         else:
             if old_name != name:
                 yield of_user._replace(change="user-renamed", before=old_name, after=name)
-            yield from sign_in_changes(of_user, then, now)
+            before, after = then.password_status, now.password_status
+            if before != after:
+                what = "console-enabled" if after == PASSWORD_SET else "console-disabled"
+                yield of_user._replace(change=what, before=before, after=after)
+            before, after = then.mfa_status, now.mfa_status
+            if before != after:
+                what = {before: "mfa-added", after: "mfa-removed"}.get(NO_MFA, "mfa-changed")
+                yield of_user._replace(change=what, before=before, after=after)
         yield from key_changes(of_user, then.keys if then else {}, now.keys if now else {})
 
 
-def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
-    before, after = then.password_status, now.password_status
-    if before != after:
-        what = "console-enabled" if after == PASSWORD_SET else "console-disabled"
-        yield of_user._replace(change=what, before=before, after=after)
-    before, after = then.mfa_status, now.mfa_status
-    if before != after:
-        what = {before: "mfa-added", after: "mfa-removed"}.get(NO_MFA, "mfa-changed")
-        yield of_user._replace(change=what, before=before, after=after)
-
-
 def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
-    """One user's long-term credentials but the password."""
-    earlier, current, none = by_identity(before), by_identity(after), ("", KeyState("", "", ""))
-    for identity in sorted(earlier.keys() | current.keys()):
-        old_id, then = earlier.get(identity, none)
-        new_id, now = current.get(identity, none)
+    """Those without an ID are known by their date, as AWS promises no order of the two."""
+    none, sides = ("", KeyState("", "", "")), (dict[str, Any](), dict[str, Any]())
+    for side, keys in zip(sides, (before, after)):
+        for key_id, key in sorted(keys.items()):
+            dated = f"{key.kind} {key.created}"
+            side[dated if key_id in WITHOUT_ID and dated not in side else key_id] = key_id, key
+    for identity in sorted(sides[0].keys() | sides[1].keys()):
+        (old_id, then), (new_id, now) = (side.get(identity, none) for side in sides)
         if not (then.status and now.status):
             what = "created" if now.status else "deleted"
         elif is_active(then.status) != is_active(now.status):
@@ -3325,98 +3221,88 @@ def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
         yield change._replace(change=f"{now.kind or then.kind}-{what}")
 
 
-def by_identity(keys: Keys) -> dict[str, tuple[str, KeyState]]:
-    """By their IDs; those without one by their date, as AWS promises no order of the two."""
-    known: dict[str, tuple[str, KeyState]] = {}
-    for key_id, key in sorted(keys.items()):
-        dated = f"{key.kind} {key.created}"
-        known[dated if key_id in WITHOUT_ID and dated not in known else key_id] = key_id, key
-    return known
+OF_USER, OF_API_KEY = {"CreateUser", "CreateLoginProfile"}, {"CreateServiceSpecificCredential"}
+GONE = {  # what only events show: by the last event, those it needs before, and the change
+    "DeleteUser": (OF_USER, USER_CAME_AND_WENT),
+    "DeleteAccessKey": ({"CreateAccessKey"}, CAME_AND_WENT),
+    "DeleteServiceSpecificCredential": (OF_API_KEY, API_KEY_CAME_AND_WENT),
+}
 
 
 def came_and_went(
     account: Account, before: States, after: States, events: Iterable[Event]
 ) -> Iterator[Change]:
-    """Keys and console users that came and went between the runs: only events show them."""
+    """Keys and console users that came and went between the runs."""
     seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
     seen.update(name.lower() for name in (*before, *after))
-    done: dict[str, dict[str, Event]] = {}  # by the key's ID or the user's name
+    done: dict[str, set[str]] = {}  # the events by the key's ID or the user's name
     for event in events:
-        what = event.key_id or event.user.lower()
-        names = done.setdefault(what, {})
-        names[event.name] = event
-        gone, change = event.name if what not in seen else "", ""
-        if gone == "DeleteUser" and names.keys() >= {"CreateUser", "CreateLoginProfile"}:
-            change = USER_CAME_AND_WENT
-        elif gone == "DeleteAccessKey" and event.key_id and "CreateAccessKey" in names:
-            change = CAME_AND_WENT
-        elif gone == "DeleteServiceSpecificCredential" and event.key_id:
-            made = names.get("CreateServiceSpecificCredential")
-            change = (
-                API_KEY_CAME_AND_WENT if made and made.service_name not in PASSWORD_SERVICES else ""
-            )
-        if change:
+        what = event.user.lower() if event.name in {"DeleteUser", *OF_USER} else event.key_id
+        if event.service_name in PASSWORD_SERVICES or what in seen:  # only keys count as new
+            continue
+        done.setdefault(what, set()).add(event.name)
+        needed, change = GONE.get(event.name, (set[str](), ""))
+        if change and needed <= done[what]:
             yield Change(account.id, account.name, event.user, event.key_id, change, event=event)
 
 
-# The CloudTrail events that confirm a change or else contradict it; after "=", the status they set
-EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
-    "mfa-added": ({"EnableMFADevice"}, {"DeactivateMFADevice"}),
-    "mfa-removed": ({"DeactivateMFADevice"}, {"EnableMFADevice"}),
-    "mfa-changed": ({"EnableMFADevice", "DeactivateMFADevice"}, set()),
-    "console-enabled": ({"CreateLoginProfile"}, {"DeleteLoginProfile"}),
-    "console-disabled": ({"DeleteLoginProfile"}, {"CreateLoginProfile"}),
-    "user-created": ({"CreateUser"}, {"DeleteUser"}),
-    "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
-    "user-renamed": ({"UpdateUser"}, set()),
-    "administrator-added": (set(), set()),  # by many events, for which nobody asks
-}
-for _kind, _create, _what in (
-    (ACCESS_KEY, "CreateAccessKey", "AccessKey"),
-    (API_KEY, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
-    (SERVICE_PASSWORD, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
-    (SIGNING_CERTIFICATE, "UploadSigningCertificate", "SigningCertificate"),
-):
-    _delete, _on, _off = f"Delete{_what}", f"Update{_what}=Active", f"Update{_what}=Inactive"
-    EXPLAINED_BY[f"{_kind}-created"] = ({_create}, {_delete})
-    EXPLAINED_BY[f"{_kind}-deleted"] = ({_delete}, {_create})
-    EXPLAINED_BY[f"{_kind}-activated"] = ({_on}, {_off})
-    EXPLAINED_BY[f"{_kind}-deactivated"] = ({_off}, {_on})
-CONFIRMING = set[str]().union(*(confirming for confirming, _ in EXPLAINED_BY.values()))
-EVENT_NAMES = tuple(sorted({event.partition("=")[0] for event in CONFIRMING}))
+# Changes, each with the CloudTrail event that confirms it; after "=" is the status that it sets.
+# What contradicts a change is the event of its opposite. "-": of many events, for which nobody asks
+EXPLANATIONS = """
+    mfa-added EnableMFADevice                    mfa-removed DeactivateMFADevice
+    mfa-changed EnableMFADevice+DeactivateMFADevice
+    console-enabled CreateLoginProfile           console-disabled DeleteLoginProfile
+    user-created CreateUser                      user-deleted DeleteUser
+    user-renamed UpdateUser                      administrator-added -
+    access-key-created CreateAccessKey           access-key-deleted DeleteAccessKey
+    access-key-activated UpdateAccessKey=Active  access-key-deactivated UpdateAccessKey=Inactive
+    api-key-created CreateServiceSpecificCredential
+    api-key-deleted DeleteServiceSpecificCredential
+    api-key-activated UpdateServiceSpecificCredential=Active
+    api-key-deactivated UpdateServiceSpecificCredential=Inactive
+    service-password-created CreateServiceSpecificCredential
+    service-password-deleted DeleteServiceSpecificCredential
+    service-password-activated UpdateServiceSpecificCredential=Active
+    service-password-deactivated UpdateServiceSpecificCredential=Inactive
+    signing-certificate-created UploadSigningCertificate
+    signing-certificate-deleted DeleteSigningCertificate
+    signing-certificate-activated UpdateSigningCertificate=Active
+    signing-certificate-deactivated UpdateSigningCertificate=Inactive
+""".split()
+EXPLAINED_BY = dict(zip(EXPLANATIONS[::2], EXPLANATIONS[1::2]))
+ON, OFF = "created activated added enabled".split(), "deleted deactivated removed disabled".split()
+OPPOSITES = dict(zip(ON + OFF, OFF + ON))
+EVENT_NAMES = tuple(sorted({*re.findall(r"(?<!=)\b[A-Z]\w+", " ".join(EXPLANATIONS))}))
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
     """The change with the latest event that explains it, or else the latest that contradicts it."""
     if change.event is not None:
         return change._replace(witness="confirmed")
-    if trail is None or not EXPLAINED_BY[change.change][0]:
+    confirming, (what, word) = EXPLAINED_BY[change.change], change.change.rsplit("-", 1)
+    if trail is None or confirming == "-":
         return change
     if trail.error:
         return change._replace(witness="unavailable")
-    for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
+    contradicting = EXPLAINED_BY.get(f"{what}-{OPPOSITES.get(word)}", "")
+    by_id = change.key_id not in WITHOUT_ID
+    for witness, names in (("confirmed", confirming), ("contradicted", contradicting)):
         for event in reversed(trail.events):
-            told = event.name in names or f"{event.name}={event.status}" in names
-            if told and is_about(event, change):
+            user = event.new_name if change.change == "user-renamed" else event.user
+            same = event.key_id == change.key_id if by_id else user.lower() == change.user.lower()
+            told = {event.name, f"{event.name}={event.status}"}.intersection(names.split("+"))
+            if same and told:
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
 
 
-def is_about(event: Event, change: Change) -> bool:
-    """Whether the event acted on what has changed. The report has no IDs of some credentials."""
-    if change.key_id and change.key_id not in WITHOUT_ID:
-        return event.key_id == change.key_id
-    name = event.new_name if change.change == "user-renamed" else event.user
-    return name.lower() == change.user.lower()
-
-
 def accounts_that_came_or_left(run: Run, earlier: EarlierRun) -> Iterator[Change]:
     """One change for each account that joined or left the organization since the newest run."""
-    then, now, since = earlier.accounts, accounts_now(run), earlier.started
-    for account_id in now.keys() - then.keys():
-        yield Change(account_id, now[account_id].name, change="account-joined", since=since)
-    for account_id in then.keys() - now.keys():
-        yield Change(account_id, then[account_id].name, change="account-left", since=since)
+    then, now = earlier.accounts, accounts_now(run)
+    for account_id in then.keys() ^ now.keys():
+        what = "account-joined" if account_id in now else "account-left"
+        name = (now.get(account_id) or then[account_id]).name
+        yield Change(account_id, name, change=what, since=earlier.started)
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -3425,10 +3311,8 @@ def accounts_now(run: Run) -> dict[str, Account]:
     return {one.account.id: one.account for one in everyone}
 
 
-def change_order(change: Change) -> tuple[str, ...]:
-    """The order of changes.csv: by its columns, without those of the event."""
-    who = (change.account_id, change.account_name, change.user, change.key_id)
-    return (*who, change.change, change.before, change.after, change.witness)
+# The order of changes.csv: by its columns, without those of the event
+change_order = attrgetter(*Change._fields[:8])
 
 
 def change_row(change: Change) -> tuple[str, ...]:
@@ -3441,10 +3325,10 @@ def change_row(change: Change) -> tuple[str, ...]:
 
 def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
     """The rows of events.csv, oldest first."""
-    found: list[tuple[Event, tuple[str, str]]] = []
+    found: list[tuple[Event, str, str]] = []
     for account, trail in run.trails:
-        found += [(event, (account.id, account.name)) for event in trail.events]
-    for event, where in sorted(found):
+        found += [(event, account.id, account.name) for event in trail.events]
+    for event, *where in sorted(found):
         who = (event.actor, event.source_ip, event.user_agent, event.id)
         yield (*where, iso(event.time), event.name, event.user, event.key_id, *who)
 

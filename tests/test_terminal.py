@@ -352,7 +352,7 @@ def test_findings_are_counted_by_priority() -> None:
 
 def test_new_findings_are_counted_where_there_is_a_baseline() -> None:
     found = run_of(OF_PRIORITY.values())
-    found.tracking.earlier = EarlierRun(Path(), NOW - DAY, "o-test123456", {}, 90, {}, None, 0, {})
+    found.tracking.earlier = EarlierRun(Path(), NOW - DAY, "o-test123456", {}, 90, [], {})
     found.findings = [one._replace(new=one.priority in (1, 5)) for one in found.findings]
     lines = shown(found)
     start = lines.index(only(lines, "Findings by priority"))
@@ -567,7 +567,7 @@ def test_new_api_keys_are_among_the_new_keys() -> None:
     changed = Change(SANDBOX.id, SANDBOX.name, "ana", "ACCA1", "api-key-created", since=NOW)
     gone = changed._replace(key_id="AKIA1", change="access-key-came-and-went")
     other = changed._replace(key_id="ASCA1", change="api-key-deleted")
-    found.tracking.earlier = EarlierRun(Path(), NOW - DAY, "o-test123456", {}, 90, {}, None, 0, {})
+    found.tracking.earlier = EarlierRun(Path(), NOW - DAY, "o-test123456", {}, 90, [], {})
     found.tracking.changes = [changed, gone, other]
     for quiet in (False, True):
         lines = shown(found, quiet=quiet)
