@@ -3871,7 +3871,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 FINDINGS_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
 LINES_SHOWN = 10  # of other lists
-API_KEYS_READ = "ListServiceSpecificCredentials"
+MOST_GAPS = (RUN_GAPS[0], RUN_GAPS[2], "active_api_keys_without_expiry")
 ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
 PAINT = {  # the codes of red, yellow and bold on a terminal: for trouble, findings, titles
@@ -3880,7 +3880,7 @@ PAINT = {  # the codes of red, yellow and bold on a terminal: for trouble, findi
     1: r"(\A|(?<=\n\n)).+",
 }
 NOT_CHECKED_WORDS = {
-    API_KEYS_READ: "API keys were not checked",
+    "ListServiceSpecificCredentials": "API keys were not checked",
     "GetAccountAuthorizationDetails": "Owners and administrators were not read",
 }
 WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
@@ -3888,9 +3888,8 @@ WITNESSES = {"not found": "has no matching event for", "unavailable": "could not
 # fmt: off
 NEXT_STEPS = {
     f"^AssumeRole: .*({ACCESS_DENIED})":
-        "check that role {role} exists in the account, that its trust policy allows {arn} and the "
-        "external ID, that the profile may assume it, and that no SCP denies it: AWS answers all "
-        "of these alike.",
+        "check that role {role} exists there, that its trust policy allows {arn} and the external "
+        "ID, that the profile may assume it, and that no SCP denies it: AWS answers all alike.",
     "^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)":
         "sign in again (for example with `aws sso login`), or fix the profile's "
         "credential_process, which must not wait for input; then run the audit again.",
@@ -3903,19 +3902,14 @@ NEXT_STEPS = {
         "something else uses up the account's IAM request rate: run the audit again later.",
 }
 # fmt: on
-# For each phase, its title and what is said if nothing can be counted; gaps, and what they are of
-PHASE_TITLES = {
-    "phase1": ("Phase 1, multi-factor authentication", "no console users"),
-    "phase2": ("Phase 2, use temporary credentials", "no active keys"),
+# For each phase: its title, what is said if there is nothing to count, the gaps that decide its level
+PHASE_WORDS = {
+    "phase1": ("Phase 1, multi-factor authentication", "no console users", "console_.*_mfa"),
+    "phase2": (
+        *("Phase 2, use temporary credentials", "no active keys"),
+        "active_(api_)?keys_(older_than_max_age|without_expiry)|active_(service|signing)_.*",
+    ),
 }
-PHASE_GAPS = (
-    ("phase1", "console_users_without_mfa", "console_users"),
-    ("phase2", "active_keys_older_than_max_age", "active_keys"),
-    ("phase2", "active_api_keys_without_expiry", "active_api_keys"),
-    ("phase2", "active_api_keys_older_than_max_age", "active_api_keys"),
-    ("phase2", "active_service_passwords", "active_service_passwords"),
-    ("phase2", "active_signing_certificates", "active_signing_certificates"),
-)
 
 
 def terminal_summary(
@@ -3925,16 +3919,17 @@ def terminal_summary(
     found = [finding for finding in run.findings if finding.exception is None]
     if quiet:
         title = printable(f"Organization {run.organization.id}, {summary['started']}: {run.folder}")
-        text = laid_out([quiet_lines(run, summary, found)], width)
+        text = laid_out(quiet_lines(run, summary, found), width)
         return f"{title}\n{text}" if text else ""
     blocks = [heading_lines(summary), failed_lines(summary), not_checked_lines(summary)]
     blocks += [change_lines(run, summary), new_lines(run), witness_lines(summary)]
     blocks += [[*phase_lines(summary, "phase1"), *phase_lines(summary, "phase2")]]
     blocks += [most_gaps_lines(summary), priority_lines(run, summary, found)]
-    title = f"What to fix first, of {count(len(found), 'finding')} in findings.csv"
+    title = f"What to fix first (all {count(len(found), 'finding')}: findings.csv)"
     blocks += [titled(title, finding_lines(run, found, FINDINGS_SHOWN, ALIKE_SHOWN))]
     blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
-    text = f"{laid_out(blocks, width)}\nFiles: {printable(str(run.folder))}\n"  # to be copied
+    text = "\n".join(laid_out(block, width) for block in blocks if block)
+    text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
     if summary["page"]:
         text += f"Page: {printable(str(run.folder / summary['page']))}\n"
     for code, pattern in PAINT.items() if color else ():
@@ -3955,17 +3950,14 @@ def quiet_lines(run: Run, summary: Summary, found: Iterable[Finding]) -> list[st
     return lines
 
 
-def laid_out(blocks: Iterable[Sequence[str]], width: int) -> str:
-    """The blocks as text that does not steer the terminal, with an empty line between them. Lines
-    are folded at spaces; a word that is too long, such as a path or an ARN, stays whole."""
-    fold, texts = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False), []
-    for block in filter(None, blocks):
-        text = ""
-        for line in map(printable, block):
-            fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
-            text += f"{fold.fill(line)}\n"
-        texts.append(text)
-    return "\n".join(texts)
+def laid_out(lines: Iterable[str], width: int) -> str:
+    """The lines as text that does not steer the terminal. They are folded at spaces; a word that is
+    too long, such as a path or an ARN, stays whole."""
+    fold, text = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False), ""
+    for line in map(printable, lines):
+        fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
+        text += f"{fold.fill(line)}\n"
+    return text
 
 
 def titled(title: str, lines: Iterable[str], most: int | None = None) -> list[str]:
@@ -4062,13 +4054,9 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
     if others := sorted({each.max_key_age_days for each in compared} - {days}):
         was = f"--max-key-age was {' or '.join(map(str, others))} and is {days} now"
         lines.append(f"{was}: phase 2 and the numbers of old keys do not compare")
-    if older := [iso(each.started) for each in compared if each is not run.tracking.earlier]:
-        accounts = count(len(older), "account")
-        lines.append(f"{accounts} compared with older runs, since {min(older)}")
     if number := changes["accounts_not_compared"]:
         lines.append(f"not compared: {count(number, 'account')}, not audited now or never before")
-    before = age(parse_time(summary["started"]) - parse_time(changes["since"]))
-    return titled(f"Since the run of {changes['since']}, {before} before", lines)
+    return titled(f"Since the run of {changes['since']}", lines)
 
 
 def level_in_words(then: str | None, now: str, compared_now: str | None) -> str:
@@ -4122,44 +4110,42 @@ def witness_lines(summary: Summary) -> list[str]:
     trail, changes, told = summary["cloudtrail"], summary["changes"], list[str]()
     if trail is None or trail["since"] is None:
         return []
-    events = count(trail["events"], "IAM event")
-    lines = [f"CloudTrail since {trail['since']}: {events}, in events.csv"]
     if trail["out_of_reach"]:
         kept = f"it keeps events for {CLOUDTRAIL_KEEPS.days} days"
-        lines.append(f"  {kept}: who made earlier changes is not known")
+        told.append(f"{kept}: who made earlier changes is not known")
     for witness, number in sorted(changes["witnesses"].items()) if changes else ():
-        told.append(f"{WITNESSES.get(witness, f'has {witness}')} {count(number, 'change')}")
-    return lines + ([f"  CloudTrail {', '.join(told)}"] if told else [])
+        words = WITNESSES.get(witness, f"has {witness}")
+        told.append(f"CloudTrail {words} {count(number, 'change')}")
+    title = (
+        f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"
+    )
+    return titled(title, told) or [title]
 
 
 def phase_lines(summary: Summary, phase: str) -> list[str]:
     """The organization's level, `7 of 15 console users without MFA` or what else decides it, and
     last how many accounts are at each level."""
     gaps, told, maturity = summary["gaps"]["organization"], [], summary["maturity"][phase]
-    title, nothing = PHASE_TITLES[phase]
-    for of_phase, gap, whole in PHASE_GAPS:
-        if of_phase == phase and gaps[whole]:
+    title, nothing, deciding = PHASE_WORDS[phase]
+    for gap in filter(re.compile(deciding).fullmatch, GAP_COUNTS):
+        whole = re.split("_(?:without|older)_", gap)[0]
+        if gaps[whole]:
             number = f"{gaps[gap]:,}" if gap == whole else f"{gaps[gap]:,} of {gaps[whole]:,}"
             told.append(f"{number} {in_words(gap, summary['max_key_age_days'])}")
     if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
         told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
-    codes = summary["not_checked"].get(API_KEYS_READ, {})
-    told = told or [nothing]
-    if codes and phase == "phase2":
-        told.append(f"API keys not checked in {count(sum(codes.values()), 'account')}")
-    told.append(f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
-    return titled(f"{title}: {maturity['level']}", told)
+    accounts = f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}"
+    return titled(f"{title}: {maturity['level']}", [*(told or [nothing]), accounts])
 
 
 def most_gaps_lines(summary: Summary) -> list[str]:
     sized, days = [], f"over {summary['max_key_age_days']} days"
     for one in accounts_of(summary, "audited"):
-        numbers = [one["gaps"][gap] for _, gap, _ in PHASE_GAPS[:3]]
+        numbers = itemgetter(*MOST_GAPS)(one["gaps"])
         if any(numbers):
             sized.append((-sum(numbers), label(one), *numbers))
-    lines = [
-        f"{'Accounts with the most gaps':<35}{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
-    ]
+    titles = f"{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
+    lines = [f"{'Accounts with the most gaps':<35}{titles}"]
     for _size, *cells in sorted(sized)[:ACCOUNTS_SHOWN]:  # of the same size: by ID
         lines.append("  {}{:>14,}{:>14,}{:>16,}".format(*cells))
     return lines if sized else []
@@ -4174,13 +4160,9 @@ def priority_lines(run: Run, summary: Summary, found: Sequence[Finding]) -> list
         rows["  new since the baseline"] = map(new.__getitem__, numbers)
     for title, cells in rows.items() if found else ():
         lines.append(f"{title:<24}{''.join(map('{:>8,}'.format, cells))}")
-    if not found:
-        lines = [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
-    if covered:
-        words = "finding is" if covered == 1 else "findings are"
-        lines.append(f"{covered:,} {words} covered by exceptions")
-    lines += exception_lines(summary, "expired") + exception_lines(summary, "unused")
-    return lines if run.audited else ["Nothing was audited."]
+    lines = lines or [f"No findings in {count(len(run.audited), 'audited account')}."]
+    lines += [f"{count(covered, 'finding')} covered by exceptions"] if covered else []
+    return lines + exception_lines(summary, "expired") + exception_lines(summary, "unused")
 
 
 def exception_lines(summary: Summary, which: str) -> list[str]:
@@ -4224,24 +4206,23 @@ def gap_lines(summary: Summary) -> list[str]:
 
 def enforcement_lines(summary: Summary) -> list[str]:
     """What service control policies already prevent, and where nothing does."""
-    enforcement, bare = summary["enforcement"], []
-    lines = ["Enforced by service control policies"]
+    enforcement, lines, bare = summary["enforcement"], list[str](), []
     if why_not := enforcement["why_not_checked"]:
-        lines.append(f"  not checked: {why_not}")
+        lines.append(f"not checked: {why_not}")
     for control, verdicts in enforcement["accounts"].items():
-        words = f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}"
+        words = f"{CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}"
         lines += titled(words, control_remarks(summary, control), LINES_SHOWN) or [words]
     managed = enforcement["root_credentials_managed_centrally"]
-    words = {True: "yes", False: "no", None: "not checked"}[managed]
-    lines.append(f"  {'root credentials managed centrally':<36}{words}")
-    if why_not := enforcement["root_credentials_why_not_checked"]:
-        lines.append(f"    {why_not}")
+    why_not = enforcement["root_credentials_why_not_checked"] or ""
+    words = {True: "yes", False: "no", None: f"not checked: {why_not}".rstrip(": ")}[managed]
+    lines.append(f"{'root credentials managed centrally':<36}{words}")
     for one in accounts_of(summary, "audited"):
         keys = one["gaps"]["active_keys"]
         if keys and {found["verdict"] for found in one["controls"].values()} == {ABSENT}:
             bare.append((-keys, f"{label(one)} {count(keys, 'active key')}"))
     most = map(itemgetter(1), sorted(bare)[:ACCOUNTS_SHOWN])
-    return lines + titled("Accounts with the most active keys and none of the controls", most)
+    most_keys = titled("Accounts with the most active keys and none of the controls", most)
+    return titled("Enforced by service control policies", lines) + most_keys
 
 
 def control_remarks(summary: Summary, control: str) -> list[str]:
@@ -4338,8 +4319,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     document["earlier_files_passed_over"] = list(tracking.passed_over)
     document.update(exceptions=exceptions_document(run), accounts=account_entries(run))
     left_out = [{"id": one.account.id, "name": one.account.name} for one in run.out_of_scope]
-    document["out_of_scope"] = sorted(left_out, key=itemgetter("id"))
-    return document
+    return {**document, "out_of_scope": sorted(left_out, key=itemgetter("id"))}
 
 
 def figures_document(run: Run) -> dict[str, Any]:
