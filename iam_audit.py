@@ -3755,61 +3755,101 @@ def texts(value: Any) -> tuple[str, ...]:
 
 FINDINGS_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
 LINES_SHOWN = 10  # of other lists
-API_KEYS_READ = "ListServiceSpecificCredentials"
+MOST_GAPS = (RUN_GAPS[0], RUN_GAPS[2], "active_api_keys_without_expiry")
+ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
-# What is red, yellow or bold on a terminal, and the codes that begin and end it
-PAINT = (
-    (r"(?m)^([\d,]+ accounts? could not be audited|  1  ).*", 31, 39),
-    (r"\b(Not Started|In Progress)\b", 33, 39),
-    (r"(\A|(?<=\n\n)).+", 1, 22),  # the title of each block
-)
+PAINT = {  # the codes of red, yellow and bold on a terminal: for trouble, findings, titles
+    31: r"(?m)^([\d,]+ accounts? could not be audited|  1  ).*",
+    33: r"(?m)^  [2-7]  .*",
+    1: r"(\A|(?<=\n\n)).+",
+}
+NOT_CHECKED_WORDS = {
+    "ListServiceSpecificCredentials": "API keys were not checked",
+    "GetAccountAuthorizationDetails": "Owners and administrators were not read",
+}
+WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
+# What a failed step and its error code match, and what to do about it; the first one counts
+# fmt: off
+NEXT_STEPS = {
+    f"^AssumeRole: .*({ACCESS_DENIED})":
+        "check that role {role} exists there, that its trust policy allows {arn} and the external "
+        "ID, that the profile may assume it, and that no SCP denies it: AWS answers all alike.",
+    "^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)":
+        "sign in again (for example with `aws sso login`), or fix the profile's "
+        "credential_process, which must not wait for input; then run the audit again.",
+    f"^DescribeOrganizationalUnit: .*({ACCESS_DENIED})":
+        "add organizations:DescribeOrganizationalUnit to the profile's policy.",
+    ACCESS_DENIED: "add {service}:{step} to the role's policy, and check that no SCP denies it.",
+    "RegionDisabled": "set AWS_DEFAULT_REGION to a Region that is enabled there (us-east-1).",
+    "ReportTimeout": "run the audit again, or allow more time with --report-timeout.",
+    "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown":
+        "something else uses up the account's IAM request rate: run the audit again later.",
+}
+# fmt: on
+# For each phase: its title, what is said if there is nothing to count, the gaps that decide its level
+PHASE_WORDS = {
+    "phase1": ("Phase 1, multi-factor authentication", "no console users", "console_.*_mfa"),
+    "phase2": (
+        *("Phase 2, use temporary credentials", "no active keys"),
+        "active_(api_)?keys_(older_than_max_age|without_expiry)|active_(service|signing)_.*",
+    ),
+}
 
 
 def terminal_summary(
     run: Run, summary: Summary, quiet: bool, width: int = TERMINAL_WIDTH, color: bool = False
 ) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
+    found = [finding for finding in run.findings if finding.exception is None]
     if quiet:
         title = printable(f"Organization {run.organization.id}, {summary['started']}: {run.folder}")
-        text = laid_out([quiet_lines(run, summary)], width)
+        text = laid_out(quiet_lines(run, summary, found), width)
         return f"{title}\n{text}" if text else ""
     blocks = [heading_lines(summary), failed_lines(summary), not_checked_lines(summary)]
-    blocks += [change_lines(run, summary), new_lines(run), witness_lines(run, summary)]
-    blocks += [damage_lines(run, run.tracking.unreadable), maturity_lines(summary)]
-    blocks += [most_gaps_lines(summary), priority_lines(run, summary), most_urgent_lines(run)]
+    blocks += [change_lines(run, summary), new_lines(run), witness_lines(summary)]
+    blocks += [[*phase_lines(summary, "phase1"), *phase_lines(summary, "phase2")]]
+    blocks += [most_gaps_lines(summary), priority_lines(run, summary, found)]
+    title = f"What to fix first (all {count(len(found), 'finding')}: findings.csv)"
+    blocks += [titled(title, finding_lines(run, found, FINDINGS_SHOWN, ALIKE_SHOWN))]
     blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
-    text = laid_out(blocks, width)
+    text = "\n".join(laid_out(block, width) for block in blocks if block)
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
     if summary["page"]:
         text += f"Page: {printable(str(run.folder / summary['page']))}\n"
-    for pattern, begin, end in PAINT if color else ():
-        text = re.sub(pattern, f"\x1b[{begin}m\\g<0>\x1b[{end}m", text)
+    for code, pattern in PAINT.items() if color else ():
+        text = re.sub(pattern, f"\x1b[{code}m\\g<0>\x1b[0m", text)
     return text
 
 
-def quiet_lines(run: Run, summary: Summary) -> list[str]:
+def quiet_lines(run: Run, summary: Summary, found: Iterable[Finding]) -> list[str]:
     """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
-    urgent = []
-    for finding in uncovered(run):
-        if finding.priority == MOST_URGENT and finding.new is not False:
-            urgent.append(finding)
-    lines = [
-        *failed_lines(summary, quiet=True),
-        *listed_findings(run, urgent, "New findings of priority 1"),
-        *new_lines(run),
-        *damage_lines(run, []),
-        *not_checked_lines(summary, quiet=True),
-        *exception_lines(summary, "expired"),
-    ]
-    standing = summary["findings"][str(MOST_URGENT)] - len(urgent)
-    if lines and standing:
-        lines.append(f"and {count(standing, 'finding')} of priority 1, unchanged")
+    standing = [one for one in found if one.priority == MOST_URGENT]
+    new = [one for one in standing if one.new is not False]
+    lines = failed_lines(summary, quiet=True)
+    lines += titled("New findings of priority 1", finding_lines(run, new, len(new), len(new)))
+    lines += new_lines(run, quiet=True) + not_checked_lines(summary, quiet=True)
+    lines += exception_lines(summary, "expired")
+    if lines and (number := len(standing) - len(new)):
+        lines.append(f"and {count(number, 'finding')} of priority 1, unchanged")
     return lines
 
 
-def uncovered(run: Run) -> list[Finding]:
-    """The findings that no exception covers, most urgent first."""
-    return [finding for finding in run.findings if finding.exception is None]
+def laid_out(lines: Iterable[str], width: int) -> str:
+    """The lines as text that does not steer the terminal. They are folded at spaces; a word that is
+    too long, such as a path or an ARN, stays whole."""
+    fold, text = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False), ""
+    for line in map(printable, lines):
+        fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
+        text += f"{fold.fill(line)}\n"
+    return text
+
+
+def titled(title: str, lines: Iterable[str], most: int | None = None) -> list[str]:
+    """At most so many lines, indented below a title, and how many more; without lines, no title."""
+    indented = [f"  {line}" for line in lines]
+    if most and len(indented) > most:
+        indented[most:] = [f"  and {len(indented) - most:,} more, in summary.json"]
+    return [title, *indented] if indented else []
 
 
 def accounts_of(summary: Summary, result: str) -> list[Summary]:
@@ -3818,96 +3858,65 @@ def accounts_of(summary: Summary, result: str) -> list[Summary]:
 
 def heading_lines(summary: Summary) -> list[str]:
     totals, organization = summary["totals"], summary["organization"]
-    audited = accounts_of(summary, "audited")
     finished, keys = parse_time(summary["finished"]), summary["gaps"]["organization"]["access_keys"]
     took = clock(finished - parse_time(summary["started"]))
     accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
     users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
     lines = [f"Organization {organization['id']}, {summary['started']}, took {took}"]
     lines.append(f"Audited: {accounts}, {users}")
-    for generated in sorted(map(itemgetter("report_generated"), audited))[:1]:
-        span = age(finished - parse_time(generated))
+    if reports := [one["report_generated"] for one in accounts_of(summary, "audited")]:
+        span = age(finished - parse_time(min(reports)))
         lines.append(f"  password and root data is up to {span} old")
-    left_out, management = len(summary["out_of_scope"]), organization["management_account"]
-    if management in map(itemgetter("id"), summary["out_of_scope"]):
-        lines.append(f"Not included: management account {management} (see --include-management)")
-        left_out -= 1
-    return lines + ([f"Out of scope: {count(left_out, 'account')}"] if left_out else [])
+    if left_out := summary["out_of_scope"]:
+        lines.append(f"Out of scope: {count(len(left_out), 'account')}")
+        if (management := organization["management_account"]) in map(itemgetter("id"), left_out):
+            lines[-1] += f", the management account {management} too (see --include-management)"
+    return lines
 
 
 def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """The failed accounts by cause, with the next step for each; skipped ones; root where unseen."""
-    failed, groups = accounts_of(summary, "failed"), dict[str, list[str]]()
+    failed, causes, lines = accounts_of(summary, "failed"), dict[str, list[str]](), list[str]()
     for one in failed:
-        told = groups.setdefault(f"{one['step']}: {one['error']['code']}", [])
+        told = causes.setdefault(f"{one['step']}: {one['error']['code']}", [])
         told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
-    lines = list[str]()
-    for cause, told in groups.items():
-        lines += [*titled(cause, shortened(told)), *next_step(cause, summary)]
+    for cause, told in causes.items():
+        lines += titled(cause, told, LINES_SHOWN) + next_step(cause, summary)
     production = sum(one["production"] for one in failed)
     number = f"{count(len(failed), 'account')} could not be audited"
     lines = titled(f"{number} ({production:,} production)", lines)
     if not quiet or summary["scope"]["accounts"]:
         skipped = accounts_of(summary, "skipped")
-        told = list(map("{id} {name}: {state}".format_map, skipped))
-        lines += titled(f"Skipped (not ACTIVE): {count(len(skipped), 'account')}", told)
+        title = f"Skipped (not ACTIVE): {count(len(skipped), 'account')}"
+        lines += titled(title, map("{id} {name}: {state}".format_map, skipped))
     if rootless := sum(not one["root"] for one in accounts_of(summary, "audited")):
         where = f"the credential report of {count(rootless, 'account')}"
         lines.append(f"Root is missing from {where}: not covered there")
     return lines
 
 
-ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
-# What a failed step and its error code match, and what to do about it; the first one counts
-# fmt: off
-NEXT_STEPS = (
-    (f"^AssumeRole: .*({ACCESS_DENIED})",
-     "check that role {role} exists in the account, that its trust policy allows {arn} and the "
-     "external ID, that the profile may assume it, and that no SCP denies it: AWS answers all of "
-     "these alike."),
-    ("^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)",
-     "sign in again (for example with `aws sso login`), or fix the profile's credential_process, "
-     "which must not wait for input; then run the audit again."),
-    (f"^DescribeOrganizationalUnit: .*({ACCESS_DENIED})",
-     "add organizations:DescribeOrganizationalUnit to the profile's policy."),
-    (ACCESS_DENIED, "add {service}:{step} to the role's policy, and check that no SCP denies it."),
-    ("RegionDisabled", "set AWS_DEFAULT_REGION to a Region that is enabled there (us-east-1)."),
-    ("ReportTimeout", "run the audit again, or allow more time with --report-timeout."),
-    ("Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
-     "something else uses up the account's IAM request rate: run the audit again later."),
-)
-# fmt: on
-
-
 def next_step(cause: str, summary: Summary) -> list[str]:
     """What to do about a failed step; `cause` has its name and the error code."""
     words = {**summary["caller"], "role": summary["role"], "step": cause.partition(":")[0]}
     words["service"] = "cloudtrail" if words["step"] == "LookupEvents" else "iam"
-    for pattern, advice in NEXT_STEPS:
+    for pattern, advice in NEXT_STEPS.items():
         if re.search(pattern, cause):
             return [f"  Next: {advice.format_map(words)}"]
     return []
 
 
-NOT_CHECKED_WORDS = {
-    API_KEYS_READ: "API keys were not checked",
-    "GetAccountAuthorizationDetails": "Owners and administrators were not read",
-}
-
-
 def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """What was denied without failing an account, once for each cause."""
-    groups, lines = dict[str, list[str]](), list[str]()
-    for account_id, error in sorted((summary["cloudtrail"] or {}).get("unavailable", {}).items()):
-        groups.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
-    for one in () if quiet else accounts_of(summary, "audited"):
-        for cause in map(": ".join, one["not_checked"].items()):
-            groups.setdefault(cause, []).append(one["id"])
-    for cause, ids in groups.items():
+    causes, lines = Counter[str](), list[str]()
+    for error in (summary["cloudtrail"] or {"unavailable": {}})["unavailable"].values():
+        causes[": ".join(error.split(": ")[:2])] += 1
+    for operation, codes in () if quiet else summary["not_checked"].items():
+        for code, number in codes.items():
+            causes[f"{operation}: {code}"] = number
+    for cause, number in causes.items():
         what = NOT_CHECKED_WORDS.get(cause.partition(":")[0], "CloudTrail could not be asked")
-        others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
-        lines.append(f"{what} in {count(len(ids), 'account')}: {cause}")
-        lines += [f"  {', '.join(ids[:ACCOUNTS_SHOWN])}{others}", *next_step(cause, summary)]
+        lines.append(f"{what} in {count(number, 'account')}: {cause}")
+        lines += next_step(cause, summary)
     if not quiet and (why_not := summary["ous_why_not"]):
         lines += [f"OU names were not read: {why_not}", *next_step(why_not, summary)]
     return lines
@@ -3916,65 +3925,51 @@ def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
 def change_lines(run: Run, summary: Summary) -> list[str]:
     """What has changed since the accounts' baselines, for better and for worse."""
     changes, days = summary["changes"], summary["max_key_age_days"]
-    compared = run.tracking.compared.values()
     if changes is None:
-        which = "that can be read" if run.tracking.unreadable else "of this organization"
-        return [f"No earlier run {which} to compare with: this run is the baseline."]
+        return ["No earlier run to compare with: this run is the baseline."]
     mfa = "console users without MFA, root included: {fixed:,} fixed, {new:,} new"
     lines = [mfa.format_map(changes["console_users_without_mfa"])]
     for kind in (*KINDS, "administrator", "account"):
-        numbers = {}
-        for name, number in changes["counts"].items():
-            if name.startswith(f"{kind}-"):
-                numbers[name[len(kind) + 1 :]] = number
-        if told := numbers_in_words(numbers):
+        if told := numbers_in_words(changes["counts"], f"{kind}-"):
             lines.append(f"{in_words(kind)}s: {told}")
     for phase, levels in changes["maturity"].items():
-        then, now, there = levels.values()
-        words = f"{now} ({f'was {then}' if then else 'not compared'})"
-        words = f"unchanged ({now})" if then == now else words
-        words += f"; in the accounts compared: {there}" if there not in (None, now) else ""
-        lines.append(f"Phase {phase[-1]}: {words}")
+        lines.append(f"Phase {phase[-1]}: {level_in_words(**levels)}")
+    compared = run.tracking.compared.values()
     if others := sorted({each.max_key_age_days for each in compared} - {days}):
         was = f"--max-key-age was {' or '.join(map(str, others))} and is {days} now"
         lines.append(f"{was}: phase 2 and the numbers of old keys do not compare")
-    older = sorted(iso(each.started) for each in compared if each is not run.tracking.earlier)
-    if older:
-        lines.append(f"{count(len(older), 'account')} compared with older runs, since {older[0]}")
     if number := changes["accounts_not_compared"]:
         lines.append(f"not compared: {count(number, 'account')}, not audited now or never before")
-    before = age(parse_time(summary["started"]) - parse_time(changes["since"]))
-    return titled(f"Since the run of {changes['since']}, {before} before", lines)
+    return titled(f"Since the run of {changes['since']}", lines)
 
 
-def damage_lines(run: Run, unreadable: list[str]) -> list[str]:
-    """Earlier files that could not be read, and the accounts that lack a baseline for it."""
-    output_dir, blind = f"{run.folder.parent}{os.sep}", run.tracking.blind
-    messages = "\n".join(dict.fromkeys([*unreadable, *run.tracking.passed_over]))
-    told = messages.replace(output_dir, "").splitlines()
-    lines = titled("Files of earlier runs that cannot be read and were skipped", told)
-    number = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
-    told = list(map("{0.id} {0.name}".format, blind[:ACCOUNTS_SHOWN]))
-    advice = (
-        "  Next: let the user who runs the audit read the earlier runs, or restore the files. "
-        "Otherwise this run is the baseline, and these accounts' CSV files list their keys."
-    )
-    lines += titled(f"{number}: no earlier run can be read", told) + ([advice] if told else [])
-    return lines
+def level_in_words(then: str | None, now: str, compared_now: str | None) -> str:
+    """A phase's level beside that of the baseline; that of the accounts compared if it differs."""
+    words = f"{now} ({f'was {then}' if then else 'not compared'})"
+    words = f"unchanged ({now})" if then == now else words
+    differs = compared_now not in (None, now)
+    return f"{words}; in the accounts compared: {compared_now}" if differs else words
 
 
-def new_lines(run: Run) -> list[str]:
-    """New keys, console users without MFA, and users who have lost MFA."""
-    keys, tracking = list[str](), run.tracking
+def new_lines(run: Run, quiet: bool = False) -> list[str]:
+    """New keys, users who lack MFA now; earlier files that cannot tell, and where for that reason
+    new keys cannot be ruled out."""
+    tracking, keys = run.tracking, list[str]()
     for key in new_keys(run):
         where = "" if key.account_id in tracking.compared else " (account not compared)"
         keys.append(change_line(key) + where)
     removed = [change for change in tracking.changes if change.change == "mfa-removed"]
-    return [
-        *titled("New keys since the last audit of their account", shortened(keys)),
-        *titled("New console users without MFA", map(change_line, tracking.mfa_new)),
-        *titled("MFA removed", map(change_line, removed)),
-    ]
+    lines = titled("New keys since the last audit of their account", keys, LINES_SHOWN)
+    lines += titled("New console users without MFA", map(change_line, tracking.mfa_new))
+    lines += titled("MFA removed", map(change_line, removed))
+    messages = dict.fromkeys([*(() if quiet else tracking.unreadable), *tracking.passed_over])
+    told = "\n".join(messages).replace(f"{run.folder.parent}{os.sep}", "").splitlines()
+    lines += titled("Files of earlier runs that cannot be read and were skipped", told)
+    blind = f"New keys cannot be ruled out in {count(len(tracking.blind), 'account')}"
+    accounts = map("{0.id} {0.name}".format, tracking.blind)
+    told = titled(f"{blind}: no earlier run can be read", accounts, ACCOUNTS_SHOWN)
+    advice = "let the user who runs the audit read the earlier runs, or restore the files."
+    return [*lines, *told, f"  Next: {advice}"] if told else lines
 
 
 def new_keys(run: Run) -> list[Change]:
@@ -3994,135 +3989,100 @@ def change_line(change: Change) -> str:
     return " ".join(filter(None, parts))
 
 
-WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
-
-
-def witness_lines(run: Run, summary: Summary) -> list[str]:
+def witness_lines(summary: Summary) -> list[str]:
     """What CloudTrail says about the changes."""
-    trail, lines, told = summary["cloudtrail"], list[str](), list[str]()
+    trail, changes, told = summary["cloudtrail"], summary["changes"], list[str]()
     if trail is None or trail["since"] is None:
         return []
-    began = sorted(iso(earlier.started) for earlier in run.tracking.compared.values())
     if trail["out_of_reach"]:
         kept = f"it keeps events for {CLOUDTRAIL_KEEPS.days} days"
-        lines.append(f"  {kept}: who made earlier changes is not known")
-    elif began and began[0] < trail["since"]:
-        lines.append("  it was not asked about the time before, back to the earlier runs")
-    for witness, number in sorted((summary["changes"] or {"witnesses": {}})["witnesses"].items()):
+        told.append(f"{kept}: who made earlier changes is not known")
+    for witness, number in sorted(changes["witnesses"].items()) if changes else ():
         words = WITNESSES.get(witness, f"has {witness}")
-        told.append(f"{words} {count(number, 'change')}")
-    lines += [f"  CloudTrail {', '.join(told)}"] if told else []
-    events = count(trail["events"], "IAM event")
-    return [f"CloudTrail since {trail['since']}: {events}, in events.csv", *lines]
+        told.append(f"CloudTrail {words} {count(number, 'change')}")
+    title = (
+        f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"
+    )
+    return titled(title, told) or [title]
 
 
-# For each phase: gaps, and what they are a part of
-PHASE_GAPS = (
-    ("phase1", "console_users_without_mfa", "console_users"),
-    ("phase2", "active_keys_older_than_max_age", "active_keys"),
-    ("phase2", "active_api_keys_without_expiry", "active_api_keys"),
-    ("phase2", "active_api_keys_older_than_max_age", "active_api_keys"),
-    ("phase2", "active_service_passwords", "active_service_passwords"),
-    ("phase2", "active_signing_certificates", "active_signing_certificates"),
-)
-PHASE_TITLES = ("multi-factor authentication", "use temporary credentials")
-
-
-def maturity_lines(summary: Summary) -> list[str]:
-    """Per phase, the organization's level, the reason for it, and the accounts at each level."""
-    gaps, lines, days = summary["gaps"]["organization"], list[str](), summary["max_key_age_days"]
-    for phase, title in zip(PHASES, PHASE_TITLES):
-        told, maturity = list[str](), summary["maturity"][phase]
-        for of_phase, gap, total in PHASE_GAPS:
-            if of_phase == phase and gaps[total]:
-                told.append(f"{in_words(gap, days)}: {gaps[gap]:,} of {gaps[total]:,}")
-        told = told or ["no console users" if phase == "phase1" else "no active keys"]
-        if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
-            told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
-        codes = summary["not_checked"].get(API_KEYS_READ, {})
-        if codes and phase == "phase2":
-            told.append(f"API keys not checked in {count(sum(codes.values()), 'account')}")
-        told.append(f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
-        lines += titled(f"Phase {phase[-1]}, {title}: {maturity['level']}", told)
-    return lines
+def phase_lines(summary: Summary, phase: str) -> list[str]:
+    """The organization's level, `7 of 15 console users without MFA` or what else decides it, and
+    last how many accounts are at each level."""
+    gaps, told, maturity = summary["gaps"]["organization"], [], summary["maturity"][phase]
+    title, nothing, deciding = PHASE_WORDS[phase]
+    for gap in filter(re.compile(deciding).fullmatch, GAP_COUNTS):
+        whole = re.split("_(?:without|older)_", gap)[0]
+        if gaps[whole]:
+            number = f"{gaps[gap]:,}" if gap == whole else f"{gaps[gap]:,} of {gaps[whole]:,}"
+            told.append(f"{number} {in_words(gap, summary['max_key_age_days'])}")
+    if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
+        told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
+    accounts = f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}"
+    return titled(f"{title}: {maturity['level']}", [*(told or [nothing]), accounts])
 
 
 def most_gaps_lines(summary: Summary) -> list[str]:
     sized, days = [], f"over {summary['max_key_age_days']} days"
     for one in accounts_of(summary, "audited"):
-        numbers = itemgetter(*map(itemgetter(1), PHASE_GAPS[:3]))(one["gaps"])
+        numbers = itemgetter(*MOST_GAPS)(one["gaps"])
         if any(numbers):
-            cells = "{:>14,}{:>14,}{:>16,}".format(*numbers)
-            sized.append((-sum(numbers), f"  {label(one)}{cells}"))
-    lines = map(itemgetter(1), sorted(sized)[:ACCOUNTS_SHOWN])  # of the same size: by ID
+            sized.append((-sum(numbers), label(one), *numbers))
     titles = f"{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
-    return [f"{'Accounts with the most gaps':<35}{titles}", *lines] if sized else []
+    lines = [f"{'Accounts with the most gaps':<35}{titles}"]
+    for _size, *cells in sorted(sized)[:ACCOUNTS_SHOWN]:  # of the same size: by ID
+        lines.append("  {}{:>14,}{:>14,}{:>16,}".format(*cells))
+    return lines if sized else []
 
 
-def priority_lines(run: Run, summary: Summary) -> list[str]:
+def priority_lines(run: Run, summary: Summary, found: Sequence[Finding]) -> list[str]:
     """How many findings of each priority there are, and the exceptions."""
-    numbers, found, exceptions = summary["findings"], uncovered(run), summary["exceptions"]
-    lines = [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
-    if found:
+    numbers, covered, lines = summary["findings"], summary["exceptions"]["applied"], list[str]()
+    rows = {"Findings by priority": map(int, numbers), "  to fix": numbers.values()}
+    if run.tracking.earlier:
         new = Counter(str(finding.priority) for finding in found if finding.new)
-        rows = [("Findings by priority", map(int, numbers)), ("  to fix", numbers.values())]
-        rows += (
-            [("  new since the baseline", map(new.__getitem__, numbers))]
-            if run.tracking.earlier
-            else []
-        )
-        lines = [f"{title:<24}" + "".join(map("{:>8,}".format, cells)) for title, cells in rows]
-    if covered := exceptions["applied"]:
-        verb = "is" if covered == 1 else "are"
-        lines.append(f"{count(covered, 'finding')} {verb} covered by exceptions")
-    lines += exception_lines(summary, "expired") + exception_lines(summary, "unused")
-    return lines if run.audited else ["Nothing was audited."]
+        rows["  new since the baseline"] = map(new.__getitem__, numbers)
+    for title, cells in rows.items() if found else ():
+        lines.append(f"{title:<24}{''.join(map('{:>8,}'.format, cells))}")
+    lines = lines or [f"No findings in {count(len(run.audited), 'audited account')}."]
+    lines += [f"{count(covered, 'finding')} covered by exceptions"] if covered else []
+    return lines + exception_lines(summary, "expired") + exception_lines(summary, "unused")
 
 
 def exception_lines(summary: Summary, which: str) -> list[str]:
-    what = {"expired": "have expired", "unused": "cover nothing any more"}[which]
-    who = "line {line}: {account_id} {username} {credential_id} {finding}"
-    told = list(map(f"{who}, until {{until}}: {{reason}}".format_map, summary["exceptions"][which]))
-    return titled(f"Exceptions that {what}", shortened(told))
+    title = {"expired": "have expired", "unused": "cover nothing any more"}[which]
+    who = "line {line}: {account_id} {username} {credential_id} {finding}, until {until}: {reason}"
+    told = map(who.format_map, summary["exceptions"][which])
+    return titled(f"Exceptions that {title}", told, LINES_SHOWN)
 
 
-def most_urgent_lines(run: Run) -> list[str]:
+def finding_lines(run: Run, found: Iterable[Finding], most: int, most_alike: int) -> list[str]:
     """The most urgent findings; a line stands in for more of one kind in a row."""
-    lines, shown, found = list[str](), 0, uncovered(run)
+    lines = list[str]()
     for _kind, group in itertools.groupby(found, lambda one: (one.priority, one.finding)):
         alike = list(group)
-        most = min(ALIKE_SHOWN, FINDINGS_SHOWN - shown, len(alike))
-        lines += listed_findings(run, alike[:most], "")[1:]
-        if most < len(alike):
-            lines.append(f"     and {len(alike) - most:,} more like it")
-        if (shown := shown + most) == FINDINGS_SHOWN:
+        shown = alike[: min(most, most_alike)]
+        for one in shown:
+            lines.append(f"{one.priority}  {one.finding:<24} {label(vars(one.account))} {one.user}")
+            key_id = f"{one.key.id}: " if one.key else ""
+            lines.append(f"   {key_id}{'; '.join(reasons_of(one, run.plan))}")
+        if more := len(alike) - len(shown):
+            lines.append(f"   and {more:,} more like it")
+        if (most := most - len(shown)) == 0:
             break
-    title = f"What to fix first ({shown} of {len(found):,}; all are in findings.csv)"
-    return [title, *lines] if found else []
-
-
-def listed_findings(run: Run, findings: Iterable[Finding], title: str) -> list[str]:
-    lines = []
-    for one in findings:
-        lines.append(f"{one.priority}  {one.finding:<24} {label(vars(one.account))} {one.user}")
-        key_id = f"{one.key.id}: " if one.key else ""
-        lines.append(f"   {key_id}{'; '.join(reasons_of(one, run.plan))}")
-    return titled(title, lines)
+    return lines
 
 
 def gap_lines(summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
+    days, gaps = summary["max_key_age_days"], summary["gaps"]
     lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
-    days, oldest = summary["max_key_age_days"], summary["gaps"]["organization"]["oldest_active_key"]
-    for name in summary["gaps"]["organization"]:
-        if name not in ("active_key_ages", "oldest_active_key"):
-            line = f"  {in_words(name, days):<36}"
-            for gaps in summary["gaps"].values():
-                line += f"{'no console users' if gaps[name] is None else f'{gaps[name]:,}':>18}"
-            lines.append(line)
-    if API_KEYS_READ in summary["not_checked"]:
-        lines.append("  API keys and service passwords count only where they were checked")
-    if oldest:
+    for name in (*GAP_COUNTS, "mfa_coverage_percent"):
+        line = f"  {in_words(name, days):<36}"
+        for each in gaps.values():
+            line += f"{'no console users' if each[name] is None else f'{each[name]:,}':>18}"
+        lines.append(line)
+    if oldest := gaps["organization"]["oldest_active_key"]:
         words = "  oldest active key: {age_days:,} days, {access_key_id} of {username} in "
         lines.append(f"{words}{{account_id}} {{account_name}}".format_map(oldest))
     return lines
@@ -4130,25 +4090,23 @@ def gap_lines(summary: Summary) -> list[str]:
 
 def enforcement_lines(summary: Summary) -> list[str]:
     """What service control policies already prevent, and where nothing does."""
-    enforcement, title = summary["enforcement"], "Enforced by service control policies"
-    lines, bare = [title], []
+    enforcement, lines, bare = summary["enforcement"], list[str](), []
     if why_not := enforcement["why_not_checked"]:
-        lines.append(f"  not checked: {why_not}")
+        lines.append(f"not checked: {why_not}")
     for control, verdicts in enforcement["accounts"].items():
-        lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
-        lines += map("    {}".format, shortened(control_remarks(summary, control)))
+        words = f"{CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}"
+        lines += titled(words, control_remarks(summary, control), LINES_SHOWN) or [words]
     managed = enforcement["root_credentials_managed_centrally"]
-    words = {True: "yes", False: "no", None: "not checked"}[managed]
-    lines.append(f"  {'root credentials managed centrally':<36}{words}")
-    if why_not := enforcement["root_credentials_why_not_checked"]:
-        lines.append(f"    {why_not}")
+    why_not = enforcement["root_credentials_why_not_checked"] or ""
+    words = {True: "yes", False: "no", None: f"not checked: {why_not}".rstrip(": ")}[managed]
+    lines.append(f"{'root credentials managed centrally':<36}{words}")
     for one in accounts_of(summary, "audited"):
         keys = one["gaps"]["active_keys"]
-        verdicts = map(itemgetter("verdict"), one["controls"].values())
-        if keys and set(verdicts) == {ABSENT}:
+        if keys and {found["verdict"] for found in one["controls"].values()} == {ABSENT}:
             bare.append((-keys, f"{label(one)} {count(keys, 'active key')}"))
     most = map(itemgetter(1), sorted(bare)[:ACCOUNTS_SHOWN])
-    return lines + titled("Accounts with the most active keys and none of the controls", most)
+    most_keys = titled("Accounts with the most active keys and none of the controls", most)
+    return titled("Enforced by service control policies", lines) + most_keys
 
 
 def control_remarks(summary: Summary, control: str) -> list[str]:
@@ -4181,8 +4139,8 @@ def run_lines(summary: Summary) -> list[str]:
     days = f"over {summary['max_key_age_days']} days"
     lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{days:>14}"]
     for one in summary["runs"][-RUNS_LISTED:]:
-        cells = "{:>13,}{:>13,}{:>14,}".format(*itemgetter(*RUN_GAPS)(one))
-        lines.append(f"{one['started']:<28}{one['audited']:>9,}{cells}")
+        numbers = itemgetter("started", "audited", *RUN_GAPS)(one)
+        lines.append("{:<28}{:>9,}{:>13,}{:>13,}{:>14,}".format(*numbers))
     return lines if len(lines) > 2 else []
 
 
@@ -4196,17 +4154,6 @@ def outcome_line(outcome: Outcome) -> str:
     elif isinstance(outcome, SkippedAccount):
         result = f"skipped, {outcome.account.state}"
     return f"{outcome.account.id} {outcome.account.name}: {result}"
-
-
-def titled(title: str, lines: Iterable[str]) -> list[str]:
-    """The lines, indented below a title; without lines, no title."""
-    indented = [f"  {line}" for line in lines]
-    return [title, *indented] if indented else []
-
-
-def shortened(lines: list[str]) -> list[str]:
-    more = len(lines) - LINES_SHOWN
-    return lines if more <= 0 else [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
 
 
 def label(account: Summary) -> str:
@@ -4223,9 +4170,13 @@ def in_words(key: str, max_key_age_days: int = 0) -> str:
     return words.replace("mfa", "MFA").replace("api", "API")
 
 
-def numbers_in_words(numbers: Mapping[str, int]) -> str:
-    """`3 enforced, 1 absent`: the numbers with their names, without zeros."""
-    return ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
+def numbers_in_words(numbers: Mapping[str, int], start: str = "") -> str:
+    """`3 enforced, 1 absent`: the numbers whose names start so, without zeros."""
+    told = []
+    for name, number in numbers.items():
+        if number and name.startswith(start):
+            told.append(f"{number:,} {name.removeprefix(start)}")
+    return ", ".join(told)
 
 
 def age(span: timedelta) -> str:
@@ -4236,74 +4187,48 @@ def age(span: timedelta) -> str:
     return count(max(1, round(span / timedelta(minutes=1) + 0.4)), "minute")
 
 
-def laid_out(blocks: Iterable[Sequence[str]], width: int) -> str:
-    """The blocks as text that does not steer the terminal, with an empty line between them. Lines
-    are folded at spaces; a word that is too long, such as a path or an ARN, stays whole."""
-    fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
-    texts = []
-    for block in filter(None, blocks):
-        text = ""
-        for line in map(printable, block):
-            fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
-            text += f"{fold.fill(line)}\n"
-        texts.append(text)
-    return "\n".join(texts)
-
-
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
-    plan, included = run.plan, run.plan.scope.include_management
+    plan, tracking, included = run.plan, run.tracking, run.plan.scope.include_management
+    document: dict[str, Any] = {"format": SUMMARY_FORMAT, "tool": "iam-audit", "version": VERSION}
+    document.update(started=iso(run.started), finished=iso(finished), role=plan.role.name)
+    document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
+    document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
+    document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
+    document.update(page="report.html" if plan.page else None, caller=vars(run.caller))
+    document["organization"] = {**vars(run.organization), "management_account_included": included}
+    document.update(ous_why_not=run.ous_why_not or None, **figures_document(run))
+    document.update(changes=changes_document(run), **policies_and_events_document(run))
+    document["new_keys_not_ruled_out"] = sorted(map(attrgetter("id"), tracking.blind))
+    document["earlier_files_passed_over"] = list(tracking.passed_over)
+    document.update(exceptions=exceptions_document(run), accounts=account_entries(run))
+    left_out = [{"id": one.account.id, "name": one.account.name} for one in run.out_of_scope]
+    return {**document, "out_of_scope": sorted(left_out, key=itemgetter("id"))}
+
+
+def figures_document(run: Run) -> dict[str, Any]:
+    """What is counted over the accounts."""
+    not_checked, levels, failed = dict[str, Counter[str]](), dict[str, Any](), len(run.failed)
     production = [figures for figures in run.audited if figures.production]
-    gaps, totals = {}, dict[str, int]()
-    for name in ("audited", "failed", "skipped", "out_of_scope"):
-        totals[name] = len(getattr(run, name))
-    totals.update(production=len(production), users=sum(map(attrgetter("users"), run.audited)))
-    for name, accounts in (("organization", run.audited), ("production", production)):
-        gaps[name] = gaps_document(total_gaps(accounts), run.started)
+    totals = {"audited": len(run.audited), "failed": failed, "skipped": len(run.skipped)}
+    totals.update(out_of_scope=len(run.out_of_scope), production=len(production))
+    totals["users"] = sum(map(attrgetter("users"), run.audited))
+    gaps = {"organization": gaps_document(total_gaps(run.audited), run.started)}
+    gaps["production"] = gaps_document(total_gaps(production), run.started)
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
     this_run.update(zip(RUN_GAPS, itemgetter(*RUN_GAPS)(gaps["organization"])))
-    maturity, left_out = maturity_document(run), []
-    for outside in run.out_of_scope:
-        left_out.append({"id": outside.account.id, "name": outside.account.name})
-    not_checked: dict[str, dict[str, int]] = {}
     for figures in run.audited:
         for operation, code in figures.not_checked.items():
-            codes = not_checked.setdefault(operation, {})
-            codes[code] = codes.get(code, 0) + 1
+            not_checked.setdefault(operation, Counter())[code] += 1
+    for phase in PHASES:
+        found = list(map(attrgetter(phase), run.audited))
+        accounts = {**dict.fromkeys(LEVELS, 0), **Counter(found + [NOT_STARTED] * failed)}
+        levels[phase] = {"level": organization_level(found, failed), "accounts": accounts}
     findings = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
-    for finding in uncovered(run):
-        findings[str(finding.priority)] += 1
-    return {
-        "format": SUMMARY_FORMAT,
-        "tool": "iam-audit",
-        "version": VERSION,
-        "started": iso(run.started),
-        "finished": iso(finished),
-        "role": plan.role.name,
-        "production_pattern": plan.production.pattern,
-        "max_key_age_days": plan.max_key_age.days,
-        "max_unused_days": plan.max_unused.days,
-        "scope": scope_document(plan.scope),
-        "options": {"workers": plan.workers, "owner_tags": plan.owner_tags},
-        "page": "report.html" if plan.page else None,
-        "caller": vars(run.caller),
-        "organization": {**vars(run.organization), "management_account_included": included},
-        "totals": totals,
-        "not_checked": not_checked,
-        "ous_why_not": run.ous_why_not or None,
-        "gaps": gaps,
-        "maturity": maturity,
-        "changes": changes_document(run, maturity),
-        "new_keys_not_ruled_out": sorted(map(attrgetter("id"), run.tracking.blind)),
-        "earlier_files_passed_over": list(run.tracking.passed_over),
-        "runs": [*run.tracking.runs, this_run],
-        "cloudtrail": cloudtrail_document(run),
-        "enforcement": enforcement_document(run),
-        "findings": findings,
-        "exceptions": exceptions_document(run),
-        "accounts": account_entries(run),
-        "out_of_scope": sorted(left_out, key=itemgetter("id")),
-    }
+    for finding in run.findings:
+        findings[str(finding.priority)] += finding.exception is None
+    document = {"totals": totals, "not_checked": not_checked, "gaps": gaps, "maturity": levels}
+    return {**document, "runs": [*run.tracking.runs, this_run], "findings": findings}
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
@@ -4314,83 +4239,64 @@ def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
     return document
 
 
-def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
-    """For each phase, the organization's level and how many accounts are at each level."""
-    document, failed = {}, len(run.failed)
-    for phase in PHASES:
-        levels = list(map(attrgetter(phase), run.audited))
-        accounts = Counter(dict.fromkeys(LEVELS, 0))
-        accounts.update(levels + [NOT_STARTED] * failed)
-        document[phase] = {"level": organization_level(levels, failed), "accounts": accounts}
-    return document
-
-
-def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
+def changes_document(run: Run) -> dict[str, Any] | None:
     """What has changed since the accounts' baselines; None without an earlier run."""
-    tracking, earlier = run.tracking, run.tracking.earlier
+    tracking, earlier, keys = run.tracking, run.tracking.earlier, []
     if earlier is None:
         return None
     kinds = (*EXPLAINED_BY, *NEW_KEY_CHANGES[2:], USER_CAME_AND_WENT)
-    kinds += ("account-joined", "account-left")
-    stayed = earlier.accounts.keys() & accounts_now(run).keys()
+    counts = dict.fromkeys((*kinds, "account-joined", "account-left"), 0)
+    counts.update(Counter(map(attrgetter("change"), tracking.changes)))
+    stayed = earlier.accounts.keys() & accounts_now(run).keys() - tracking.compared.keys()
     stayed -= set(map(attrgetter("account.id"), run.out_of_scope))
-    keys, happened = list[dict[str, Any]](), map(attrgetter("change"), tracking.changes)
     for key in new_keys(run):
         row: dict[str, Any] = dict(zip(CHANGES_COLUMNS, change_row(key)))
         for name in ("event_name", "event_time", "actor", "source_ip", "since"):
             row[name] = row[name] or None
         keys.append({**row, "account_compared": key.account_id in tracking.compared})
-    return {
-        "since": iso(earlier.started),
-        "folder": str(earlier.folder),
-        "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": len(stayed - tracking.compared.keys()),
-        "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": {**dict.fromkeys(kinds, 0), **Counter(happened)},
-        "witnesses": Counter(filter(None, map(attrgetter("witness"), tracking.changes))),
-        "maturity": {phase: level_changes(run, phase, maturity) for phase in PHASES},
-        "max_key_age_days_then": earlier.max_key_age_days,
-        "new_access_keys": keys,
-    }
+    document: dict[str, Any] = {"since": iso(earlier.started), "folder": str(earlier.folder)}
+    document.update(accounts_compared=len(tracking.compared), accounts_not_compared=len(stayed))
+    mfa = {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)}
+    document.update(console_users_without_mfa=mfa, counts=counts, new_access_keys=keys)
+    document["witnesses"] = Counter(filter(None, map(attrgetter("witness"), tracking.changes)))
+    document["maturity"] = {phase: level_changes(run, phase) for phase in PHASES}
+    return {**document, "max_key_age_days_then": earlier.max_key_age_days}
 
 
-def level_changes(run: Run, phase: str, maturity: Summary) -> dict[str, Any]:
+def level_changes(run: Run, phase: str) -> dict[str, Any]:
     """The level of the accounts compared at their baselines, the organization's, and theirs now."""
-    then, now = [], []
+    then, compared_now = [], []
     for figures in run.audited:
         if earlier := run.tracking.compared.get(figures.account.id):
-            then.append(earlier.accounts[figures.account.id].levels[PHASES.index(phase)])
-            now.append(getattr(figures, phase))
-    lowest = min(now, key=LEVELS.index, default=None)
-    level_then = LEVELS[min(then)] if then else None
-    return {"then": level_then, "now": maturity[phase]["level"], "compared_now": lowest}
+            index = earlier.accounts[figures.account.id].levels[PHASES.index(phase)]
+            then.append(LEVELS[index])
+            compared_now.append(getattr(figures, phase))
+    now = organization_level(map(attrgetter(phase), run.audited), len(run.failed))
+    levels = [organization_level(some, 0) if some else None for some in (then, compared_now)]
+    return {"then": levels[0], "now": now, "compared_now": levels[1]}
 
 
-def cloudtrail_document(run: Run) -> dict[str, Any] | None:
-    """How many events CloudTrail returned, and where it failed and why; None if not asked."""
-    if run.plan.events_since is None:
-        return None
-    since = run.tracking.events_from
-    return {
-        "since": iso(since) if since else None,
-        "out_of_reach": run.tracking.events_out_of_reach,
-        "events": sum(len(trail.events) for _account, trail in run.trails),
-        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
-    }
-
-
-def enforcement_document(run: Run) -> dict[str, Any]:
-    """How many of the accounts in scope have each verdict of each control."""
-    accounts, found = {}, run.enforcement
+def policies_and_events_document(run: Run) -> dict[str, Any]:
+    """How many accounts in scope have each verdict of each control; how many events CloudTrail
+    returned, and where it failed and why: None if it was not asked."""
+    accounts, found, events, unavailable = {}, run.enforcement, 0, {}
     for control in CONTROLS:
-        accounts[control] = Counter(dict.fromkeys(VERDICTS, 0))
-        accounts[control].update(each[control].verdict for each in run.controls.values())
-    return {
-        "why_not_checked": found.why_not or None,
-        "accounts": accounts,
-        "root_credentials_managed_centrally": found.root_credentials_managed,
-        "root_credentials_why_not_checked": found.root_why_not or None,
-    }
+        verdicts = Counter(each[control].verdict for each in run.controls.values())
+        accounts[control] = {**dict.fromkeys(VERDICTS, 0), **verdicts}
+    enforcement: dict[str, Any] = {"why_not_checked": found.why_not or None, "accounts": accounts}
+    enforcement["root_credentials_managed_centrally"] = found.root_credentials_managed
+    enforcement["root_credentials_why_not_checked"] = found.root_why_not or None
+    if run.plan.events_since is None:
+        return {"enforcement": enforcement, "cloudtrail": None}
+    for account, trail in run.trails:
+        events += len(trail.events)
+        if trail.error:
+            unavailable[account.id] = trail.error
+    since = iso(run.tracking.events_from) if run.tracking.events_from else None
+    out_of_reach = run.tracking.events_out_of_reach
+    cloudtrail: dict[str, Any] = {"since": since, "out_of_reach": out_of_reach}
+    cloudtrail.update(events=events, unavailable=unavailable)
+    return {"enforcement": enforcement, "cloudtrail": cloudtrail}
 
 
 def exceptions_document(run: Run) -> dict[str, Any]:
@@ -4399,38 +4305,35 @@ def exceptions_document(run: Run) -> dict[str, Any]:
     covering = Counter(one.exception for one in run.findings if one.exception)
     unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
     unknown.update(one.account.id for one in run.audited if one.not_checked)
-    document: dict[str, Any] = {"applied": sum(covering.values()), "expired": [], "unused": []}
+    expired, unused = [], []
     for one in run.plan.exceptions:
         entry = {**one._asdict(), "until": one.until.isoformat()}
         anywhere = one.account_id == "*" and unknown - {run.organization.management_account}
         if one.until < run.started.date():
-            document["expired"].append(entry)
+            expired.append(entry)
         elif one not in covering and one.account_id not in unknown and not anywhere:
-            document["unused"].append(entry)
-    return document
+            unused.append(entry)
+    return {"applied": sum(covering.values()), "expired": expired, "unused": unused}
 
 
 def account_entries(run: Run) -> list[dict[str, Any]]:
     """The accounts in scope, by ID."""
-    entries = []
+    entries = list[dict[str, Any]]()
     for skipped in run.skipped:
         entries.append({**vars(skipped.account), "result": "skipped", "not_checked": {}})
     for failed in run.failed:
         entry = {**vars(failed.account), "result": "failed", "not_checked": {}, "step": failed.step}
         entry["error"] = {"code": failed.code, "message": failed.message}
         entry["production"] = is_production(failed.account, run.plan.production)
-        entry["maturity"] = dict.fromkeys(PHASES, NOT_STARTED)
-        entries.append(entry)
-    for figures in run.audited:
-        entry = {**vars(figures.account), "result": "audited", "root": figures.has_root}
-        for name in ("not_checked", "users", "production"):
-            entry[name] = getattr(figures, name)
-        entry["report_generated"] = iso(figures.report_generated)
-        entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
-        entry["gaps"] = gaps_document(figures.gaps, run.started)
-        earlier = run.tracking.compared.get(figures.account.id)
+        entries.append({**entry, "maturity": dict.fromkeys(PHASES, NOT_STARTED)})
+    for one in run.audited:
+        earlier = run.tracking.compared.get(one.account.id)
+        entry = {**vars(one.account), "result": "audited", "root": one.has_root, "users": one.users}
+        entry.update(not_checked=one.not_checked, production=one.production)
+        entry["maturity"] = {"phase1": one.phase1, "phase2": one.phase2}
+        entry["report_generated"] = iso(one.report_generated)
         entry["since"] = iso(earlier.started) if earlier else None
-        entries.append(entry)
+        entries.append({**entry, "gaps": gaps_document(one.gaps, run.started)})
     for entry in entries[len(run.skipped) :]:
         entry["controls"] = {}
         for name, control in run.controls[entry["id"]].items():
@@ -4623,23 +4526,23 @@ def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence
 def heading_part(summary: Summary) -> str:
     """What was audited, and a warning of what was not."""
     title, *facts = heading_lines(summary)
-    warnings = [*failed_lines(summary), *root_lines(summary), *not_checked_lines(summary)]
+    warnings = [*failed_lines(summary, quiet=True), *not_checked_lines(summary)]
     if why_not := summary["enforcement"]["why_not_checked"]:
         warnings.append(f"Service control policies were not checked: {why_not}")
-    text = f"<h1>{safe(title)}</h1>" + outline(line for line in facts if line not in warnings)
+    text = f"<h1>{safe(title)}</h1>" + outline(facts)
     if warnings:
-        text += f'<div class="warning"><h2>Warning: nothing is known of this</h2>{outline(warnings)}</div>'
+        title = "<h2>Warning: nothing is known of this</h2>"
+        text += f'<div class="warning">{title}{outline(warnings)}</div>'
     return text
 
 
 def maturity_part(summary: Summary) -> str:
     """For each phase what holds the organization on its rung, the ladder, and what has changed."""
     text, changes = "", summary["changes"]
-    for phase, (title, without) in PHASE_TITLES.items():
-        maturity, reason = summary["maturity"][phase], "; ".join(level_reasons(summary, phase))
-        if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
-            reason = f"{count(summary['totals']['failed'], 'account')} could not be audited"
-        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason or without))
+    for phase, maturity in summary["maturity"].items():
+        title, *reasons, _accounts = phase_lines(summary, phase)
+        reason = "; ".join(map(str.strip, reasons))
+        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason))
         text += f'<div><h3>{title}</h3>{reason}<ol class="ladder">'
         for level, number in maturity["accounts"].items():
             here = (' class="here" aria-current="step"', " &#9664; here")
@@ -4760,7 +4663,7 @@ def account_cells(one: Summary) -> Sequence[str]:
 
 def changes_part(run: Run, summary: Summary) -> str:
     """What is new, fixed and gone, with who did it as far as CloudTrail tells."""
-    text = outline(change_lines(run, summary) + witness_lines(run, summary))
+    text = outline(change_lines(run, summary) + witness_lines(summary))
     if summary["changes"] is None:
         return text
     changes = run.tracking.changes[:CHANGES_ON_PAGE]

@@ -213,12 +213,12 @@ def test_both_phases_show_level_number_and_accounts_at_each_level() -> None:
     lines = shown(run_of(outcomes))
     assert phase(lines, 1) == [
         "In Progress",
-        "console users without MFA: 1 of 2",
+        "1 of 2 console users without MFA",
         "accounts: 1 Not Started, 1 In Progress, 2 Complete",
     ]
     assert phase(lines, 2) == [
         "In Progress",
-        "active keys older than 90 days: 1 of 2",
+        "1 of 2 active keys older than 90 days",
         "accounts: 1 Not Started, 1 In Progress, 1 Complete, 1 Advanced",
     ]
 
@@ -252,17 +252,15 @@ def test_what_was_not_audited_is_the_number_behind_the_level() -> None:
 @pytest.mark.parametrize(
     ("outcomes", "said"),
     [
-        ([audited()], "Nothing to fix."),
-        ([audited(), failed()], "Nothing to fix in the accounts that were audited."),
-        ([failed()], "Nothing was audited."),
-        ([SkippedAccount(SANDBOX)], "Nothing was audited."),
-        ([], "Nothing was audited."),
+        ([audited()], "No findings in 1 audited account."),
+        ([audited(), failed()], "No findings in 1 audited account."),
+        ([failed()], "No findings in 0 audited accounts."),
+        ([SkippedAccount(SANDBOX)], "No findings in 0 audited accounts."),
+        ([], "No findings in 0 audited accounts."),
     ],
 )
-def test_nothing_to_fix_is_said_only_of_what_was_audited(
-    outcomes: list[Outcome], said: str
-) -> None:
-    assert [line for line in shown(run_of(outcomes)) if line.startswith("Nothing")] == [said]
+def test_no_findings_is_said_only_of_what_was_audited(outcomes: list[Outcome], said: str) -> None:
+    assert [line for line in shown(run_of(outcomes)) if line.startswith("No findings")] == [said]
 
 
 def test_the_five_accounts_with_the_largest_gaps_hold_the_organization_back() -> None:
@@ -310,7 +308,7 @@ def test_the_oldest_active_key_is_shown_with_its_owner() -> None:
 def test_three_of_a_kind_are_shown_and_a_line_stands_in_for_more() -> None:
     outcomes = [*many(12), audited(user("bob", key(400 * DAY, DAY)), account=PAYMENTS)]
     lines = shown(run_of(outcomes))
-    assert only(lines, "What to fix") == "What to fix first (4 of 13; all are in findings.csv)"
+    assert only(lines, "What to fix") == "What to fix first (all 13 findings: findings.csv)"
     assert findings_shown(lines) == [
         (2, "key-older-than-1-year", PAYMENTS.id, "bob"),
         *((4, "console-without-mfa", f"{100_000_000_000 + index}", "alice") for index in range(3)),
@@ -323,21 +321,21 @@ def test_three_of_a_kind_are_shown_and_a_line_stands_in_for_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "shown_of", "more"),
+    ("last", "more"),
     [
-        (0, "9 of 9", []),
-        (1, "10 of 10", []),
-        (2, "10 of 11", ["     and 1 more like it"]),
-        (40, "10 of 49", ["     and 39 more like it"]),
+        (0, []),
+        (1, []),
+        (2, ["     and 1 more like it"]),
+        (40, ["     and 39 more like it"]),
     ],
 )
-def test_ten_findings_are_shown_at_most(last: int, shown_of: str, more: list[str]) -> None:
+def test_ten_findings_are_shown_at_most(last: int, more: list[str]) -> None:
     """Nine of three kinds, and then some of a fourth, of which there is room for one."""
     sizes = {3: key(DAY, DAY), 5: key(91 * DAY), 6: key(91 * DAY, 60 * DAY)}
     users = [user(f"u{kind}{n}", one) for kind, one in sizes.items() for n in range(3)]
     users += [user(f"last{n}", key(DAY, status="Inactive")) for n in range(last)]
     lines = shown(run_of([audited(*users)]))
-    assert f"({shown_of}; " in only(lines, "What to fix first")
+    assert f"(all {9 + last} findings: " in only(lines, "What to fix first")
     assert len(findings_shown(lines)) == min(9 + last, 10)
     assert [line for line in lines if "more like it" in line] == more
 
@@ -480,17 +478,15 @@ def test_what_was_not_checked_is_said_once_with_the_next_step() -> None:
     found.ous_why_not = "DescribeOrganizationalUnit: AccessDeniedException: not authorized"
     lines = shown(found)
     said = f"API keys were not checked in 7 accounts: {API_KEYS}: AccessDenied"
-    start = lines.index(said)
-    ids = ", ".join(f"{100_000_000_000 + number}" for number in range(5))
-    assert lines[start + 1] == f"  {ids}, ..."
-    assert lines[start + 2].startswith(f"  Next: add iam:{API_KEYS} to the role's policy")
+    assert lines[lines.index(said) + 1].startswith(
+        f"  Next: add iam:{API_KEYS} to the role's policy"
+    )
     assert f"API keys were not checked in 1 account: {API_KEYS}: ServiceFailure" in lines
     assert (
         f"Owners and administrators were not read in 7 accounts: {DETAILS}: AccessDenied" in lines
     )
     assert f"OU names were not read: {found.ous_why_not}" in lines
     assert "  Next: add organizations:DescribeOrganizationalUnit to the profile's policy." in lines
-    assert "API keys not checked in 8 accounts" in phase(lines, 2)
     assert not any("not checked" in line or "OU" in line for line in shown(found, quiet=True))
     made = document(found)
     assert made["not_checked"] == {
@@ -520,9 +516,9 @@ def test_what_exceptions_cover_is_counted_apart() -> None:
     ]
     exceptions_of(found, covering)
     lines = shown(found)
-    assert "1 finding is covered by exceptions" in lines
+    assert "1 finding covered by exceptions" in lines
     assert PAYMENTS.id not in {one[2] for one in findings_shown(lines)}
-    assert "6 of 6" in only(lines, "What to fix first")
+    assert "all 6 findings" in only(lines, "What to fix first")
     assert document(found)["findings"] == {"1": 0, **dict.fromkeys("234567", 1)}
     assert document(found)["exceptions"] == {"applied": 1, "expired": [], "unused": []}
     assert findings_shown(shown(found, quiet=True)) == []
@@ -624,7 +620,7 @@ def test_colors_are_never_the_only_sign_and_never_in_the_mail() -> None:
     )
     codes = re.compile(r"\x1b\[(\d+)m")
     assert codes.sub("", colored) == plain
-    assert set(codes.findall(colored)) == {"1", "22", "31", "33", "39"}
+    assert set(codes.findall(colored)) == {"0", "1", "31", "33"}
     assert "\x1b[31m" in only(colored.splitlines(), "\x1b[1m\x1b[31m1 account could not")
     assert not codes.search(plain)
     assert not codes.search(terminal_summary(found, summary, True, color=True))
