@@ -2963,7 +2963,7 @@ def earlier_run(folder: Path) -> EarlierRun:
         for entry in [*summary["accounts"], *summary["out_of_scope"]]:
             if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
                 raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
-            accounts[entry["id"]] = earlier_account(entry)
+            accounts[sys.intern(entry["id"])] = earlier_account(entry)  # runs share most of them
         started, days = parse_time(summary["started"]), typed(int, summary["max_key_age_days"])
         itself = {**summary, **summary["totals"], **summary["gaps"]["organization"]}
         for run in [*(summary.get("runs") or ()), itself]:
@@ -2979,7 +2979,7 @@ def earlier_run(folder: Path) -> EarlierRun:
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
-    name, result = typed(str, entry["name"]), entry.get("result", "out of scope")
+    name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
     if result in ("failed", "skipped", "out of scope"):
         return EarlierAccount(name, result)
     if result != "audited":
@@ -3824,7 +3824,7 @@ def terminal_summary(
 def quiet_lines(run: Run, summary: Summary, found: Iterable[Finding]) -> list[str]:
     """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
     standing = [one for one in found if one.priority == MOST_URGENT]
-    new = [one for one in standing if one.new is not False]
+    new = run.tracking.urgent_new
     lines = failed_lines(summary, quiet=True)
     lines += titled("New findings of priority 1", finding_lines(run, new, len(new), len(new)))
     lines += new_lines(run, quiet=True) + not_checked_lines(summary, quiet=True)
