@@ -159,14 +159,15 @@ def run_audit(options: Any, started: datetime) -> int:
         run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
         asyncio.run(audit_into(run, aws, options))
     except BaseException:
-        remove_if_empty(folder)
+        with contextlib.suppress(OSError):  # it stays if it holds the CSV file of an account
+            (folder / "accounts").rmdir()
+            folder.rmdir()
         raise
     write_tables(run)
     summary = summary_document(run, utc_now())
     if plan.page:
-        with atomic_file(folder / "report.html") as file:
-            file.write(report_page(run, summary))
-    write_json(folder / "summary.json", summary)
+        write_file(folder / "report.html", [report_page(run, summary)])
+    write_file(folder / "summary.json", [json.dumps(summary, indent=2), "\n"])
     if (why_not := link_latest(folder)) and options.verbose:
         complain(f"iam_audit.py: {printable(why_not)}")
     show(terminal_summary(run, summary, options.quiet, **width_and_color()))
@@ -284,8 +285,8 @@ def raise_phase1_levels(run: Run) -> None:
     """Phase 1 is Advanced in an account only if a policy also requires MFA there."""
     for index, figures in enumerate(run.audited):
         enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
-        level = phase1_level(figures.gaps, mfa_enforced=enforced)
-        run.audited[index] = replace(figures, phase1=level)
+        if enforced and figures.phase1 == COMPLETE:
+            run.audited[index] = figures._replace(phase1=ADVANCED)
 
 
 def write_tables(run: Run) -> None:
@@ -295,7 +296,7 @@ def write_tables(run: Run) -> None:
     findings = (finding_row(finding, run) for finding in run.findings)
     write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, findings)
     spool = run.credentials or Spool(run.folder / "credentials.csv")
-    spool.write_csv(CREDENTIALS_COLUMNS)
+    write_file(run.folder / "credentials.csv", spool.lines(CREDENTIALS_COLUMNS))
     tracking.mfa_new.sort(key=change_order)
     tracking.urgent_new.sort(key=most_urgent_first)
     if tracking.earlier is not None:
@@ -2104,17 +2105,10 @@ def link_latest(folder: Path) -> str:
     try:
         os.symlink(folder.name, temporary)
         os.replace(temporary, link)
+        return ""
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         return f"There is no link {link} to this run: {error.strerror or error}"
-    return ""
-
-
-def remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        (folder / "accounts").rmdir()
-        folder.rmdir()
 
 
 def account_csv(folder: Path, account_id: str) -> Path:
@@ -2138,8 +2132,7 @@ def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """The rows end in LF, as grep and awk expect."""
-    with atomic_file(path) as file:
-        file.writelines(map(csv_line, itertools.chain([columns], rows)))
+    write_file(path, map(csv_line, itertools.chain([columns], rows)))
 
 
 class Spool:
@@ -2156,12 +2149,12 @@ class Spool:
         with blaming(f"write {self._path}"):
             self._file.write(lines)
 
-    def write_csv(self, columns: Sequence[str]) -> None:
-        with self._file, atomic_file(self._path) as file:
-            file.write(csv_line(columns))
+    def lines(self, columns: Sequence[str]) -> Iterator[str]:
+        yield csv_line(columns)
+        with self._file:
             for _account_id, start, length in sorted(self._places):
                 self._file.seek(start)
-                file.write(self._file.read(length).decode("utf-8"))
+                yield self._file.read(length).decode("utf-8")
 
 
 def csv_line(row: Sequence[str]) -> str:
@@ -2177,8 +2170,7 @@ def quoted(cell: str) -> str:
 
 
 def neutral(cell: str) -> str:
-    """The cell, with an apostrophe before what a spreadsheet would run as a formula. Where it has
-    such an apostrophe of its own, it gets another one, so that `original` gives it back."""
+    """With an apostrophe before each formula, and before such an apostrophe of the cell's own."""
     return re.sub(CELL_START + FORMULA, "'", cell)
 
 
@@ -2186,19 +2178,13 @@ def original(cell: str) -> str:
     return re.sub(f"{CELL_START}'{FORMULA}", "", cell) if "'" in cell else cell
 
 
-def write_json(path: Path, document: Any) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(document, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[TextIO]:
-    """A file that exists in full or not at all: written beside its place, as 0600, then renamed."""
+def write_file(path: Path, parts: Iterable[str]) -> None:
+    """In full or not at all: the file is written beside its place, as 0600, then renamed."""
     with blaming(f"write {path}"):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:  # backslashreplace: half a character in a user agent must not cost the file
             with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                yield file
+                file.writelines(parts)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -2206,10 +2192,7 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
             raise
 
 
-class KeyState(NamedTuple):
-    status: str
-    created: str
-    kind: str = ACCESS_KEY
+KeyState = namedtuple("KeyState", "status created kind", defaults=[ACCESS_KEY])
 
 
 class UserState(NamedTuple):
@@ -2293,12 +2276,10 @@ def read_states(path: Path, account_id: str) -> dict[str, UserState]:
         if tuple(next(rows)) != CSV_COLUMNS:
             raise ValueError("its header is not that of an account's CSV")
         for number, cells in enumerate(rows, 2):
-            if len(cells) != len(CSV_COLUMNS) or cells[0] != account_id:
-                raise ValueError(f"row {number} is not one of account {account_id}")
-            row = AccountRow(*map(original, cells))
+            row = AccountRow._make(map(original, cells))
             known = row.password_status in (PASSWORD_SET, PASSWORD_NOT_SET)
-            if not known or not row.status or not row.mfa_status:
-                raise ValueError(f"row {number} has words that no such CSV has")
+            if row.account_id != account_id or not (known and row.status and row.mfa_status):
+                raise ValueError(f"row {number} is not one of account {account_id}")
             found.append(row)
     return states_of(found)
 
@@ -2316,38 +2297,26 @@ def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
 # === Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument ============
 
 PASSWORD, USER, KEY_PAIR = "password", "user", "two active access keys"
-ACTIVE_KEY, INACTIVE_KEY = f"active {ACCESS_KEY}", f"inactive {ACCESS_KEY}"
-ACTIVE_API_KEY, ACTIVE_SERVICE = f"active {API_KEY}", f"active {SERVICE_PASSWORD}"
-ACTIVE_CERTIFICATE = f"active {SIGNING_CERTIFICATE}"
+ACTIVE_KEY, ACTIVE_API_KEY, ACTIVE_SERVICE, ACTIVE_CERTIFICATE = (f"active {it}" for it in KINDS)
+INACTIVE_KEY = f"inactive {ACCESS_KEY}"
 DAYS_30, DAYS_90, ONE_YEAR = timedelta(days=30), timedelta(days=90), timedelta(days=365)
 NEVER, NO_TIME = timedelta.max, timedelta(0)
-
-
-class Case(NamedTuple):
-    """What gaps and rules judge: a user, their password, their active access keys if there are two,
-    or one credential, `key`."""
-
-    about: str  # USER, PASSWORD, KEY_PAIR, ACTIVE_KEY, ...
-    user: User
-    root: bool
-    production: bool
-    max_age: timedelta
-    max_unused: timedelta
-    no_mfa: bool
-    age: timedelta = NO_TIME  # of two keys: that of the younger one
-    unused: timedelta = NO_TIME  # since the last use; NEVER: a key that was never used
-    key: Any = None  # a Credential, where rules ask for it
+# What gaps and rules judge: a user, their password, their active access keys if there are two, or
+# one credential, `key`. A password is as old as its last change, two keys are as the younger one.
+# `unused` is the time since the last use; NEVER: a key that was never used. Unknown: NO_TIME.
+Case = namedtuple(
+    "Case", "about user root no_mfa production max_age max_unused age unused key", defaults=[None]
+)
 
 
 def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterator[Case]:
-    of_user = Case(
-        *(USER, user, user.name == ROOT, production, plan.max_key_age, plan.max_unused),
-        not user.mfa,
-    )
+    limits, unknown = (plan.max_key_age, plan.max_unused), (NO_TIME, NO_TIME)
+    of_user = Case(USER, user, user.name == ROOT, not user.mfa, production, *limits, *unknown)
     yield of_user
     if user.password:
-        last = user.password_last_used or user.password_changed  # if neither is known: no time
-        yield of_user._replace(about=PASSWORD, unused=now - last if last else NO_TIME)
+        changed = user.password_changed or now
+        last = user.password_last_used or changed
+        yield of_user._replace(about=PASSWORD, age=now - changed, unused=now - last)
     ages = [now - key.created for key in user.keys if is_active(key.status)]
     if len(ages) > 1:
         yield of_user._replace(about=KEY_PAIR, age=min(ages))
@@ -2363,7 +2332,7 @@ KEY_AGES = ("< 30 days", "< 90 days", "< 180 days", "< 1 year", "< 2 years", "< 
 KEY_AGE_DAYS = (30, 90, 180, 365, 2 * 365, 5 * 365)
 
 
-def cases(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: str = "") -> Any:
+def each(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: str = "") -> Any:
     """A field of Gaps: the number of cases about this for which `where` holds."""
     return field(default=0, metadata={"about": (about, or_about), "where": where})
 
@@ -2372,34 +2341,26 @@ def cases(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: 
 class Gaps:
     """Long-term credentials, counted, per account or in all. Root counts as a user."""
 
-    console_users: int = cases(PASSWORD)
-    console_users_without_mfa: int = cases(PASSWORD, lambda it: it.no_mfa)
-    access_keys: int = cases(ACTIVE_KEY, or_about=INACTIVE_KEY)
-    active_keys: int = cases(ACTIVE_KEY)
-    inactive_keys: int = cases(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
-    expired_keys: int = cases(INACTIVE_KEY, lambda it: it.key.status == "Expired")
-    active_keys_older_than_max_age: int = cases(ACTIVE_KEY, lambda it: it.age > it.max_age)
-    active_keys_older_than_1_year: int = cases(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
-    active_keys_never_used: int = cases(ACTIVE_KEY, lambda it: it.unused == NEVER)
-    active_keys_not_used_for_90_days: int = cases(
-        ACTIVE_KEY, lambda it: DAYS_90 < it.unused < NEVER
-    )
-    active_keys_used_within_30_days: int = cases(ACTIVE_KEY, lambda it: it.unused <= DAYS_30)
-    root_access_keys: int = cases(ACTIVE_KEY, lambda it: it.root, INACTIVE_KEY)
-    users_with_two_active_keys: int = cases(KEY_PAIR)
-    active_api_keys: int = cases(ACTIVE_API_KEY)
-    active_api_keys_without_expiry: int = cases(ACTIVE_API_KEY, lambda it: not it.key.expires)
-    active_api_keys_older_than_max_age: int = cases(ACTIVE_API_KEY, lambda it: it.age > it.max_age)
-    active_service_passwords: int = cases(ACTIVE_SERVICE)
-    active_signing_certificates: int = cases(ACTIVE_CERTIFICATE)
+    console_users: int = each(PASSWORD)
+    console_users_without_mfa: int = each(PASSWORD, lambda it: it.no_mfa)
+    access_keys: int = each(ACTIVE_KEY, or_about=INACTIVE_KEY)
+    active_keys: int = each(ACTIVE_KEY)
+    inactive_keys: int = each(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
+    expired_keys: int = each(INACTIVE_KEY, lambda it: it.key.status == "Expired")
+    active_keys_older_than_max_age: int = each(ACTIVE_KEY, lambda it: it.age > it.max_age)
+    active_keys_older_than_1_year: int = each(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
+    active_keys_never_used: int = each(ACTIVE_KEY, lambda it: it.unused == NEVER)
+    active_keys_not_used_for_90_days: int = each(ACTIVE_KEY, lambda it: DAYS_90 < it.unused < NEVER)
+    active_keys_used_within_30_days: int = each(ACTIVE_KEY, lambda it: it.unused <= DAYS_30)
+    root_access_keys: int = each(ACTIVE_KEY, lambda it: it.root, INACTIVE_KEY)
+    users_with_two_active_keys: int = each(KEY_PAIR)
+    active_api_keys: int = each(ACTIVE_API_KEY)
+    active_api_keys_without_expiry: int = each(ACTIVE_API_KEY, lambda it: not it.key.expires)
+    active_api_keys_older_than_max_age: int = each(ACTIVE_API_KEY, lambda it: it.age > it.max_age)
+    active_service_passwords: int = each(ACTIVE_SERVICE)
+    active_signing_certificates: int = each(ACTIVE_CERTIFICATE)
     active_key_ages: tuple[int, ...] = (0,) * len(KEY_AGES)  # of access keys
     oldest_active_key: OldestKey | None = None
-
-    def __add__(self, other: Gaps) -> Gaps:
-        numbers = {name: getattr(self, name) + getattr(other, name) for name in GAP_COUNTS}
-        ages = tuple(map(sum, zip(self.active_key_ages, other.active_key_ages)))
-        oldest = min(filter(None, (self.oldest_active_key, other.oldest_active_key)), default=None)
-        return Gaps(**numbers, active_key_ages=ages, oldest_active_key=oldest)
 
     @property
     def mfa_coverage_percent(self) -> float | None:
@@ -2408,41 +2369,20 @@ class Gaps:
         return 1000 * covered // self.console_users / 10 if self.console_users else None
 
 
-GAP_COUNTS = {each.name: each.metadata for each in fields(Gaps) if each.metadata}
-
-
-@dataclass(frozen=True)
-class AccountFigures:
-    """What is kept of an audited account once its CSV is written."""
-
-    account: Account
-    report_generated: datetime
-    has_root: bool
-    users: int
-    production: bool
-    gaps: Gaps
-    phase1: str
-    phase2: str
-    not_checked: Mapping[str, str]
+GAP_COUNTS = {one.name: one.metadata for one in fields(Gaps) if one.metadata}
+# AWS Security Maturity Model v2, lowest level first
+LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
+NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
+PHASES = ("phase1", "phase2")
+# What is kept of an audited account once its CSV is written: an Account, Gaps, the levels, ...
+AccountFigures = namedtuple(
+    "AccountFigures",
+    "account report_generated has_root users production gaps phase1 phase2 not_checked",
+)
 
 
 def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures:
-    account, has_root = audited.account, any(user.name == ROOT for user in audited.users)
-    production, gaps = is_production(account, plan.production), gaps_of(audited, plan, now)
-    phase2 = phase2_level(gaps, "ListServiceSpecificCredentials" not in audited.not_checked)
-    return AccountFigures(
-        *(account, audited.report_generated, has_root, len(audited.users) - has_root, production),
-        *(gaps, phase1_level(gaps), phase2, audited.not_checked),
-    )
-
-
-def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
-    """Whether the account's name, ID, path in the organization or OUs' names say so."""
-    return any(map(pattern.search, (account.name, account.id, account.path or "", account.ou)))
-
-
-def gaps_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Gaps:
-    """The account's users, counted."""
+    """Count the account's users and credentials, and judge it by them."""
     account, ages, keys = audited.account, [0] * len(KEY_AGES), []
     numbers: dict[str, Any] = dict.fromkeys(GAP_COUNTS, 0)
     for user in audited.users:
@@ -2453,21 +2393,19 @@ def gaps_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Gaps:
                 ages[bisect.bisect_right(KEY_AGE_DAYS, case.age.days)] += 1
                 where = (account.id, account.name, user.name)
                 keys.append(OldestKey(case.key.created, *where, case.key.id))
-    oldest = min(keys, default=None)
-    return Gaps(**numbers, active_key_ages=tuple(ages), oldest_active_key=oldest)
+    gaps = Gaps(**numbers, active_key_ages=tuple(ages), oldest_active_key=min(keys, default=None))
+    has_root = any(user.name == ROOT for user in audited.users)
+    users, production = len(audited.users) - has_root, is_production(account, plan.production)
+    phase1 = IN_PROGRESS if gaps.console_users_without_mfa else COMPLETE  # for more, see the run
+    phase2 = phase2_level(gaps, "ListServiceSpecificCredentials" not in audited.not_checked)
+    levels = (phase1, phase2, audited.not_checked)
+    when = audited.report_generated
+    return AccountFigures(account, when, has_root, users, production, gaps, *levels)
 
 
-# AWS Security Maturity Model v2, lowest level first
-LEVELS = ("Not Started", "In Progress", "Complete", "Advanced")
-NOT_STARTED, IN_PROGRESS, COMPLETE, ADVANCED = LEVELS
-PHASES = ("phase1", "phase2")
-
-
-def phase1_level(gaps: Gaps, mfa_enforced: bool = False) -> str:
-    """Multi-factor authentication; Advanced if a policy also keeps users from acting without it."""
-    if gaps.console_users_without_mfa:
-        return IN_PROGRESS
-    return ADVANCED if mfa_enforced else COMPLETE
+def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
+    """Whether the account's name, ID, path in the organization or OUs' names say so."""
+    return any(map(pattern.search, (account.name, account.id, account.path or "", account.ou)))
 
 
 def phase2_level(gaps: Gaps, api_keys_known: bool) -> str:
@@ -2487,13 +2425,17 @@ def organization_level(levels: Iterable[str], failed: int) -> str:
 
 
 def total_gaps(accounts: Iterable[AccountFigures]) -> Gaps:
-    return sum((account.gaps for account in accounts), Gaps())
+    found = list(map(attrgetter("gaps"), accounts))
+    total: dict[str, Any] = {name: sum(map(attrgetter(name), found)) for name in GAP_COUNTS}
+    ages = zip(Gaps.active_key_ages, *map(attrgetter("active_key_ages"), found))
+    oldest = min(filter(None, map(attrgetter("oldest_active_key"), found)), default=None)
+    return Gaps(**total, active_key_ages=tuple(map(sum, ages)), oldest_active_key=oldest)
 
 
-CREDENTIALS_COLUMNS = (
-    *("account_id", "account_name", "account_email", "ou", "production", "username", "owner"),
-    *("administrator", "kind", "credential_id", "status", "created_date", "age_days"),
-    *("last_used_date", "unused_days", "service_name", "expires", "mfa_status"),
+CREDENTIALS_COLUMNS = tuple(
+    "account_id account_name account_email ou production username owner administrator kind "
+    "credential_id status created_date age_days last_used_date unused_days service_name expires "
+    "mfa_status".split()
 )
 FLAGS = {True: "true", False: "false", None: ""}
 NEVER_USED = {PASSWORD: PASSWORD_NEVER_USED, ACCESS_KEY: KEY_NEVER_USED}  # others: unknown
@@ -2506,71 +2448,66 @@ def credential_rows(audited: AuditedAccount, plan: Plan, now: datetime) -> Itera
     production = FLAGS[is_production(account, plan.production)]
     where = (account.id, account.name, account.email, account.ou, production)
     for user in audited.users:
-        whose, mfa = (*where, user.name, user.owner, user.administrator), "+".join(user.mfa)
+        mfa, credentials = "+".join(user.mfa) or NO_MFA, [*user.keys, *user.others]
         if user.password:
-            dates = date_cells(PASSWORD, user.password_changed, user.password_last_used, now)
-            yield (*whose, PASSWORD, "", PASSWORD_SET, *dates, "", "", mfa or NO_MFA)
-        for one in (*user.keys, *user.others):
-            dates = date_cells(one.kind, one.created, one.last_used, now)
+            facts: Any = (user.password_changed, user.password_last_used, "", PASSWORD)
+            credentials.insert(0, Credential("", PASSWORD_SET, *facts))
+        for one in credentials:
+            made, used = iso(one.created) if one.created else "", used_cell(one.kind, one.last_used)
+            since = (one.last_used or one.created) if one.kind in NEVER_USED else None
+            age = str(days_between(one.created, now)) if one.created else ""
+            unused = str(days_between(since, now)) if since else ""
             expires = iso(one.expires) if one.expires else NEVER_EXPIRES.get(one.kind, "")
-            what = (one.kind, one.id, one.status, *dates, one.service_name, expires)
-            yield (*whose, *what, mfa or NO_MFA)
+            yield (
+                *(*where, user.name, user.owner, user.administrator, one.kind, one.id, one.status),
+                *(made, age, used, unused, one.service_name, expires, mfa),
+            )
 
 
-def date_cells(
-    kind: str, created: datetime | None, used: datetime | None, now: datetime
-) -> Iterator[str]:
-    """Creation, age, last use and days without use; empty if unknown."""
-    yield iso(created) if created else ""
-    yield str(days_between(created, now)) if created else ""
-    yield iso(used) if used else NEVER_USED.get(kind, "")
-    since = (used or created) if kind in NEVER_USED else None
-    yield str(days_between(since, now)) if since else ""
+def used_cell(kind: str, used: datetime | None) -> str:
+    return iso(used) if used else NEVER_USED.get(kind, "")
 
 
-FINDINGS_COLUMNS = (
-    *("priority", "finding", "account_id", "account_name", "production", "username"),
-    *("access_key_id", "age_days", "last_used_date", "service_name", "reasons", "recommendation"),
-    *("owner", "administrator", "ou", "older_than_max_age", "controls"),
-    *("new", "exception", "until"),
+FINDINGS_COLUMNS = tuple(
+    "priority finding account_id account_name production username access_key_id age_days "
+    "last_used_date service_name reasons recommendation owner administrator ou older_than_max_age "
+    "controls new exception until".split()
 )
-
-
-class Rule(NamedTuple):
-    """A reason for the finding of this name; {words} in `reason` and `advice` are filled in on
-    output. `controls_of` chooses from `controls`."""
-
-    name: str
-    priority: int
-    about: str
-    applies: Callable[[Case], bool]
-    reason: str
-    advice: str = ""
-    controls: tuple[str, ...] = ()
-
+# A reason for the finding of this name; {words} in `reason` and `advice` are filled in on output.
+# `controls_of` chooses from `controls`.
+Rule = namedtuple("Rule", "name priority about applies reason advice controls", defaults=("", ()))
 
 # fmt: off
+OF_ROOT = {"1.3", "1.4", "IAM.4", "IAM.9"}  # the other controls are about IAM users
 NO_ROOT_KEY, ROTATED, IN_USE = ("1.3", "IAM.4"), ("1.13", "IAM.3"), ("1.11", "IAM.8", "IAM.22")
-EACH_KEY = (
-    "`aws iam list-access-keys {user}` in account {account}, then "
-    "`aws iam update-access-key {user} --access-key-id=ID --status=Inactive`"
-)
-FOLLOW_CASE = (
-    f"Follow AWS's support case: deactivate and replace each of the user's keys ({EACH_KEY}), look "
-    "in CloudTrail for what they were used for, and only then detach the quarantine policy."
-)
-KEEP_ONE = f"Keep one key: move what uses the other one to it, then deactivate that: {EACH_KEY}."
 REMOVE = "`aws iam delete-login-profile {user}` in account {account}."
 ADD_MFA = f"Have the user register an MFA device or, if roles serve, remove the password: {REMOVE}"
-MOVE = "Move what uses it to temporary credentials (an IAM role), then "
-DEACTIVATE = "`aws iam update-{name} {user} {key} --status=Inactive` in account {account}"
-DEACTIVATE_USED = f"{MOVE}deactivate it: {DEACTIVATE}."
-DEACTIVATE_UNUSED = f"Deactivate it: {DEACTIVATE}; delete it once nobody has missed it."
-REPLACE = f"{MOVE}deactivate it: {DEACTIVATE}; finally `aws iam delete-{{name}} {{user}} {{key}}`."
-REPLACE_CERTIFICATE = f"Find its ID: `aws iam list-signing-certificates {{user}}`. {REPLACE}"
-ASK_OWNER = f"Ask its owner what it is for, then deactivate it: {DEACTIVATE}."
-FIND_OUT = f"Find out what used it last, then deactivate it: {DEACTIVATE}."
-DELETE = "Delete it: `aws iam delete-{name} {user} {key}` in account {account}."
+MOVE = "move what uses it to temporary credentials (an IAM role), then "
+DEACTIVATE = (
+    "deactivate it: `aws iam update-{name} {user} {key} --status=Inactive` in account {account}"
+)
+LIST_KEYS = "`aws iam list-access-keys {user}`"
+KEEP_ONE = f"keep one key ({LIST_KEYS}): move what uses the other one to it, then {DEACTIVATE}."
+FOLLOW_CASE = (
+    f"follow AWS's support case: replace each of the user's keys ({LIST_KEYS}), {DEACTIVATE}, look "
+    "in CloudTrail for what they were used for, and only then detach the quarantine policy."
+)
+DEACTIVATE_UNUSED = f"{DEACTIVATE}; delete it once nobody has missed it."
+REPLACE = f"{MOVE}{DEACTIVATE}; finally `aws iam delete-{{name}} {{user}} {{key}}`."
+REPLACE_CERTIFICATE = f"find its ID: `aws iam list-signing-certificates {{user}}`. {REPLACE}"
+ASK_OWNER = f"ask its owner what it is for, then {DEACTIVATE}."
+FIND_OUT = f"find out what used it last, then {DEACTIVATE}."
+DELETE = "delete it: `aws iam delete-{name} {user} {key}` in account {account}."
+# Without root's own sign-in only AssumeRoot can do it, and only in a member account:
+# https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
+ASSUME_ROOT = (
+    "with the session that `aws sts assume-root --target-principal {account} --task-policy-arn "
+    "arn=arn:{partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials` gives (it takes "
+    "centralized root access): `aws iam "
+)
+ROOT_PASSWORD = f"delete root's password (or register MFA as root) {ASSUME_ROOT}delete-login-profile`."
+ROOT_KEY = f"delete root's {{kind}} {ASSUME_ROOT}list-{{name}}s`, then `aws iam delete-{{name}}`."
+SIGN_IN = "sign in as root of the management account (no role can do that there) and "
 # What a rule is about is one finding, named by the most urgent rule that applies. All rules that
 # apply are its reasons, in this order. The advice is that of the first that has any: what to do
 # about an old key depends on its use.
@@ -2580,20 +2517,18 @@ RULES = (
     Rule("root-access-key", 1, ACTIVE_KEY, lambda it: it.root, "active root access key",
          controls=NO_ROOT_KEY),
     Rule("console-without-mfa", 4, PASSWORD, lambda it: it.no_mfa, "console user without MFA",
-         ADD_MFA, ("1.9", "IAM.5", "IAM.19")),
-    Rule("console-without-mfa", 4, PASSWORD, lambda it: it.no_mfa and it.root, "root",
-         controls=("1.4", "IAM.9")),
+         ADD_MFA, ("1.9", "IAM.5", "IAM.19", "1.4", "IAM.9")),
+    Rule("console-without-mfa", 4, PASSWORD, lambda it: it.no_mfa and it.root, "root"),
     Rule("console-without-mfa", 1, PASSWORD, lambda it: it.no_mfa and it.production, "production"),
     Rule("unused-password", 5, PASSWORD, lambda it: it.unused > it.max_unused and not it.root,
-         "not used for {max_unused} days", f"Remove the password: {REMOVE}", IN_USE),
+         "not used for {max_unused} days", f"remove the password: {REMOVE}", IN_USE),
     Rule("key-older-than-1-year", 2, ACTIVE_KEY, lambda it: it.age > ONE_YEAR, "older than 1 year",
          controls=ROTATED),
     Rule("key-in-use", 3, ACTIVE_KEY, lambda it: it.unused <= DAYS_30, "used within 30 days",
-         DEACTIVATE_USED),
+         REPLACE),
     Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > it.max_unused and it.unused == NEVER,
          "never used", DEACTIVATE_UNUSED, IN_USE),  # a younger one may yet be used
-    Rule("unused-key", 5, ACTIVE_KEY,
-         lambda it: it.age > it.max_unused and it.max_unused < it.unused < NEVER,
+    Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > it.max_unused < it.unused < NEVER,
          "not used for {max_unused} days", DEACTIVATE_UNUSED, IN_USE),
     Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
          "older than {max_key_age} days", controls=ROTATED),
@@ -2606,91 +2541,90 @@ RULES = (
          "API key that never expires", REPLACE),
     Rule("api-key", 3, ACTIVE_API_KEY, lambda it: it.key.expires, "API key", REPLACE),
     Rule("service-password", 5, ACTIVE_SERVICE, lambda _: True, "password for a service", REPLACE),
-    Rule("root-signing-certificate", 2, ACTIVE_CERTIFICATE, lambda it: it.root,
-         "active root signing certificate"),
+    Rule("root-signing-certificate", 2, ACTIVE_CERTIFICATE, lambda it: it.root, "root certificate"),
     Rule("signing-certificate", 5, ACTIVE_CERTIFICATE, lambda it: not it.root,
          "active signing certificate", REPLACE_CERTIFICATE),
 )
 # fmt: on
-
-
-class Finding(NamedTuple):
-    """One thing to fix, with all rules that apply; `key` is None for a user, their password or two
-    keys, `new` if nobody knows. With an `exception` it does not count for --fail-on and --quiet."""
-
-    priority: int
-    finding: str
-    account: Account
-    production: bool
-    user: str
-    key: Credential | None
-    password_last_used: datetime | None
-    rules: tuple[Rule, ...]
-    password_changed: datetime | None = None
-    owner: str = ""
-    administrator: str = UNKNOWN
-    new: bool | None = None
-    exception: KnownException | None = None
+# One thing to fix, with all rules that apply. `key` is a Credential, None for a user, a password or
+# two keys; `age` is its age; `new` is None if nobody knows. `exception` is the KnownException that
+# covers it: such a finding does not count for --fail-on and --quiet.
+Finding = namedtuple(
+    "Finding",
+    "priority finding account production user key rules age password_last_used owner administrator "
+    "new exception",
+    defaults=(NO_TIME, None, "", UNKNOWN, None, None),
+)
+# A row of an --exceptions file: what it covers (* stands for any, and N/A for no credential, as in
+# findings.csv), through which day (UTC), why, and in which line it ends
+KnownException = namedtuple(
+    "KnownException", "account_id username credential_id finding until reason line"
+)
+EXCEPTION_CELLS = {
+    "account_id": (r"\d{12}|\*", "an account ID of 12 digits, or *"),
+    "username": (".+", "a user's name, or *"),
+    "credential_id": (".+", "a credential's ID, N/A, or *"),
+    "finding": ("|".join({rule.name: "" for rule in RULES}) + r"|\*", "a finding's name, or *"),
+    "until": (r"\d{4}-\d\d-\d\d", "a date such as 2026-12-31"),
+    "reason": (".+", "a reason"),
+}
 
 
 def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[Finding]:
     account, production = audited.account, is_production(audited.account, plan.production)
     today, ids = now.date(), ("*", account.id)
     exceptions = [one for one in plan.exceptions if one.account_id in ids and one.until >= today]
-    exceptions.sort(key=attrgetter("until"), reverse=True)  # the one that lasts longest covers
+    exceptions.sort(key=attrgetter("until"))
     for user in audited.users:
         for case in cases_of(user, production, plan, now):
             rules = tuple(rule for rule in RULES if rule.about == case.about and rule.applies(case))
-            if rules:
-                first = min(rules, key=lambda rule: rule.priority)
-                what = (first.priority, first.name, account, production, user.name, case.key)
-                whose = (user.password_changed, user.owner, user.administrator)
-                finding = Finding(*what, user.password_last_used, rules, *whose)
-                covering = (one for one in exceptions if is_excepted(finding, one))
-                yield finding._replace(exception=next(covering, None))
+            if not rules:
+                continue
+            first = min(rules, key=attrgetter("priority"))
+            about = (account.id, user.name, case.key.id if case.key else NOT_APPLICABLE, first.name)
+            covering = None
+            for one in exceptions:  # the one that lasts longest covers
+                if all(cell in ("*", is_) for cell, is_ in zip(one, about)):
+                    covering = one
+            what = (first.priority, first.name, account, production, user.name, case.key, rules)
+            whose = (case.age, user.password_last_used, user.owner, user.administrator)
+            yield Finding(*what, *whose, exception=covering)
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
-    """What no exception covers, by priority; production, then administrators before the rest; keys
-    before users and passwords, oldest first; then by account and name."""
-    key = finding.key
-    born = key.created if key else finding.password_changed
+    """What no exception covers, by priority; production, then administrators, then the oldest."""
     rank = (finding.exception is not None, finding.priority, not finding.production)
-    oldest = (key is None, born.timestamp() if born else float("inf"))
-    where = (finding.account.id, finding.user, key.id if key else "", finding.finding)
-    return (*rank, finding.administrator != "true", *oldest, *where)
+    key_id = finding.key.id if finding.key else ""
+    where = (finding.account.id, finding.user, key_id, finding.finding)
+    return (*rank, finding.administrator != "true", -finding.age, *where)
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
     """The finding's row in findings.csv."""
-    account, key, now = finding.account, finding.key, run.started
-    key_id, age_days, used, service, old = NOT_APPLICABLE, "", NOT_APPLICABLE, NOT_APPLICABLE, False
+    account, key, plan, covered = finding.account, finding.key, run.plan, finding.exception
+    key_id, age, used, service, old = NOT_APPLICABLE, "", NOT_APPLICABLE, NOT_APPLICABLE, False
     if key:
-        _, age_days, used, _ = date_cells(key.kind, key.created, key.last_used, now)
-        key_id, service, old = key.id, key.service_name, now - key.created > run.plan.max_key_age
+        key_id, service, old = key.id, key.service_name, finding.age > plan.max_key_age
+        age, used = str(max(0, finding.age.days)), used_cell(key.kind, key.last_used)
     elif finding.rules[0].about == PASSWORD:
-        _, _, used, _ = date_cells(PASSWORD, None, finding.password_last_used, now)
-    reasons, covered = "; ".join(reasons_of(finding, run.plan)), finding.exception
+        used = used_cell(PASSWORD, finding.password_last_used)
     return (
         *(str(finding.priority), finding.finding, account.id, account.name),
-        *(FLAGS[finding.production], finding.user, key_id, age_days, used, service, reasons),
-        *(recommendation(finding, run), finding.owner, finding.administrator, account.ou),
-        *(FLAGS[old], controls_of(finding, run.plan), FLAGS[finding.new]),
-        *((covered.reason, covered.until.isoformat()) if covered else ("", "")),
+        *(FLAGS[finding.production], finding.user, key_id, age, used, service),
+        *("; ".join(reasons_of(finding, plan)), recommendation(finding, run), finding.owner),
+        *(finding.administrator, account.ou, FLAGS[old], controls_of(finding, plan)),
+        *(FLAGS[finding.new], covered.reason if covered else ""),
+        covered.until.isoformat() if covered else "",
     )
 
 
 def reasons_of(finding: Finding, plan: Plan) -> list[str]:
-    days = {"max_key_age": plan.max_key_age.days, "max_unused": plan.max_unused.days}
-    key, reasons = finding.key, []
-    for rule in finding.rules:
-        reasons.append(rule.reason.format(**days, status=key.status.lower() if key else ""))
-    if key and is_active(key.status) and key.status != "Active":
-        reasons.append(f"status {key.status}")
+    status = finding.key.status if finding.key else ""
+    words = {"max_key_age": plan.max_key_age.days, "max_unused": plan.max_unused.days}
+    reasons = [rule.reason.format(**words, status=status.lower()) for rule in finding.rules]
+    if status not in ("", "Active", "Inactive", "Expired"):
+        reasons.append(f"status {status}")
     return reasons
-
-
-OF_ROOT = {"1.3", "1.4", "IAM.4", "IAM.9"}  # the other controls are about IAM users
 
 
 def controls_of(finding: Finding, plan: Plan) -> str:
@@ -2709,97 +2643,49 @@ def controls_of(finding: Finding, plan: Plan) -> str:
 
 def recommendation(finding: Finding, run: Run) -> str:
     """The next step, with the AWS CLI command for it, its arguments quoted for a shell."""
+    key, advised = finding.key, [rule.advice for rule in finding.rules if rule.advice]
+    advice: str = [*advised, FIND_OUT if key and key.last_used else ASK_OWNER][0]
     if finding.user == ROOT:
-        return recommendation_for_root(finding, run)
-    key = finding.key
-    advised = [rule.advice for rule in finding.rules if rule.advice]
-    advised.append(FIND_OUT if key and key.last_used else ASK_OWNER)
+        advice = ROOT_KEY if key else ROOT_PASSWORD
+        if finding.account.id == run.organization.management_account:
+            advice = SIGN_IN + ("delete the {kind}." if key else "register an MFA device.")
+        if REPLACE in advised:  # the key is in use
+            advice = MOVE + advice
     user = f"--user-name={shlex.quote(printable(finding.user))}"
     user = re.sub(",(?=[=+@-])", r",\\", user)  # else `neutral` puts an apostrophe into a command
-    name, key_id = (key.kind, shlex.quote(printable(key.id))) if key else ("", "")
+    name, key_id = key.kind if key else ACCESS_KEY, "ID"  # ID: `aws iam list` tells it
+    if key and key.kind != SIGNING_CERTIFICATE:
+        key_id = shlex.quote(printable(key.id))
     if name in NEVER_EXPIRES:
         name = "service-specific-credential"
-    key_id = f"--{name}-id={key_id}" if name != SIGNING_CERTIFICATE else "--certificate-id=ID"
-    return advised[0].format(name=name, user=user, key=key_id, account=finding.account.id)
-
-
-def recommendation_for_root(finding: Finding, run: Run) -> str:
-    """Without root's own sign-in only AssumeRoot can do it, and only in a member account:
-    https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html"""
-    account, what = finding.account.id, "password (or sign in as root and register MFA)"
-    to_do, commands = "register an MFA device", "`aws iam delete-login-profile`"
-    if finding.key:
-        kind = finding.key.kind
-        what = kind.replace("-", " ")
-        to_do = f"delete the {what}"
-        commands = f"`aws iam list-{kind}s`, then `aws iam delete-{kind}` with its ID"
-    if account == run.organization.management_account:
-        step = f"sign in as root of the management account and {to_do}: no role can do that there."
-    else:
-        task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
-        step = (
-            f"delete root's {what}, with the session that `aws sts assume-root --target-principal "
-            f"{account} --task-policy-arn arn={task}` gives (it takes centralized root access): "
-            f"{commands}."
-        )
-    in_use = any(rule.name == "key-in-use" for rule in finding.rules)
-    return MOVE + step if in_use else step[0].upper() + step[1:]
-
-
-# A row of an --exceptions file: what it covers (* stands for any, and N/A for no credential, as in
-# findings.csv), through which day (UTC), why, and in which line it is
-KnownException = namedtuple(
-    "KnownException", "account_id username credential_id finding until reason line"
-)
-EXCEPTION_CELLS = {
-    "account_id": (r"\d{12}|\*", "an account ID of 12 digits, or *"),
-    "username": (".+", "a user's name, or *"),
-    "credential_id": (".+", "a credential's ID, N/A, or *"),
-    "finding": ("|".join({rule.name: "" for rule in RULES}) + r"|\*", "a finding's name, or *"),
-    "until": (r"\d{4}-\d\d-\d\d", "a date such as 2026-12-31"),
-    "reason": (".+", "a reason"),
-}
-
-
-def is_excepted(finding: Finding, one: KnownException) -> bool:
-    """Whether this exception, one for the finding's account, covers the finding."""
-    key_id = finding.key.id if finding.key else NOT_APPLICABLE
-    same_user, same_key = one.username in ("*", finding.user), one.credential_id in ("*", key_id)
-    return same_user and same_key and one.finding in ("*", finding.finding)
+    words = {"account": finding.account.id, "partition": run.caller.partition, "user": user}
+    words.update(name=name, key=f"--{name.replace('signing-', '')}-id={key_id}")
+    words["kind"] = name.replace("-", " ")
+    text = advice.format_map(words)
+    return text[0].upper() + text[1:]
 
 
 def parse_exceptions(text: str) -> tuple[KnownException, ...]:
     """The rows of an --exceptions file. Raises AuditError with the line and cell at fault."""
-    rows = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
-    exceptions, line = [], 1
+    rows, exceptions, where = csv.reader(io.StringIO(text, newline=""), strict=True), [], ""
     try:
         if (header := next(rows, [])) != [*EXCEPTION_CELLS]:
             raise ValueError(f"{','.join(header)!r} is not {','.join(EXCEPTION_CELLS)}")
-        line = rows.line_num + 1
-        for cells in rows:
-            if any(cells):  # spreadsheets leave empty rows at the end
-                exceptions.append(known_exception(cells, line))
-            line = rows.line_num + 1  # where the next row begins
+        for cells in filter(any, rows):  # spreadsheets leave empty rows at the end
+            if len(cells) != len(EXCEPTION_CELLS):
+                raise ValueError(f"it has {len(cells)} cells, not {len(EXCEPTION_CELLS)}")
+            row: dict[str, Any] = {"line": rows.line_num}
+            for cell, (column, (pattern, what)) in zip(cells, EXCEPTION_CELLS.items()):
+                where, row[column] = f"{column} {cell!r}: ", original(cell.strip())
+                if not re.fullmatch(pattern, row[column], re.ASCII | re.DOTALL):
+                    raise ValueError(f"it is not {what}")
+                if column == "until":
+                    row[column] = date.fromisoformat(row[column])
+            exceptions.append(KnownException(**row))
+            where = ""
     except (csv.Error, ValueError) as error:
-        raise AuditError(f"--exceptions: line {line}: {error}") from None
+        raise AuditError(f"line {max(1, rows.line_num)}: {where}{error}") from None
     return tuple(exceptions)
-
-
-def known_exception(cells: Sequence[str], line: int) -> KnownException:
-    """A row of the file. Raises ValueError that names the cell that is not what it must be."""
-    if len(cells) != len(EXCEPTION_CELLS):
-        raise ValueError(f"it has {len(cells)} cells, not {len(EXCEPTION_CELLS)}")
-    row: dict[str, Any] = {"line": line}
-    for cell, (column, (pattern, what)) in zip(cells, EXCEPTION_CELLS.items()):
-        row[column] = original(cell.strip())
-        try:
-            if not re.fullmatch(pattern, row[column], re.ASCII | re.DOTALL):
-                raise ValueError
-            if column == "until":
-                row[column] = date.fromisoformat(row[column])
-        except ValueError:
-            raise ValueError(f"{column} {cell!r} is not {what}") from None
-    return KnownException(**row)
 
 
 # === Track: each account against the newest run that audited it, with CloudTrail as a witness ====

@@ -349,7 +349,8 @@ def write_run(reports: Path, outcomes: Iterable[Outcome]) -> Path:
         assert isinstance(one, AuditedAccount)
         path = found.folder / "accounts" / f"{one.account.id}.csv"
         iam_audit.write_csv(path, iam_audit.CSV_COLUMNS, iam_audit.rows_of(one))
-    iam_audit.write_json(found.folder / "summary.json", iam_audit.summary_document(found, FINISHED))
+    summary = iam_audit.summary_document(found, FINISHED)
+    iam_audit.write_file(found.folder / "summary.json", [json.dumps(summary)])
     return found.folder
 
 

@@ -66,7 +66,9 @@ class Result:
     @property
     def folder(self) -> Path:
         """The run's own folder."""
-        [folder] = (each for each in self.output_dir.iterdir() if not each.is_symlink())
+        [folder] = (
+            each for each in self.output_dir.iterdir() if each.is_dir() and not each.is_symlink()
+        )
         return folder
 
     @property

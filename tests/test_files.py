@@ -140,7 +140,7 @@ def test_a_spool_gives_back_the_rows_by_account(
     spool = iam_audit.Spool(tmp_path / "spooled.csv")
     for account_id, rows in accounts.items():
         spool.add(account_id, rows)
-    spool.write_csv(["a", "b"])
+    iam_audit.write_file(tmp_path / "spooled.csv", spool.lines(["a", "b"]))
     rows = [row for account_id in sorted(accounts) for row in accounts[account_id]]
     iam_audit.write_csv(tmp_path / "table.csv", ["a", "b"], rows)
     written = (tmp_path / "spooled.csv").read_bytes()
@@ -156,7 +156,7 @@ def test_a_spool_keeps_its_rows_on_disk(tmp_path: Path) -> None:
         for number in range(2000, 0, -1):
             spool.add(f"{number:012}", [["x" * 100, "\ud83d", f"{number}"]] * 100)
         kept, _ = tracemalloc.get_traced_memory()
-        spool.write_csv(["a", "b", "c"])
+        iam_audit.write_file(tmp_path / "credentials.csv", spool.lines(["a", "b", "c"]))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -236,8 +236,10 @@ def test_the_summary_is_written_last(
         == 0
     )
     assert {f"{ONE}.csv", f"{TWO}.csv"} <= set(put_in_place)
-    assert put_in_place.index("summary.json") == len(put_in_place) - 1
-    assert {path.name for path in tmp_path.rglob("*.*")} == set(put_in_place)
+    assert put_in_place[-2:] == ["summary.json", "latest"]
+    assert {path.name for path in tmp_path.glob("reports/2*/**/*.*")} == {*put_in_place} - {
+        "latest"
+    }
     assert capsys.readouterr().out == ""
 
 
@@ -292,7 +294,7 @@ def test_two_runs_in_the_same_second_get_a_folder_each(
         ]
         ended = [process.communicate(timeout=TIMEOUT) for process, _ in started]
         assert [process.returncode for process, _ in started] == [0, 0], ended
-    made = {path for path in tmp_path.iterdir() if path.name not in taken}
+    made = {path for path in tmp_path.iterdir() if path.name not in {*taken, "latest"}}
     assert len(made) == 2
     for folder in made:
         assert (

@@ -167,7 +167,7 @@ def test_the_table_of_gaps_has_every_figure_in_its_place() -> None:
         numbers: dict[str, Any] = {
             name: (index + 1) * 1000 - place for place, name in enumerate(GAP_COUNTS)
         }
-        found.audited[index] = dataclasses.replace(figures, gaps=Gaps(**numbers))
+        found.audited[index] = figures._replace(gaps=Gaps(**numbers))
     table = gap_table(shown(found))
     assert table.pop("MFA coverage percent") == ("0.0", "0.0")
     organization = {name: 3000 - 2 * place for place, name in enumerate(GAP_COUNTS)}
@@ -440,7 +440,7 @@ def test_large_figures_fit_as_well(quiet: bool) -> None:
         "console_users_without_mfa": 5_001
     }
     large = Gaps(oldest_active_key=found.audited[0].gaps.oldest_active_key, **numbers)
-    found.audited = [dataclasses.replace(found.audited[0], gaps=large) for _ in range(10_000)]
+    found.audited = [found.audited[0]._replace(gaps=large) for _ in range(10_000)]
     lines = shown(found, quiet=quiet)
     assert all(len(line) <= 100 or line.startswith("Files: ") for line in lines)
     if not quiet:

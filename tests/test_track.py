@@ -1262,7 +1262,7 @@ def test_without_the_earlier_table_nobody_knows_what_is_new(tmp_path: Path, dama
 def finding_about(one: User, credential: Credential) -> Finding:
     """A finding about another credential than an access key."""
     rule = iam_audit.Rule("api-key", 3, "", lambda _: True, "")
-    return Finding(3, "api-key", ACCOUNT, False, one.name, credential, None, (rule,))
+    return Finding(3, "api-key", ACCOUNT, False, one.name, credential, (rule,))
 
 
 @pytest.mark.parametrize(("damage", "known"), [(None, True), (without(CREDENTIALS_CSV), False)])
