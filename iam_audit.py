@@ -2131,7 +2131,6 @@ def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """The rows end in LF, as grep and awk expect."""
     write_file(path, map(csv_line, itertools.chain([columns], rows)))
 
 
@@ -2158,7 +2157,7 @@ class Spool:
 
 
 def csv_line(row: Sequence[str]) -> str:
-    return ",".join(map(quoted, row)) + "\n"
+    return ",".join(map(quoted, row)) + "\n"  # LF, as grep and awk expect
 
 
 def quoted(cell: str) -> str:
@@ -2195,9 +2194,7 @@ def write_file(path: Path, parts: Iterable[str]) -> None:
 KeyState = namedtuple("KeyState", "status created kind", defaults=[ACCESS_KEY])
 
 
-class UserState(NamedTuple):
-    """What is compared of a user between two runs."""
-
+class UserState(NamedTuple):  # what is compared of a user between two runs
     password_status: str
     mfa_status: str
     keys: dict[str, KeyState]
@@ -2285,7 +2282,6 @@ def read_states(path: Path, account_id: str) -> dict[str, UserState]:
 
 
 def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
-    """The users that an account's rows are about, by name."""
     states: dict[str, UserState] = {}
     for row in rows:
         state = states.setdefault(row.username, UserState(row.password_status, row.mfa_status, {}))
@@ -2296,21 +2292,18 @@ def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
 
 # === Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument ============
 
-PASSWORD, USER, KEY_PAIR = "password", "user", "two active access keys"
+PASSWORD, USER, KEY_PAIR, INACTIVE_KEY = "password", "user", "pair", f"inactive {ACCESS_KEY}"
 ACTIVE_KEY, ACTIVE_API_KEY, ACTIVE_SERVICE, ACTIVE_CERTIFICATE = (f"active {it}" for it in KINDS)
-INACTIVE_KEY = f"inactive {ACCESS_KEY}"
 DAYS_30, DAYS_90, ONE_YEAR = timedelta(days=30), timedelta(days=90), timedelta(days=365)
 NEVER, NO_TIME = timedelta.max, timedelta(0)
 # What gaps and rules judge: a user, their password, their active access keys if there are two, or
 # one credential, `key`. A password is as old as its last change, two keys are as the younger one.
 # `unused` is the time since the last use; NEVER: a key that was never used. Unknown: NO_TIME.
-Case = namedtuple(
-    "Case", "about user root no_mfa production max_age max_unused age unused key", defaults=[None]
-)
+Case = namedtuple("Case", "about user root no_mfa production max_age max_unused age unused key")
 
 
 def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterator[Case]:
-    limits, unknown = (plan.max_key_age, plan.max_unused), (NO_TIME, NO_TIME)
+    limits, unknown = (plan.max_key_age, plan.max_unused), (NO_TIME, NO_TIME, None)
     of_user = Case(USER, user, user.name == ROOT, not user.mfa, production, *limits, *unknown)
     yield of_user
     if user.password:
@@ -2326,7 +2319,6 @@ def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterato
         yield of_user._replace(about=about, key=key, age=now - key.created, unused=unused)
 
 
-# The oldest active access key somewhere, and whose it is
 OldestKey = namedtuple("OldestKey", "created account_id account_name username access_key_id")
 KEY_AGES = ("< 30 days", "< 90 days", "< 180 days", "< 1 year", "< 2 years", "< 5 years", "older")
 KEY_AGE_DAYS = (30, 90, 180, 365, 2 * 365, 5 * 365)
@@ -2398,9 +2390,8 @@ def assess(audited: AuditedAccount, plan: Plan, now: datetime) -> AccountFigures
     users, production = len(audited.users) - has_root, is_production(account, plan.production)
     phase1 = IN_PROGRESS if gaps.console_users_without_mfa else COMPLETE  # for more, see the run
     phase2 = phase2_level(gaps, "ListServiceSpecificCredentials" not in audited.not_checked)
-    levels = (phase1, phase2, audited.not_checked)
-    when = audited.report_generated
-    return AccountFigures(account, when, has_root, users, production, gaps, *levels)
+    what = (account, audited.report_generated, has_root, users, production, gaps)
+    return AccountFigures(*what, phase1, phase2, audited.not_checked)
 
 
 def is_production(account: Account, pattern: re.Pattern[str]) -> bool:
@@ -2476,7 +2467,6 @@ FINDINGS_COLUMNS = tuple(
 # A reason for the finding of this name; {words} in `reason` and `advice` are filled in on output.
 # `controls_of` chooses from `controls`.
 Rule = namedtuple("Rule", "name priority about applies reason advice controls", defaults=("", ()))
-
 # fmt: off
 OF_ROOT = {"1.3", "1.4", "IAM.4", "IAM.9"}  # the other controls are about IAM users
 NO_ROOT_KEY, ROTATED, IN_USE = ("1.3", "IAM.4"), ("1.13", "IAM.3"), ("1.11", "IAM.8", "IAM.22")
@@ -2505,7 +2495,7 @@ ASSUME_ROOT = (
     "arn=arn:{partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials` gives (it takes "
     "centralized root access): `aws iam "
 )
-ROOT_PASSWORD = f"delete root's password (or register MFA as root) {ASSUME_ROOT}delete-login-profile`."
+ROOT_PASSWORD = f"delete root's password (or add MFA as root) {ASSUME_ROOT}delete-login-profile`."
 ROOT_KEY = f"delete root's {{kind}} {ASSUME_ROOT}list-{{name}}s`, then `aws iam delete-{{name}}`."
 SIGN_IN = "sign in as root of the management account (no role can do that there) and "
 # What a rule is about is one finding, named by the most urgent rule that applies. All rules that
@@ -2546,9 +2536,8 @@ RULES = (
          "active signing certificate", REPLACE_CERTIFICATE),
 )
 # fmt: on
-# One thing to fix, with all rules that apply. `key` is a Credential, None for a user, a password or
-# two keys; `age` is its age; `new` is None if nobody knows. `exception` is the KnownException that
-# covers it: such a finding does not count for --fail-on and --quiet.
+# One thing to fix, with all rules that apply; `key` is None for a user, their password or two keys,
+# `new` if nobody knows. With an `exception` it does not count for --fail-on and --quiet.
 Finding = namedtuple(
     "Finding",
     "priority finding account production user key rules age password_last_used owner administrator "
@@ -2594,9 +2583,8 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
     """What no exception covers, by priority; production, then administrators, then the oldest."""
     rank = (finding.exception is not None, finding.priority, not finding.production)
-    key_id = finding.key.id if finding.key else ""
-    where = (finding.account.id, finding.user, key_id, finding.finding)
-    return (*rank, finding.administrator != "true", -finding.age, *where)
+    oldest = (finding.administrator != "true", -finding.age, finding.account.id, finding.user)
+    return (*rank, *oldest, finding.key.id if finding.key else "", finding.finding)
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
@@ -2613,8 +2601,7 @@ def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
         *(FLAGS[finding.production], finding.user, key_id, age, used, service),
         *("; ".join(reasons_of(finding, plan)), recommendation(finding, run), finding.owner),
         *(finding.administrator, account.ou, FLAGS[old], controls_of(finding, plan)),
-        *(FLAGS[finding.new], covered.reason if covered else ""),
-        covered.until.isoformat() if covered else "",
+        *(FLAGS[finding.new], *((covered.reason, str(covered.until)) if covered else ("", ""))),
     )
 
 
@@ -2659,10 +2646,9 @@ def recommendation(finding: Finding, run: Run) -> str:
     if name in NEVER_EXPIRES:
         name = "service-specific-credential"
     words = {"account": finding.account.id, "partition": run.caller.partition, "user": user}
-    words.update(name=name, key=f"--{name.replace('signing-', '')}-id={key_id}")
-    words["kind"] = name.replace("-", " ")
-    text = advice.format_map(words)
-    return text[0].upper() + text[1:]
+    option = f"--{name.replace('signing-', '')}-id={key_id}"
+    words.update(name=name, kind=name.replace("-", " "), key=option)
+    return (advice[0].upper() + advice[1:]).format_map(words)
 
 
 def parse_exceptions(text: str) -> tuple[KnownException, ...]:
