@@ -706,7 +706,8 @@ ROLE_READS = {
     "iam:GetAccountAuthorizationDetails": "users' owner tags, groups and policies (their rights)",
 }
 CLOUDTRAIL_READS = {
-    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices"}  # fmt: skip
+    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices",
+}
 CALLER_READS = {
     "sts:GetCallerIdentity": "the caller's account and partition (needs no permission)",
     "organizations:DescribeOrganization": "which account is the management account",
@@ -719,9 +720,8 @@ CALLER_READS = {
     "iam:ListOrganizationsFeatures": "whether root credentials are managed centrally",
 }
 POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # on one SCP
-# What a user without MFA needs to set it up: the actions that AWS's example policy for self-managed
-# MFA devices leaves out of its Deny, and the change of password that the first sign-in may demand.
-# sts:GetSessionToken is for access keys, where Bool becomes BoolIfExists.
+# What a user without MFA needs to set it up: what AWS's example policy for self-managed MFA devices
+# leaves out of its Deny, a new password at the first sign-in, an MFA session for access keys.
 MFA_SETUP = (
     "iam:ChangePassword", "iam:GetAccountPasswordPolicy", "iam:GetUser", "iam:ListMFADevices",
     "iam:GetMFADevice", "iam:ListVirtualMFADevices", "iam:CreateVirtualMFADevice",
