@@ -3344,8 +3344,7 @@ MFA_REQUIRED, NEW_KEYS_PREVENTED, NEW_API_KEYS_PREVENTED = CONTROLS
 # What the other controls prevent. To reset an API key is to get a new one.
 API_KEYS = "iam:CreateServiceSpecificCredential", "iam:ResetServiceSpecificCredential"
 ACTIONS = {NEW_KEYS_PREVENTED: ("iam:CreateAccessKey",), NEW_API_KEYS_PREVENTED: API_KEYS}
-VERDICTS = ("enforced", "not checked", "partial", "absent")  # of several the first one counts
-ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = VERDICTS
+VERDICTS = ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
 
 
 @dataclass(frozen=True)
@@ -3360,7 +3359,7 @@ class Control:
 class Policy(NamedTuple):
     names: Mapping[str, str]  # its own, by its ID
     targets: frozenset[str]  # the IDs that it is attached to
-    denials: Mapping[str, Any]  # what each Deny statement does, by control: see judge_policy
+    denials: Mapping[str, Any]  # by control, pairs: a Control, the statement if it denies in full
     allowed: set[str]  # the actions that an Allow without a condition lets everybody do
 
 
@@ -3396,8 +3395,8 @@ async def read_policies(aws: Aws, organization: str) -> list[Policy]:
         try:
             content = await aws.ask(describe_policy, policy_id)
             if targets := await aws.ask(list_targets_for_policy, policy_id):
-                judged = judge_policy(content, aws.caller.partition, organization)
-                policies.append(Policy({policy_id: name}, targets, *judged))
+                denials, allowed = judge_policy(content, aws.caller.partition, organization)
+                policies.append(Policy({policy_id: name}, targets, denials, allowed))
         except StepFailed as failure:
             if failure.code != "PolicyNotFoundException":  # deleted since it was listed
                 raise
@@ -3410,43 +3409,63 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
     paths = {one.account.id: one.account.path for one in everyone}
     if run.organization.management_account in paths:
         paths[run.organization.management_account] = ""  # no service control policy applies to it
-    why_not = run.enforcement.why_not
-    if not why_not:
+    if not run.enforcement.why_not:
         _, why_not = await best_effort(read_paths(aws, paths), None)
-    run.enforcement = run.enforcement._replace(why_not=why_not)
+        run.enforcement = run.enforcement._replace(why_not=why_not)
     for account_id, path in paths.items():
-        ids = None if why_not or path is None else path.split("/")
+        ids = None if run.enforcement.why_not or path is None else path.split("/")
         run.controls[account_id] = controls_of_account(ids, run.enforcement.policies)
 
 
 async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
     """Add the paths that ListAccounts did not give; each account and OU is asked about once."""
-    parents = dict[str, str]()
+    parent = functools.cache(lambda child: asyncio.create_task(aws.ask(list_parents, child)))
 
-    async def read(child_id: str) -> None:
-        parents[child_id] = await aws.ask(list_parents, child_id)
+    async def read(account_id: str) -> None:
+        if paths[account_id] is None:
+            ids = [account_id, await parent(account_id)]
+            while ids[-1].startswith("ou-"):
+                ids.append(await parent(ids[-1]))
+            paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
 
-    level = unknown = [account_id for account_id, path in paths.items() if path is None]
-    while level:
-        await side_by_side(PARENTS_AT_ONCE, level, read)
-        level = sorted({up for up in parents.values() if up.startswith("ou-")} - parents.keys())
-    for account_id in unknown:
-        ids = [account_id]
-        while ids[-1] in parents:
-            ids.append(parents[ids[-1]])
-        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
+    await side_by_side(PARENTS_AT_ONCE, list(paths), read)
 
 
-def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
+def controls_of_account(path: Sequence[str] | None, listed: Iterable[Policy]) -> dict[str, Control]:
     """The controls of the account with this path; not checked if the path is None."""
     if path is None:
         return dict.fromkeys(CONTROLS, Control(NOT_CHECKED))
-    applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
-    controls = {}
-    for control in CONTROLS:
-        denied, closed = strongest(control, applying), without_allow(control, path, applying)
-        controls[control] = denied if denied.verdict == NOT_CHECKED else stronger(denied, closed)
-    return controls
+    applying = [policy for policy in listed if not policy.targets.isdisjoint(path)]
+    return {control: judge_together(control, path, applying) for control in CONTROLS}
+
+
+def judge_together(control: str, path: Sequence[str], policies: Iterable[Policy]) -> Control:
+    """What holds where all of these apply. Full denials of a part of the actions may add up to all
+    actions: of one policy or of several."""
+    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
+    for policy in policies:
+        for judgement, statement in policy.denials.get(control, ()):
+            denial = replace(judgement, policies=policy.names)
+            whole = stronger(whole, denial)
+            if statement:
+                in_full.append(statement)
+                added_up = stronger(added_up, denial)
+    if whole.verdict != ENFORCED and not undenied(control, in_full):
+        return replace(added_up, verdict=ENFORCED, conditions=())
+    closed = without_allow(control, path, policies)
+    return whole if whole.verdict == NOT_CHECKED else stronger(whole, closed)
+
+
+def stronger(one: Control, other: Control) -> Control:
+    """What holds where both apply: the first of VERDICTS. A principal is free only if every
+    enforcing statement exempts it, so the one with the fewest exemptions tells most."""
+    if one.verdict != other.verdict:
+        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
+    exemptions, policies = one.exemptions + other.exemptions, {**one.policies, **other.policies}
+    if one.verdict == ENFORCED:
+        exemptions = min(one.exemptions, other.exemptions, key=len)
+    conditions = dict.fromkeys(one.conditions + other.conditions)
+    return Control(one.verdict, policies, tuple(dict.fromkeys(exemptions)), tuple(conditions))
 
 
 def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy]) -> Control:
@@ -3464,72 +3483,28 @@ def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy])
     return Control(ABSENT)
 
 
-def strongest(control: str, policies: Iterable[Policy]) -> Control:
-    """What holds where all of these apply. Full denials of a part of the actions may add up to all
-    actions: of one policy or of several."""
-    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
-    for policy in policies:
-        for judgement, statement in policy.denials.get(control, ()):
-            denial = replace(judgement, policies=policy.names)
-            whole = stronger(whole, denial)
-            if statement:
-                in_full.append(statement)
-                added_up = stronger(added_up, denial)
-    if whole.verdict == ENFORCED or undenied(control, in_full):
-        return whole
-    return replace(added_up, verdict=ENFORCED, conditions=())
-
-
-def stronger(one: Control, other: Control) -> Control:
-    """What holds where both apply. A principal is free only if every enforcing statement exempts
-    it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
-    if one.verdict != other.verdict:
-        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
-    exemptions = tuple(dict.fromkeys(one.exemptions + other.exemptions))
-    if one.verdict == ENFORCED:
-        exemptions = min(one.exemptions, other.exemptions, key=len)
-    conditions = dict.fromkeys(one.conditions + other.conditions)
-    policies = {**one.policies, **other.policies}
-    return Control(one.verdict, policies, exemptions, tuple(conditions))
-
-
-# What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
-# sts:*, with which a stolen password creates an access key or assumes a role, and nothing that
-# deactivates an MFA device (iam:DeleteVirtualMFADevice deletes only devices that nobody has).
+# What may work without MFA: its setup, reading IAM and signing in. Not iam:* or sts:*, which create
+# keys and assume roles. iam:DeleteVirtualMFADevice deletes only devices that nobody has.
 MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
 Known = Mapping[str, str]  # what every request has of a condition's key, as a pattern
-# A condition holds for console users without MFA, for everybody whom the control is about, for none
-# of them, for all but those whom it names, or it is not known for whom.
-TESTS_MFA, ALWAYS_HOLDS, NEVER_HOLDS = "tests MFA", "always holds", "never holds"
-EXEMPTS, NARROWS = "exempts", "narrows"
-
-
-class Condition(NamedTuple):
-    operator: str  # in lower case, as the key
-    key: str
-    values: tuple[str, ...]  # without those that match nobody
-    text: str  # the whole condition as it is written
-
-
-class Statement(NamedTuple):
-    effect: str  # Deny or Allow
-    action: str  # Action or NotAction
-    actions: tuple[str, ...]
-    resource: str  # Resource or NotResource
-    resources: tuple[str, ...]
-    conditions: tuple[Condition, ...]
+# For whom a condition holds, of those whom the control is about. NARROWS also if it is not known.
+TESTS_MFA, HOLDS, FAILS, EXEMPTS, NARROWS = "without MFA", "all", "none", "all but", "some"
+# operator and key are in lower case, values lack those that match nobody, text is all as written.
+Condition = namedtuple("Condition", "operator key values text")
+# effect is Deny or Allow, action is Action or NotAction, resource is Resource or NotResource.
+Statement = namedtuple("Statement", "effect action actions resource resources conditions")
 
 
 def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, set[str]]:
-    """By control what each Deny statement does, with the statement if it denies in full what it
-    names; and the actions that an Allow without a condition lets everybody do."""
+    """The `denials` and `allowed` of a Policy with this content."""
     known = {ARN: f"arn:{partition}:iam::*:user/*", ORGANIZATION: organization}
     known[REGION] = IAM_REGIONS.get(partition, "")
     denials, allowed = dict[str, Any](), set[str]()
     try:
-        statements = parse_policy(content)
+        listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
+        statements = list(map(parse_statement, listed if isinstance(listed, list) else [listed]))
     except (ValueError, AttributeError, RecursionError):  # the last: JSON nested too deep
         return dict.fromkeys(CONTROLS, ((Control(NOT_CHECKED), None),)), allowed
     for statement, control in itertools.product(statements, CONTROLS):
@@ -3544,33 +3519,36 @@ def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, 
 def judge_statement(statement: Statement, control: str, known: Known) -> tuple[Control, bool]:
     """What a statement does for a control: enforced, unless an element or a condition narrows it;
     and whether at least all actions that it names are denied in full."""
-    of_mfa, negated = control == MFA_REQUIRED, statement.action == "NotAction"
-    left = undenied(control, [statement])
-    named_none = left == [*ACTIONS.get(control, ())]
-    if of_mfa and negated:
-        named_none = any_covers(statement.actions, "*:*")
-    elif of_mfa:
-        named_none = all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
-    everywhere, somewhere = reach(statement, ALL if of_mfa else known[ARN])
+    effects = {each: effect_of(each, control, known) for each in statement.conditions}
+    everywhere, somewhere = reach(statement, ALL if control == MFA_REQUIRED else known[ARN])
+    if not somewhere or FAILS in effects.values() or not concerns(statement, control, effects):
+        return Control(ABSENT), False
     of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
     exempt = ["root"] if control == NEW_KEYS_PREVENTED and not of_root else []  # has no API keys
     narrowed = [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
-    about = not of_mfa
-    for condition in statement.conditions:
-        effect = effect_of(condition, control, known)
-        somewhere &= effect != NEVER_HOLDS
-        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
+    for condition, effect in effects.items():
         exempt += condition.values if effect == EXEMPTS else ()
         narrowed += [condition.text] if effect == NARROWS else ()
-    if named_none or not somewhere or not about:
-        return Control(ABSENT), False
     in_full = not narrowed
-    if left and of_mfa and not negated:
-        narrowed.insert(0, f"Action {', '.join(statement.actions)}")
-    elif left:
-        narrowed.insert(0, f"NotAction {', '.join(left)}")
+    if left := undenied(control, [statement]):
+        element = f"NotAction {', '.join(left)}"
+        if control == MFA_REQUIRED and statement.action == "Action":
+            element = f"Action {', '.join(statement.actions)}"
+        narrowed.insert(0, element)
     conditions = (" and ".join(narrowed),) if narrowed else ()
     return Control(PARTIAL if narrowed else ENFORCED, {}, tuple(exempt), conditions), in_full
+
+
+def concerns(statement: Statement, control: str, effects: Mapping[Condition, str]) -> bool:
+    """Whether it names some of the control's actions and, for MFA, depends on MFA."""
+    if control != MFA_REQUIRED:
+        return undenied(control, [statement]) != [*ACTIONS[control]]
+    for condition, effect in effects.items():
+        if effect != HOLDS and condition.key.startswith("aws:multifactorauth"):
+            if statement.action == "NotAction":
+                return not any_covers(statement.actions, "*:*")
+            return not all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
+    return False
 
 
 def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
@@ -3638,20 +3616,18 @@ def covers(pattern: str, other: str) -> bool:
 
 
 # Where every request has the key, ForAnyValue and IfExists change nothing.
-BOOL, EQUALS = r"(for\w+:)?bool(ifexists)?", r"(foranyvalue:)?string(equals|like)(ifexists)?"
+BOOL, UNEQUAL = r"(for\w+:)?bool(ifexists)?", r"stringnot(equals|like)(ifexists)?"
+EQUALS = r"(foranyvalue:)?string(equals|like)(ifexists)?"
 LIKE_ARN = r"(foranyvalue:)?(arn(like|equals)|stringlike)(ifexists)?"
-UNEQUAL = r"stringnot(equals|like)(ifexists)?"
 UNLIKE_ARN = r"(arn|string)not(equals|like)(ifexists)?"
 IF_PRESENT = r"(foranyvalue:)?(?!null|for|.*not|.*ifexists)\w+"
-AGED, AGED_OR_ABSENT = r"numeric(less|greater)than(equals)?", r"numericgreaterthan(equals)?ifexists"
 FALSE, TRUE, ANYTHING, ALL = "(?ai)false", "(?ai)true", "(?s).*", "*"
 MFA_PRESENT, MFA_AGE = "aws:multifactorauthpresent", "aws:multifactorauthage"
 ARN, TYPE, REGION = "aws:principalarn", "aws:principaltype", "aws:requestedregion"
 ORGANIZATION, BY_AWS = "aws:principalorgid", "aws:principalisawsservice"
-# Roles are not console users: any may be exempt from MFA, but from new-keys-prevented only those
-# that are named. A name may end in * after - or _ (stacksets-exec-*) or eight characters or more
-# (AWSAccelerator*), but not include AWS's own roles, except those of one permission set
-# (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
+# Roles are not console users: any may be exempt from MFA, but only named ones from new keys. A name
+# may end in * after -, _ or at least eight characters (AWSAccelerator*), but not include AWS's own
+# roles, except those of one permission set (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
 ANY_USER, IAM_PRINCIPAL = "arn:*:iam::*:user/*", r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
 ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})\*"
@@ -3664,63 +3640,43 @@ NEVER_SENT = (
     r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))")  # fmt: skip
 CONDITION_RULES = (
     # operator, key, whether any or all values must fit, value; effect on MFA and on new keys.
-    # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
-    # Null true of that key stops the first and not the second: it narrows.
+    # Null true of aws:MultiFactorAuthPresent narrows: access keys send none, consoles send false.
     (BOOL, MFA_PRESENT, all, FALSE, TESTS_MFA, NARROWS),
-    (BOOL, MFA_PRESENT, all, TRUE, NEVER_HOLDS, NARROWS),
-    ("null", MFA_PRESENT, all, FALSE, ALWAYS_HOLDS, NARROWS),
+    (BOOL, MFA_PRESENT, all, TRUE, FAILS, NARROWS),
+    ("null", MFA_PRESENT, all, FALSE, HOLDS, NARROWS),
     ("null", MFA_AGE, all, TRUE, TESTS_MFA, NARROWS),
-    ("null", MFA_AGE, all, FALSE, NEVER_HOLDS, NARROWS),
-    (AGED, MFA_AGE, all, ANYTHING, NEVER_HOLDS, NARROWS),
-    (AGED_OR_ABSENT, MFA_AGE, all, ANYTHING, TESTS_MFA, NARROWS),
+    ("null", MFA_AGE, all, FALSE, FAILS, NARROWS),
+    (r"numeric(less|greater)than(equals)?", MFA_AGE, all, ANYTHING, FAILS, NARROWS),
+    (r"numericgreaterthan(equals)?ifexists", MFA_AGE, all, ANYTHING, TESTS_MFA, NARROWS),
     # A service's requests for a caller say MFA false even for a key. The caller's own come first.
-    (BOOL, "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
-    (BOOL, BY_AWS, all, FALSE, ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (BOOL, BY_AWS, all, TRUE, NEVER_HOLDS, NEVER_HOLDS),
-    # This organization's; does an ARN operator take *?
-    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (UNEQUAL, ORGANIZATION, any, re.escape(ALL), NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, any, "User", ALWAYS_HOLDS, NARROWS),
-    (EQUALS, TYPE, all, "Account|FederatedUser|Service", NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", NEVER_HOLDS, NARROWS),
-    (UNEQUAL, TYPE, any, "User", NEVER_HOLDS, NARROWS),
-    (UNEQUAL, TYPE, all, "Service", ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (LIKE_ARN, ARN, any, re.escape(ANY_USER), ALWAYS_HOLDS, NARROWS),
-    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, NEVER_HOLDS, NEVER_HOLDS),
-    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, NEVER_HOLDS, NARROWS),
-    (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), NEVER_HOLDS, NARROWS),
+    (BOOL, "aws:viaawsservice", all, FALSE, HOLDS, NARROWS),
+    (BOOL, BY_AWS, all, FALSE, HOLDS, HOLDS),
+    (BOOL, BY_AWS, all, TRUE, FAILS, FAILS),
+    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), HOLDS, HOLDS),  # a bare * is no ARN
+    (UNEQUAL, ORGANIZATION, any, re.escape(ALL), FAILS, FAILS),
+    (EQUALS, TYPE, any, "User", HOLDS, NARROWS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service", FAILS, FAILS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", FAILS, NARROWS),
+    (UNEQUAL, TYPE, any, "User", FAILS, NARROWS),
+    (UNEQUAL, TYPE, all, "Service", HOLDS, HOLDS),
+    (LIKE_ARN, ARN, any, re.escape(ANY_USER), HOLDS, NARROWS),
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, FAILS, FAILS),
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, FAILS, NARROWS),
+    (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), FAILS, NARROWS),
     (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})", NARROWS, EXEMPTS),
     (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}role/.+)", EXEMPTS, NARROWS),
     (UNEQUAL, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
     # "IAM calls are always made to the us-east-1 Region", as AWS's guide to global keys has it.
-    (EQUALS, REGION, all, r"[^*?$]+\*?", NARROWS, NEVER_HOLDS),
-    (UNEQUAL, REGION, any, re.escape(ALL), NARROWS, NEVER_HOLDS),
-    (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, NEVER_HOLDS),
-    ("null", NEVER_SENT, all, FALSE, NARROWS, NEVER_HOLDS),
+    (EQUALS, REGION, all, r"[^*?$]+\*?", NARROWS, FAILS),
+    (UNEQUAL, REGION, any, re.escape(ALL), NARROWS, FAILS),
+    (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, FAILS),
+    ("null", NEVER_SENT, all, FALSE, NARROWS, FAILS),
 )
 # Without Like, * and ? stand for themselves. An assumed role's aws:PrincipalArn is the role's.
 MATCHES_NOBODY = re.compile(
     r"(?s)\S*string(not)?equals(ifexists)? \S* [^$]*[*?][^$]*|"
     rf"{UNLIKE_ARN} {ARN} arn:[^:]*:sts::[^:]*:assumed-role/.*")  # fmt: skip
 ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
-
-
-def parse_policy(content: str) -> list[Statement]:
-    """The statements. ValueError or AttributeError for anything but a service control policy."""
-    listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
-    statements = []
-    for members in listed if isinstance(listed, list) else [listed]:
-        if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
-            raise ValueError("not a statement of a service control policy")
-        elements: Any = [members["Effect"]]
-        for name, negated in (("Action", "NotAction"), ("Resource", "NotResource")):
-            given = [each for each in (name, negated) if members.get(each, []) != []]
-            if len(given) != 1:
-                raise ValueError(f"not exactly one of {name} and {negated}")
-            elements += given[0], texts(members[given[0]])
-        conditions = parse_conditions(members.get("Condition", {}))
-        statements.append(Statement._make((*elements, conditions)))
-    return statements
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3730,25 +3686,29 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parse_conditions(block: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
-    conditions = []
-    for operator, keys in block.items():
+def parse_statement(members: Mapping[str, Any]) -> Statement:
+    """ValueError or AttributeError for anything that is not of a service control policy."""
+    if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
+        raise ValueError("not a statement of a service control policy")
+    elements, conditions = list[Any](), list[Condition]()
+    for names in (("Action", "NotAction"), ("Resource", "NotResource")):
+        [name] = [each for each in names if members.get(each, []) != []]  # ValueError: not just one
+        elements += name, texts(members[name])
+    for operator, keys in members.get("Condition", {}).items():
         for key, value in keys.items():
-            values, names = texts(value), f"{operator} {key}".lower()
-            somebody = [each for each in values if not MATCHES_NOBODY.fullmatch(f"{names} {each}")]
+            values, about = texts(value), f"{operator} {key}".lower()
+            somebody = [each for each in values if not MATCHES_NOBODY.fullmatch(f"{about} {each}")]
             text = f"{operator} {key} {', '.join(values)}"
             conditions.append(Condition(operator.lower(), key.lower(), tuple(somebody), text))
-    return tuple(conditions)
+    return Statement._make((members["Effect"], *elements, tuple(conditions)))
 
 
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    found = []
-    for each in value or [None] if isinstance(value, list) else [value]:
-        if not isinstance(each, (str, int, float)):
-            raise ValueError("not a string, boolean or number, nor a list of them")
-        found.append(each if isinstance(each, str) else json.dumps(each))
-    return tuple(found)
+    values = value if isinstance(value, list) else [value]
+    if not values or {*map(type, values)} - {str, bool, int, float}:
+        raise ValueError("not a string, boolean or number, nor a list of them")
+    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
 
 
 # === Terminal: the summary for stdout and for mail, summary.json; values in, text out ============
