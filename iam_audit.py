@@ -3998,9 +3998,8 @@ def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
         told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
     for cause, told in causes.items():
         lines += titled(cause, told, LINES_SHOWN) + next_step(cause, summary)
-    production = sum(one["production"] for one in failed)
-    number = f"{count(len(failed), 'account')} could not be audited"
-    lines = titled(f"{number} ({production:,} production)", lines)
+    production = f"({sum(map(itemgetter('production'), failed)):,} production)"
+    lines = titled(f"{count(len(failed), 'account')} could not be audited {production}", lines)
     if not quiet or summary["scope"]["accounts"]:
         skipped = accounts_of(summary, "skipped")
         title = f"Skipped (not ACTIVE): {count(len(skipped), 'account')}"
@@ -4384,18 +4383,20 @@ def level_changes(run: Run, phase: str) -> dict[str, Any]:
     then, compared_now = [], []
     for figures in run.audited:
         if earlier := run.tracking.compared.get(figures.account.id):
-            index = earlier.accounts[figures.account.id].levels[PHASES.index(phase)]
-            then.append(LEVELS[index])
+            levels = earlier.accounts[figures.account.id].levels
+            then.append(LEVELS[levels[PHASES.index(phase)]])
             compared_now.append(getattr(figures, phase))
     now = organization_level(map(attrgetter(phase), run.audited), len(run.failed))
-    levels = [organization_level(some, 0) if some else None for some in (then, compared_now)]
-    return {"then": levels[0], "now": now, "compared_now": levels[1]}
+    if not then:
+        return {"then": None, "now": now, "compared_now": None}
+    lowest = organization_level(compared_now, failed=0)
+    return {"then": organization_level(then, failed=0), "now": now, "compared_now": lowest}
 
 
 def policies_and_events_document(run: Run) -> dict[str, Any]:
     """How many accounts in scope have each verdict of each control; how many events CloudTrail
     returned, and where it failed and why: None if it was not asked."""
-    accounts, found, events, unavailable = {}, run.enforcement, 0, {}
+    accounts, found, tracking, unavailable = {}, run.enforcement, run.tracking, {}
     for control in CONTROLS:
         verdicts = Counter(each[control].verdict for each in run.controls.values())
         accounts[control] = {**dict.fromkeys(VERDICTS, 0), **verdicts}
@@ -4404,15 +4405,13 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
     enforcement["root_credentials_why_not_checked"] = found.root_why_not or None
     if run.plan.events_since is None:
         return {"enforcement": enforcement, "cloudtrail": None}
-    for account, trail in run.trails:
-        events += len(trail.events)
-        if trail.error:
-            unavailable[account.id] = trail.error
-    since = iso(run.tracking.events_from) if run.tracking.events_from else None
-    out_of_reach = run.tracking.events_out_of_reach
-    cloudtrail: dict[str, Any] = {"since": since, "out_of_reach": out_of_reach}
-    cloudtrail.update(events=events, unavailable=unavailable)
-    return {"enforcement": enforcement, "cloudtrail": cloudtrail}
+    trail: dict[str, Any] = {"events": 0, "out_of_reach": tracking.events_out_of_reach}
+    trail["since"] = iso(tracking.events_from) if tracking.events_from else None
+    for account, found_there in run.trails:
+        trail["events"] += len(found_there.events)
+        if found_there.error:
+            unavailable[account.id] = found_there.error
+    return {"enforcement": enforcement, "cloudtrail": {**trail, "unavailable": unavailable}}
 
 
 def exceptions_document(run: Run) -> dict[str, Any]:
