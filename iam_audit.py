@@ -3902,7 +3902,7 @@ NEXT_STEPS = {
         "something else uses up the account's IAM request rate: run the audit again later.",
 }
 # fmt: on
-# For each phase: its title, what is said if there is nothing to count, the gaps that decide its level
+# For each phase: its title, what is said if nothing can be counted, the gaps that decide it
 PHASE_WORDS = {
     "phase1": ("Phase 1, multi-factor authentication", "no console users", "console_.*_mfa"),
     "phase2": (
@@ -3991,7 +3991,7 @@ def heading_lines(summary: Summary) -> list[str]:
 
 
 def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
-    """The failed accounts by cause, with the next step for each; skipped ones; root where unseen."""
+    """The failed accounts by cause, with the next steps; skipped ones; root where unseen."""
     failed, causes, lines = accounts_of(summary, "failed"), dict[str, list[str]](), list[str]()
     for one in failed:
         told = causes.setdefault(f"{one['step']}: {one['error']['code']}", [])
@@ -4022,16 +4022,20 @@ def next_step(cause: str, summary: Summary) -> list[str]:
 
 def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """What was denied without failing an account, once for each cause."""
-    causes, lines = Counter[str](), list[str]()
-    for error in (summary["cloudtrail"] or {"unavailable": {}})["unavailable"].values():
-        causes[": ".join(error.split(": ")[:2])] += 1
-    for operation, codes in () if quiet else summary["not_checked"].items():
-        for code, number in codes.items():
-            causes[f"{operation}: {code}"] = number
-    for cause, number in causes.items():
+    causes, lines = dict[str, list[str]](), list[str]()
+    for account_id, error in (summary["cloudtrail"] or {}).get("unavailable", {}).items():
+        causes.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
+    for one in () if quiet else accounts_of(summary, "audited"):
+        for cause in map(": ".join, one["not_checked"].items()):
+            causes.setdefault(cause, []).append(one["id"])
+    for cause, ids in causes.items():
         what = NOT_CHECKED_WORDS.get(cause.partition(":")[0], "CloudTrail could not be asked")
-        lines.append(f"{what} in {count(number, 'account')}: {cause}")
-        lines += next_step(cause, summary)
+        lines.append(f"{what} in {count(len(ids), 'account')}: {cause}")
+        others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
+        lines += [
+            f"  {', '.join(sorted(ids)[:ACCOUNTS_SHOWN])}{others}",
+            *next_step(cause, summary),
+        ]
     if not quiet and (why_not := summary["ous_why_not"]):
         lines += [f"OU names were not read: {why_not}", *next_step(why_not, summary)]
     return lines

@@ -478,9 +478,10 @@ def test_what_was_not_checked_is_said_once_with_the_next_step() -> None:
     found.ous_why_not = "DescribeOrganizationalUnit: AccessDeniedException: not authorized"
     lines = shown(found)
     said = f"API keys were not checked in 7 accounts: {API_KEYS}: AccessDenied"
-    assert lines[lines.index(said) + 1].startswith(
-        f"  Next: add iam:{API_KEYS} to the role's policy"
-    )
+    start = lines.index(said)
+    ids = ", ".join(f"{100_000_000_000 + number}" for number in range(5))
+    assert lines[start + 1] == f"  {ids}, ..."
+    assert lines[start + 2].startswith(f"  Next: add iam:{API_KEYS} to the role's policy")
     assert f"API keys were not checked in 1 account: {API_KEYS}: ServiceFailure" in lines
     assert (
         f"Owners and administrators were not read in 7 accounts: {DETAILS}: AccessDenied" in lines

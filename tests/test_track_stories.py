@@ -812,7 +812,7 @@ def test_the_terminal_names_counts_and_new_keys(story: Story) -> None:
     assert "access keys: 6 created, 6 deleted, " in story.text
     assert "1 joined, 1 left" in story.text
     assert re.search(r"not compared: 4 accounts", story.text)
-    assert "CloudTrail has confirmed 19 changes, " in story.text
+    assert "CloudTrail has confirmed 19 changes" in story.text
     for one in found["new_access_keys"]:
         assert re.search(rf"{one['account_id']} .*{re.escape(one['access_key_id'])}", story.text), (
             one
