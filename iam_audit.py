@@ -3746,7 +3746,7 @@ NEXT_STEPS = {
         "something else uses up the account's IAM request rate: run the audit again later.",
 }
 # fmt: on
-# For each phase: its title, what is said if there is nothing to count, the gaps that decide its level
+# For each phase: its title, what is said if nothing can be counted, the gaps that decide it
 PHASE_WORDS = {
     "phase1": ("Phase 1, multi-factor authentication", "no console users", "console_.*_mfa"),
     "phase2": (
@@ -3835,16 +3835,15 @@ def heading_lines(summary: Summary) -> list[str]:
 
 
 def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
-    """The failed accounts by cause, with the next step for each; skipped ones; root where unseen."""
+    """The failed accounts by cause, with the next steps; skipped ones; root where unseen."""
     failed, causes, lines = accounts_of(summary, "failed"), dict[str, list[str]](), list[str]()
     for one in failed:
         told = causes.setdefault(f"{one['step']}: {one['error']['code']}", [])
         told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
     for cause, told in causes.items():
         lines += titled(cause, told, LINES_SHOWN) + next_step(cause, summary)
-    production = sum(one["production"] for one in failed)
-    number = f"{count(len(failed), 'account')} could not be audited"
-    lines = titled(f"{number} ({production:,} production)", lines)
+    production = f"({sum(map(itemgetter('production'), failed)):,} production)"
+    lines = titled(f"{count(len(failed), 'account')} could not be audited {production}", lines)
     if not quiet or summary["scope"]["accounts"]:
         skipped = accounts_of(summary, "skipped")
         title = f"Skipped (not ACTIVE): {count(len(skipped), 'account')}"
@@ -3867,16 +3866,20 @@ def next_step(cause: str, summary: Summary) -> list[str]:
 
 def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """What was denied without failing an account, once for each cause."""
-    causes, lines = Counter[str](), list[str]()
-    for error in (summary["cloudtrail"] or {"unavailable": {}})["unavailable"].values():
-        causes[": ".join(error.split(": ")[:2])] += 1
-    for operation, codes in () if quiet else summary["not_checked"].items():
-        for code, number in codes.items():
-            causes[f"{operation}: {code}"] = number
-    for cause, number in causes.items():
+    causes, lines = dict[str, list[str]](), list[str]()
+    for account_id, error in (summary["cloudtrail"] or {}).get("unavailable", {}).items():
+        causes.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
+    for one in () if quiet else accounts_of(summary, "audited"):
+        for cause in map(": ".join, one["not_checked"].items()):
+            causes.setdefault(cause, []).append(one["id"])
+    for cause, ids in causes.items():
         what = NOT_CHECKED_WORDS.get(cause.partition(":")[0], "CloudTrail could not be asked")
-        lines.append(f"{what} in {count(number, 'account')}: {cause}")
-        lines += next_step(cause, summary)
+        lines.append(f"{what} in {count(len(ids), 'account')}: {cause}")
+        others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
+        lines += [
+            f"  {', '.join(sorted(ids)[:ACCOUNTS_SHOWN])}{others}",
+            *next_step(cause, summary),
+        ]
     if not quiet and (why_not := summary["ous_why_not"]):
         lines += [f"OU names were not read: {why_not}", *next_step(why_not, summary)]
     return lines
@@ -4228,18 +4231,20 @@ def level_changes(run: Run, phase: str) -> dict[str, Any]:
     then, compared_now = [], []
     for figures in run.audited:
         if earlier := run.tracking.compared.get(figures.account.id):
-            index = earlier.accounts[figures.account.id].levels[PHASES.index(phase)]
-            then.append(LEVELS[index])
+            levels = earlier.accounts[figures.account.id].levels
+            then.append(LEVELS[levels[PHASES.index(phase)]])
             compared_now.append(getattr(figures, phase))
     now = organization_level(map(attrgetter(phase), run.audited), len(run.failed))
-    levels = [organization_level(some, 0) if some else None for some in (then, compared_now)]
-    return {"then": levels[0], "now": now, "compared_now": levels[1]}
+    if not then:
+        return {"then": None, "now": now, "compared_now": None}
+    lowest = organization_level(compared_now, failed=0)
+    return {"then": organization_level(then, failed=0), "now": now, "compared_now": lowest}
 
 
 def policies_and_events_document(run: Run) -> dict[str, Any]:
     """How many accounts in scope have each verdict of each control; how many events CloudTrail
     returned, and where it failed and why: None if it was not asked."""
-    accounts, found, events, unavailable = {}, run.enforcement, 0, {}
+    accounts, found, tracking, unavailable = {}, run.enforcement, run.tracking, {}
     for control in CONTROLS:
         verdicts = Counter(each[control].verdict for each in run.controls.values())
         accounts[control] = {**dict.fromkeys(VERDICTS, 0), **verdicts}
@@ -4248,15 +4253,13 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
     enforcement["root_credentials_why_not_checked"] = found.root_why_not or None
     if run.plan.events_since is None:
         return {"enforcement": enforcement, "cloudtrail": None}
-    for account, trail in run.trails:
-        events += len(trail.events)
-        if trail.error:
-            unavailable[account.id] = trail.error
-    since = iso(run.tracking.events_from) if run.tracking.events_from else None
-    out_of_reach = run.tracking.events_out_of_reach
-    cloudtrail: dict[str, Any] = {"since": since, "out_of_reach": out_of_reach}
-    cloudtrail.update(events=events, unavailable=unavailable)
-    return {"enforcement": enforcement, "cloudtrail": cloudtrail}
+    trail: dict[str, Any] = {"events": 0, "out_of_reach": tracking.events_out_of_reach}
+    trail["since"] = iso(tracking.events_from) if tracking.events_from else None
+    for account, found_there in run.trails:
+        trail["events"] += len(found_there.events)
+        if found_there.error:
+            unavailable[account.id] = found_there.error
+    return {"enforcement": enforcement, "cloudtrail": {**trail, "unavailable": unavailable}}
 
 
 def exceptions_document(run: Run) -> dict[str, Any]:
