@@ -1513,146 +1513,109 @@ def frames_of(error: BaseException) -> list[str]:
 ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
 # IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
 READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
-OUS_AT_ONCE = 2  # with ListAccounts and the policies, as many as PARENTS_AT_ONCE has connections
 
 
 async def audit_organization(
     aws: Aws, run: Run, progress: Progress, finish: Callable[[Outcome], None], log: Log
 ) -> None:
-    """Audit the accounts, the first of them while others are still being listed.
-
-    `finish` gets each outcome as soon as there is one. If it raises, the audit ends with its error.
-    """
-    organization, plan, place = run.organization, run.plan, naming_ous(aws, run)
+    """Audit the accounts, the first of them while others are still being listed. `finish` gets each
+    outcome as soon as there is one; if it raises, the audit ends with its error."""
+    organization, plan, scope = run.organization, run.plan, run.plan.scope
     slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or MOST_THREADS)
-    tasks: list[asyncio.Task[None]] = []
+    listed, tasks = list[Account](), list[asyncio.Task[None]]()
+    names, naming, checked = dict[str, str](), asyncio.Lock(), asyncio.Event()
+    if scope == Scope(include_management=scope.include_management):
+        checked.set()  # otherwise all accounts must be known before the first is audited
 
     async def audit(account: Account, turn: int) -> None:
+        await checked.wait()
         async with slots:
             session = AccountSession(aws, account, plan.role, turn, log)
-            placed, outcome = await asyncio.gather(place(account), audit_account(session, plan))
-            finish(replace(outcome, account=placed))
+            place = name_ous(aws, run, account, names, naming)
+            ou, outcome = await asyncio.gather(place, audit_account(session, plan))
+            finish(replace(outcome, account=replace(account, ou=ou)))
 
-    async def skip(account: Account) -> None:
-        finish(SkippedAccount(await place(account)))
-
-    async for account in accounts_to_consider(aws, organization, plan.scope, progress):
-        left_out = left_out_outcome(account, organization, plan.scope)
+    async for account in list_accounts(aws):
+        listed.append(account)
+        left_out = left_out_outcome(account, organization, scope)
         if left_out is None:
+            progress.listed += 1
             tasks.append(asyncio.create_task(audit(account, len(tasks))))
-        elif isinstance(left_out, SkippedAccount):
-            tasks.append(asyncio.create_task(skip(account)))
         else:
             finish(left_out)
-    await asyncio.gather(*tasks)
-
-
-async def accounts_to_consider(
-    aws: Aws, organization: Organization, scope: Scope, progress: Progress
-) -> AsyncIterator[Account]:
-    """The accounts as they are listed; all at the end if the scope must be checked first."""
-    listed, must_check = [], scope != Scope(include_management=scope.include_management)
-    async for account in list_accounts(aws):
-        if left_out_outcome(account, organization, scope) is None:
-            progress.listed += 1
-        if must_check:
-            listed.append(account)
-        else:
-            yield account
     progress.all_listed = True
-    if must_check:
-        check_scope(scope, organization, listed)
-    for account in listed:
-        yield account
+    check_scope(scope, organization, listed)
+    checked.set()
+    await asyncio.gather(*tasks)
 
 
 def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Account]) -> None:
     """Raise AuditError for what does not exist: without it, the audit would look complete."""
-    by_id, places = {account.id: account for account in accounts}, set[str]()
+    known, named = set[str](), scope.accounts - scope.exclude
     for account in accounts:
         if account.path is None and (scope.ous or scope.exclude_ous):
             raise sdk_too_old("Paths for --ou and --exclude-ou")
-        places.update((account.path or "").split("/"))
-    nowhere = f"not in organization {organization.id}"
-    must_exist = frozenset() if scope.retry_failed else scope.accounts
-    unknown = {
-        f"--accounts: {nowhere}": must_exist - by_id.keys(),
-        f"--exclude: {nowhere}": scope.exclude - by_id.keys(),
-        f"--ou: {nowhere}, or without accounts": scope.ous - places,
-        f"--exclude-ou: {nowhere}, or without accounts": scope.exclude_ous - places,
-    }
-    for what, ids in unknown.items():
-        if ids:
-            raise AuditError(f"{what}: {', '.join(sorted(ids))}")
-    for account_id in sorted((scope.accounts - scope.exclude) & by_id.keys()):
-        if account_id == organization.management_account and not scope.include_management:
-            option = "--retry-failed" if scope.retry_failed else "--accounts"
-            hint = "is the management account: add --include-management."
-            raise AuditError(f"{option}: {account_id} {hint}")
-        left_out = left_out_outcome(by_id[account_id], organization, scope)
-        if isinstance(left_out, OutOfScopeAccount) and not scope.retry_failed:
-            raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account_id}")
+        known.update((account.id, *(account.path or "").split("/")))
+        out = isinstance(left_out_outcome(account, organization, scope), OutOfScopeAccount)
+        if account.id in named and out:
+            if account.id == organization.management_account and not scope.include_management:
+                option = "--retry-failed" if scope.retry_failed else "--accounts"
+                hint = "is the management account: add --include-management."
+                raise AuditError(f"{option}: {account.id} {hint}")
+            if not scope.retry_failed:
+                raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account.id}")
+    asked = {"--exclude": scope.exclude, "--ou": scope.ous, "--exclude-ou": scope.exclude_ous}
+    if not scope.retry_failed:
+        asked["--accounts"] = scope.accounts
+    for option, ids in asked.items():
+        if unknown := ", ".join(sorted(ids - known)):
+            nobody = f"no account in organization {organization.id} has this ID or is below it"
+            raise AuditError(f"{option}: {nobody}: {unknown}")
 
 
-def is_below(account: Account, ous: frozenset[str]) -> bool:
-    return not ous.isdisjoint((account.path or "").split("/"))
-
-
-def left_out_outcome(
-    account: Account, organization: Organization, scope: Scope
-) -> SkippedAccount | OutOfScopeAccount | None:
+def left_out_outcome(account: Account, organization: Organization, scope: Scope) -> Outcome | None:
     """The outcome of an account that is not audited; None if it is."""
+    places = set((account.path or "").split("/"))
     in_scope = (
         (scope.include_management or account.id != organization.management_account)
         and (not scope.accounts or account.id in scope.accounts)
-        and (not scope.ous or is_below(account, scope.ous))
+        and (not scope.ous or scope.ous & places)
         and account.id not in scope.exclude
-        and not is_below(account, scope.exclude_ous)
+        and not scope.exclude_ous & places
     )
     if not in_scope:
         return OutOfScopeAccount(account)
     return None if account.state == "ACTIVE" else SkippedAccount(account)
 
 
-def naming_ous(aws: Aws, run: Run) -> Callable[[Account], Awaitable[Account]]:
-    """What adds the names of its OUs to an account. Each OU is asked about once, and none after a
-    failure: then their IDs stand in, and no account fails."""
-    gate = asyncio.Semaphore(OUS_AT_ONCE)
-
-    async def ask(ou_id: str) -> str:
-        async with gate:
+async def name_ous(
+    aws: Aws, run: Run, account: Account, names: dict[str, str], naming: asyncio.Lock
+) -> str:
+    """The names of the account's OUs. Each OU is asked about once, and none after a failure: then
+    their IDs stand in, and no account fails."""
+    ou_ids = re.findall("ou-[^/]+", account.path or "")
+    for ou_id in ou_ids:
+        async with naming:
             try:
-                if not run.ous_why_not:
-                    return await aws.ask(describe_organizational_unit, ou_id)
+                if ou_id not in names and not run.ous_why_not:
+                    names[ou_id] = await aws.ask(describe_organizational_unit, ou_id)
             except StepFailed as failure:
                 run.ous_why_not = str(failure)
-            return ou_id
-
-    @functools.cache
-    def name(ou_id: str) -> asyncio.Task[str]:
-        return asyncio.create_task(ask(ou_id))
-
-    async def place(account: Account) -> Account:
-        names = await asyncio.gather(*map(name, re.findall("ou-[^/]+", account.path or "")))
-        return replace(account, ou="/".join(names))
-
-    return place
+    return "/".join(names.get(ou_id, ou_id) for ou_id in ou_ids)
 
 
 async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
     """Read one account in full, or say why not. No error here stops the other accounts."""
     try:
-        return await naming_the_step(session, read_account, plan)
+        return await naming_step(session, read_account, plan)
     except StepFailed as failure:
         return FailedAccount(session.account, failure.step, failure.code, failure.message)
 
 
-async def naming_the_step(
-    session: AccountSession, work: Callable[..., Awaitable[T]], *arguments: Any
-) -> T:
+async def naming_step(session: AccountSession, work: Callable[..., Awaitable[T]], *more: Any) -> T:
     """The result of the work. Any error becomes a StepFailed of the task's last operation."""
     try:
-        return await work(session, *arguments)
+        return await work(session, *more)
     except StepFailed:
         raise
     except Exception as error:
@@ -1668,48 +1631,47 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
     # Nothing else is asked until IAM has accepted this: a role that may read nothing fails here.
     answer = await ask_for_report(session)
     # The users are read while IAM generates the report: only their passwords and MFA wait for it.
-    waiting = naming_the_step(session, wait_for_report, answer, plan.report_timeout)
+    waiting = naming_step(session, wait_for_report, answer, plan.report_timeout)
     report = asyncio.create_task(waiting)
     try:
-        lists, users = await read_users(session, plan, report)
+        users, denied = await read_users(session, plan, report)
         generated, rows = await report
     finally:
         report.cancel()
         await asyncio.gather(report, return_exceptions=True)  # an earlier error takes precedence
     if ROOT in rows:
         users.insert(0, await read_root(session, rows[ROOT]))
-    trail = None
-    if plan.events_since is not None:
-        since = plan.events_since(session.account.id)
-        trail = await read_trail(session, plan.event_names, since)
-    return AuditedAccount(session.account, to_second(generated), tuple(users), trail, lists.denied)
+    trail = await read_trail(session, plan)
+    return AuditedAccount(session.account, to_second(generated), tuple(users), trail, denied)
+
+
+async def read_trail(session: AccountSession, plan: Plan) -> Trail | None:
+    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
+    if plan.events_since is None:
+        return None
+    events, since = [], plan.events_since(session.account.id)
+    try:
+        for name in plan.event_names:
+            events += await lookup_events(session, name, since)
+    except (StepFailed, KeyError, TypeError, AttributeError, ValueError) as error:
+        damaged = f"LookupEvents: DamagedEvent: {type(error).__name__}"  # not as AWS documents it
+        return Trail(error=str(error) if isinstance(error, StepFailed) else damaged)
+    return Trail(tuple(sorted(events)))
 
 
 # --- the credential report ---
 
-REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
-REPORT_LONGEST_PAUSE = 10.0  # seconds
-REPORT_PAUSE_GROWTH = 1.1
+# Seconds between two requests for a report; small reports take about two.
+REPORT_FIRST_PAUSE, REPORT_LONGEST_PAUSE, REPORT_PAUSE_GROWTH = 2.0, 10.0, 1.1
 # botocore retries none of these, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
 REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
-# fmt: off
-REPORT_COLUMNS = {
-    "user", "arn", "user_creation_time", "password_enabled", "password_last_used",
-    "password_last_changed", "mfa_active", "cert_1_active", "cert_1_last_rotated", "cert_2_active",
-    "cert_2_last_rotated", "access_key_1_active", "access_key_1_last_rotated",
-    "access_key_1_last_used_date", "access_key_1_last_used_service", "access_key_2_active",
-    "access_key_2_last_rotated", "access_key_2_last_used_date", "access_key_2_last_used_service",
-}
-# fmt: on
 ReportRow = Mapping[str, str]
 
 
 class CredentialReport(NamedTuple):
-    """When the report was generated, and its rows by user name."""
-
     generated: datetime
-    rows: Mapping[str, ReportRow]
+    rows: Mapping[str, ReportRow]  # by user name
 
 
 async def ask_for_report(session: AccountSession) -> CredentialReport | StepFailed:
@@ -1730,8 +1692,7 @@ async def wait_for_report(
     session: AccountSession, answer: CredentialReport | StepFailed, timeout: float
 ) -> CredentialReport:
     """Ask for the report until it is complete. Raises StepFailed after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    pause = REPORT_FIRST_PAUSE
+    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
     while isinstance(answer, StepFailed):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -1746,19 +1707,17 @@ async def wait_for_report(
 def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
     """The credential report's rows by user name; StepFailed if it is not one of this account."""
     try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-        rows = list(reader)
+        text = io.StringIO(content.decode("utf-8"), newline="")
+        rows = list(csv.DictReader(text, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise damaged_report(f"it is no CSV ({error})") from None
-    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
-        raise damaged_report(f"it lacks the columns {', '.join(sorted(missing))}")
+    if not rows or not {"user", "arn"} <= rows[0].keys():
+        raise damaged_report("it has no rows, or not the columns user and arn")
     by_user: dict[str, ReportRow] = {}
     for row in rows:
-        if None in row or None in row.values():
-            raise damaged_report(f"a row does not have as many cells as the header ({row['user']})")
+        if None in row or None in row.values() or row["user"] in by_user:
+            raise damaged_report(f"{row['user']} has two rows, or cells and columns do not match")
         check_account(row["arn"], account_id, "GetCredentialReport")
-        if row["user"] in by_user:
-            raise damaged_report("it has two rows of one user")
         by_user[row["user"]] = row
     return by_user
 
@@ -1769,56 +1728,46 @@ def damaged_report(why: str) -> StepFailed:
 
 
 def check_account(arn: str, account_id: str, step: str) -> None:
-    """Raise StepFailed if the ARN does not carry the ID of the account that was asked: all accounts
-    share one client, and this makes a mix-up impossible to miss."""
+    """Raise StepFailed for an ARN of another account: all accounts share one client."""
     if arn.split(":")[4:5] != [account_id]:
         raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
 
 
-def report_date(row: ReportRow, column: str) -> datetime | None:
-    text = row[column]
-    if text.lower() in REPORT_NO_DATE:
+def report_cell(row: ReportRow, column: str) -> Any:
+    """A flag as bool, where the column's name says so; else a date, None if there is none."""
+    text = row.get(column, "it lacks the column").lower()
+    if column.endswith(("_active", "_enabled")):
+        if text in {"true", "false", "not_supported"}:  # the last of root, who then has a password
+            return text != "false"
+    elif text in REPORT_NO_DATE:
         return None
-    try:
-        return to_second(parse_time(text))
-    except ValueError:
-        raise damaged_report(f"{column} of {row['user']} is {text!r}") from None
-
-
-def report_flag(row: ReportRow, column: str) -> bool:
-    text = row[column]
-    if text.lower() not in {"true", "false"}:
-        raise damaged_report(f"{column} of {row['user']} is {text!r}")
-    return text.lower() == "true"
+    else:
+        with contextlib.suppress(ValueError):
+            return to_second(parse_time(text))
+    raise damaged_report(f"{column} of {row['user']} is {text!r}")
 
 
 def report_password(row: ReportRow) -> tuple[bool, datetime | None, datetime | None]:
-    """Whether there is a password, when it was last used, and when it was last changed.
-
-    Older reports have `not_supported` for root, which then has a password.
-    """
-    unclear = row["password_enabled"].lower() == "not_supported"
-    if not unclear and not report_flag(row, "password_enabled"):
+    """Whether there is a password, when it was last used, and when it was last changed."""
+    if not report_cell(row, "password_enabled"):
         return False, None, None
-    return True, report_date(row, "password_last_used"), report_date(row, "password_last_changed")
+    return True, report_cell(row, "password_last_used"), report_cell(row, "password_last_changed")
 
 
-def report_credentials(row: ReportRow, kind: str) -> Iterator[Credential]:
-    """Root's access keys, or anybody's signing certificates: they have slots in place of IDs.
-
-    `active` is false for an empty slot too: only `last_rotated`, the creation date, tells.
-    """
-    is_key = kind == ACCESS_KEY
+def report_credentials(row: ReportRow, kind: str) -> tuple[Credential, ...]:
+    """Root's access keys, or anybody's signing certificates: they have slots in place of IDs."""
+    is_key, found = kind == ACCESS_KEY, []
     for slot, credential_id in enumerate(ROOT_ACCESS_KEYS if is_key else CERTIFICATES, 1):
         prefix = f"access_key_{slot}" if is_key else f"cert_{slot}"
-        status = "Active" if report_flag(row, f"{prefix}_active") else "Inactive"
-        created = report_date(row, f"{prefix}_last_rotated")
-        last_used = report_date(row, f"{prefix}_last_used_date") if is_key else None
+        status = "Active" if report_cell(row, f"{prefix}_active") else "Inactive"
+        created = report_cell(row, f"{prefix}_last_rotated")
+        last_used = report_cell(row, f"{prefix}_last_used_date") if is_key else None
         service = row[f"{prefix}_last_used_service"] if is_key else ""
-        if created is not None:
-            yield Credential(credential_id, status, created, last_used, service, kind)
+        if created is not None:  # an empty slot is not active either
+            found.append(Credential(credential_id, status, created, last_used, service, kind))
         elif status == "Active":
             raise damaged_report(f"{prefix} of {row['user']} is active and has no last_rotated")
+    return in_order(found)
 
 
 # --- users ---
@@ -1827,32 +1776,28 @@ CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger dif
 # NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
-Report = asyncio.Task[CredentialReport]
-LISTS = (list_users, list_service_specific_credentials, get_account_authorization_details)
+identity = itemgetter("UserName", "UserId")  # either may be another user's later
 
 
 class Lists(NamedTuple):
-    """What is listed of all users at once. `denied` becomes AuditedAccount.not_checked."""
-
     users: Sequence[Entry]
     credentials: Mapping[str, Sequence[Credential]]  # by user name
     details: Details
-    denied: Mapping[str, str]
+    denied: Mapping[str, str]  # AuditedAccount.not_checked
 
 
 async def read_users(
-    session: AccountSession, plan: Plan, report: Report
-) -> tuple[Lists, list[User]]:
-    """The users there are now, by name. Whoever is listed is read until all of it is there, under
-    their present name; whoever a later list lacks is gone."""
+    session: AccountSession, plan: Plan, report: asyncio.Task[CredentialReport]
+) -> tuple[list[User], Mapping[str, str]]:
+    """The users there are now, by name, and what was denied. Whoever is listed is read until all of
+    it is there, under their present name; whoever a later list lacks is gone."""
     read: dict[Any, User] = {}
     gone: StepFailed | None = None
 
     async def read_one(entry: Entry) -> None:
         nonlocal gone
         try:
-            user = await naming_the_step(session, read_user, entry, report)
-            read[entry["UserName"], entry["UserId"]] = user
+            read[identity(entry)] = await naming_step(session, read_user, entry, report)
         except StepFailed as failure:
             # AWS may also answer AccessDenied for a key that is gone.
             of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
@@ -1863,7 +1808,7 @@ async def read_users(
     for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
         asked, gone = utc_now(), None
         lists = await read_lists(session)
-        unread = [e for e in lists.users if (e["UserName"], e["UserId"]) not in read]
+        unread = [entry for entry in lists.users if identity(entry) not in read]
         await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
         if gone is None:
             name = unlisted_user(lists, await report, asked)
@@ -1875,32 +1820,28 @@ async def read_users(
         await asyncio.sleep(pause)
     users = []
     for entry in sorted(lists.users, key=itemgetter("UserName")):
-        user = read[entry["UserName"], entry["UserId"]]
-        users.append(complete(user, entry["UserId"], lists, plan.owner_tags))
-    return lists, users
+        users.append(complete(read[identity(entry)], entry["UserId"], lists, plan.owner_tags))
+    return users, lists.denied
 
 
 async def read_lists(session: AccountSession) -> Lists:
-    """List everything at once. Where the role may list no more than the users, that is enough."""
-    answers: dict[Any, Any] = {}
+    """What is listed of all users at once. A role that may list no more than the users will do."""
+    optional = (list_service_specific_credentials, get_account_authorization_details)
+    answers: list[Any] = [await list_users(session), {}, Details({}, {})]
     denied: dict[str, str] = {}
-
-    async def ask(operation: Callable[..., Awaitable[Any]]) -> None:
+    for place, operation in enumerate(optional, 1):
         try:
-            answers[operation] = await naming_the_step(session, operation)
+            answers[place] = await operation(session)
         except StepFailed as failure:
-            if operation is list_users or failure.code not in DENIED:
+            if failure.code not in DENIED:
                 raise
             denied[failure.step] = failure.code
-
-    await side_by_side(READERS_PER_ACCOUNT, LISTS, ask)
-    details = answers.get(get_account_authorization_details, Details({}, {}))
-    for entry in answers[list_users]:
+    lists = Lists(answers[0], answers[1], answers[2], denied)
+    for entry in lists.users:
         check_account(entry["Arn"], session.account.id, "ListUsers")
-    for entry in (*details.users.values(), *details.groups.values()):
+    for entry in (*lists.details.users.values(), *lists.details.groups.values()):
         check_account(entry["Arn"], session.account.id, "GetAccountAuthorizationDetails")
-    credentials = answers.get(list_service_specific_credentials, {})
-    return Lists(answers[list_users], credentials, details, denied)
+    return lists
 
 
 def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> str | None:
@@ -1912,40 +1853,34 @@ def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> st
             return name
     recent = asked - CLOCK_SKEW
     for name, row in report.rows.items():
-        moment = report_date(row, "user_creation_time")
+        moment = report_cell(row, "user_creation_time")
         replaced = moment is not None and moment >= recent and moment != created.get(name)
         if report.generated >= recent and name != ROOT and (name not in created or replaced):
             return name
     return None
 
 
-async def read_user(session: AccountSession, entry: Entry, report: Report) -> User:
+async def read_user(
+    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport]
+) -> User:
     """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
-    name, created = entry["UserName"], to_second(entry["CreateDate"])
-    keys = await read_access_keys(session, name)
+    name, keys, mfa = entry["UserName"], list[Credential](), set[str]()
+    for key in await list_access_keys(session, name):
+        key_id, created = key["AccessKeyId"], to_second(key["CreateDate"])
+        last_used, service = await get_access_key_last_used(session, key_id)
+        keys.append(Credential(key_id, key["Status"], created, last_used, service))
     row = (await report).rows.get(name)
-    certificates: tuple[Credential, ...] = ()
-    if row is not None and report_date(row, "user_creation_time") == created:
+    if row and report_cell(row, "user_creation_time") == to_second(entry["CreateDate"]):
         password, last_used, changed = report_password(row)
-        certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
-        may_have_mfa = report_flag(row, "mfa_active")
+        certificates = report_credentials(row, SIGNING_CERTIFICATE)
+        may_have_mfa = report_cell(row, "mfa_active")
     else:  # created or renamed since the report
-        password, may_have_mfa = await get_login_profile(session, name), True
+        password, may_have_mfa, certificates = await get_login_profile(session, name), True, ()
         last_used, changed = (entry.get("PasswordLastUsed") if password else None), None
-    mfa: set[str] = set()
     if password or may_have_mfa:
         mfa.update(map(mfa_kind, await list_mfa_devices(session, name)))
-    owner = session.account.email
-    return User(name, password, last_used, tuple(sorted(mfa)), keys, certificates, changed, owner)
-
-
-async def read_access_keys(session: AccountSession, user_name: str) -> tuple[Credential, ...]:
-    keys = []
-    for entry in await list_access_keys(session, user_name):
-        key_id, created = entry["AccessKeyId"], to_second(entry["CreateDate"])
-        last_used, service_name = await get_access_key_last_used(session, key_id)
-        keys.append(Credential(key_id, entry["Status"], created, last_used, service_name))
-    return in_order(keys)
+    who = (name, password, last_used, tuple(sorted(mfa)), in_order(keys), certificates, changed)
+    return User(*who, session.account.email)
 
 
 def in_order(credentials: Iterable[Credential]) -> tuple[Credential, ...]:
@@ -1961,29 +1896,23 @@ def mfa_kind(serial: str) -> str:
 
 
 async def read_root(session: AccountSession, row: ReportRow) -> User:
-    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA.
-
-    In AWS GovCloud (US), root can neither sign in to the console nor have MFA.
-    """
-    no_console = session.role.partition == "aws-us-gov"
+    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA."""
+    no_console = session.role.partition == "aws-us-gov"  # nor has root MFA there
     password, last_used, changed = (False, None, None) if no_console else report_password(row)
     mfa: tuple[str, ...] = ()
-    if report_flag(row, "mfa_active"):
+    if report_cell(row, "mfa_active"):
         # A role cannot list root's other devices: what is not virtual is a token or a security key.
         virtual = row["arn"] in await list_virtual_mfa_devices(session)
         mfa = ("Virtual",) if virtual else ("Hardware",)
-    keys = in_order(report_credentials(row, ACCESS_KEY))
-    certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
-    owner = session.account.email
-    return User(ROOT, password, last_used, mfa, keys, certificates, changed, owner, "true")
+    keys, others = report_credentials(row, ACCESS_KEY), report_credentials(row, SIGNING_CERTIFICATE)
+    email = session.account.email
+    return User(ROOT, password, last_used, mfa, keys, others, changed, email, "true")
 
 
 # --- who a user is ---
 
 FULL_ACCESS = {"policy/AdministratorAccess", "policy/IAMFullAccess"}  # AWS's own
-QUARANTINE = (
-    "AWSCompromisedKeyQuarantine"  # ...V2, ...V3: AWS attaches it to users with a public key
-)
+QUARANTINE = ":aws:policy/AWSCompromisedKeyQuarantine"  # ...V2, ...V3
 
 
 def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) -> User:
@@ -1994,71 +1923,48 @@ def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) 
         return replace(user, others=others)
     tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
     owner = next(filter(None, map(tags.get, owner_tags)), user.owner)
-    attached = map(itemgetter("PolicyName"), entry.get("AttachedManagedPolicies", ()))
-    exposed = any(name.startswith(QUARANTINE) for name in attached)
+    attached = map(itemgetter("PolicyArn"), entry.get("AttachedManagedPolicies", ()))
+    exposed = any(QUARANTINE in arn for arn in attached)
     rights = administrator(entry, lists.details.groups)
     return replace(user, others=others, owner=owner, administrator=rights, exposed=exposed)
 
 
 def administrator(user: Entry, groups: Mapping[str, Entry]) -> str:
-    """Whether an Allow lets the user do everything in IAM: true, false or unknown.
-
-    Conditions, Deny statements and boundaries do not count: they seldom stop an administrator.
-    """
-    verdicts, of_iam = set[str](), user["Arn"].partition("user/")[0]
+    """Whether an Allow lets the user do everything in IAM: true, false or unknown. Conditions, Deny
+    statements and boundaries do not count: they seldom stop an administrator."""
+    verdict, statements = "false", list[Entry]()
     for holder in (user, *map(groups.get, user.get("GroupList", ()))):
         if holder is None:  # a group that is younger than the answer's page of groups
-            verdicts.add(UNKNOWN)
+            verdict = UNKNOWN
             continue
         for policy in holder.get("AttachedManagedPolicies", ()):
             owner, name = policy["PolicyArn"].split(":")[4:6]
-            verdicts.add(UNKNOWN if owner != "aws" else str(name in FULL_ACCESS).lower())
+            if owner == "aws" and name in FULL_ACCESS:
+                return "true"
+            verdict = verdict if owner == "aws" else UNKNOWN
         for policy in (*holder.get("UserPolicyList", ()), *holder.get("GroupPolicyList", ())):
-            verdicts.add(allows_all_of_iam(policy["PolicyDocument"], of_iam))
-    for verdict in ("true", UNKNOWN):
-        if verdict in verdicts:
-            return verdict
-    return "false"
+            if isinstance(document := policy["PolicyDocument"], dict):
+                found = document["Statement"]
+                statements += found if isinstance(found, list) else [found]
+            else:  # botocore could not decode it
+                verdict = UNKNOWN
+    of_iam = user["Arn"].partition("user/")[0]
+    return "true" if any(allows_all_of_iam(one, of_iam) for one in statements) else verdict
 
 
-def allows_all_of_iam(document: Any, of_iam: str) -> str:
-    """What an inline policy says. `of_iam` is how the ARNs of all resources in IAM begin."""
-    if not isinstance(document, dict):  # botocore could not decode it
-        return UNKNOWN
-    statements = document["Statement"]
-    for statement in statements if isinstance(statements, list) else [statements]:
-        whole = includes_all(statement, "Action", "iam:")
-        whole = whole and includes_all(statement, "Resource", of_iam)
-        if whole and statement["Effect"] == "Allow":
-            return "true"
-    return "false"
-
-
-def includes_all(statement: Entry, element: str, beginning: str) -> bool:
-    """Whether Action or NotAction (Resource or NotResource) includes all that begins like this."""
-    negated = f"Not{element}" in statement
-    values = statement.get(f"Not{element}" if negated else element, ())
-    for value in [values] if isinstance(values, str) else values:
-        if not negated and fnmatchcase(beginning + "\0" * 99, value.lower().replace("[", "[[]")):
-            return True
-        fixed = re.split(r"[*?$]", value.lower())[0]  # up to a wildcard or variable
-        if negated and (beginning.startswith(fixed) or fixed.startswith(beginning)):
+def allows_all_of_iam(statement: Entry, of_iam: str) -> bool:
+    """`of_iam` is how the ARNs of all resources in IAM begin."""
+    for element, beginning in (("Action", "iam:"), ("Resource", of_iam)):
+        negated, applies = f"Not{element}" in statement, False
+        values = statement.get(f"Not{element}" if negated else element, ())
+        for value in [values] if isinstance(values, str) else values:
+            fixed = re.split(r"[*?$]", value.lower())[0]  # up to a wildcard or variable
+            overlaps = beginning.startswith(fixed) or fixed.startswith(beginning)
+            includes = fnmatchcase(beginning + "\0" * 99, value.lower().replace("[", "[[]"))
+            applies |= overlaps if negated else includes  # to exclude a part of IAM is enough
+        if applies == negated:
             return False
-    return negated
-
-
-async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
-    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
-    events = []
-    try:
-        for name in names:
-            events += await lookup_events(session, name, since)
-    except StepFailed as failure:
-        return Trail(error=str(failure))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        # a record that is not what AWS documents
-        return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")
-    return Trail(tuple(sorted(events)))
+    return bool(statement["Effect"] == "Allow")
 
 
 # === Files: rows, cells, atomic writing, reading a run back ======================================
