@@ -795,6 +795,12 @@ def connect(session: boto3.Session, workers: int) -> Aws:
     raise refusals[0]
 
 
+def frozen(credentials: Any) -> Credentials:
+    """The credentials as they are now. The SDK refreshes them first if need be: it may take long."""
+    now = credentials.get_frozen_credentials()
+    return Credentials(now.access_key, now.secret_key, now.token)
+
+
 def signed_client(session: Any, service: Any, region: Any, retries: int = 0, **options: Any) -> Any:
     """A client without credentials: it can make calls only inside `call_as`, which signs them."""
     standard: Any = {"mode": "standard", "total_max_attempts": 1 + retries}
@@ -820,20 +826,19 @@ class Aws:
         self.organizations = signed_client(session, "organizations", home, **few)
         self._refresh_failure = ""
 
-    async def profile_credentials(self) -> Any:
+    async def profile_credentials(self) -> Credentials:
         """The profile's own credentials. Raises StepFailed if they cannot be refreshed."""
-        found = self.session.get_credentials()
+        found: Any = self.session.get_credentials()
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
-            return found
+            return frozen(found)
         # A refresh may hang, for example if a credential_process waits for a person: it runs in a
         # thread of its own, and what has hung once is not tried again.
         if not self._refresh_failure:
-            answer: Future[Any] = Future()
-            work = (answer, found.get_frozen_credentials)
+            answer: Future[Credentials] = Future()
+            work = (answer, functools.partial(frozen, found))
             threading.Thread(target=settle, args=work, daemon=True).start()
             try:
-                await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
-                return found
+                return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
             except SDK_ERRORS as error:
                 if not self._refresh_failure:  # else its process was ended for another account
                     raise step_failed(PROFILE_STEP, error) from None
@@ -1087,13 +1092,8 @@ def describe_organization(aws: Aws) -> Organization:
 
 async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
     """All accounts, page by page as they arrive; a page may be empty."""
-    pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
-    seen = set[str]()
-
-    def read_page() -> Any:
-        page = next(pages, None)
-        return page and page["Accounts"]
-
+    pages = map(itemgetter("Accounts"), aws.organizations.get_paginator("list_accounts").paginate())
+    seen, read_page = set[str](), functools.partial(next, pages, None)
     while True:
         request = functools.partial(call_as, await aws.profile_credentials(), read_page, {})
         entries = await aws.threads.run(FIRST, request)
@@ -1125,7 +1125,7 @@ def list_policies(aws: Aws) -> list[tuple[str, str]]:
     """The ID and name of each service control policy."""
     pages = aws.organizations.get_paginator("list_policies")
     found = pages.paginate(Filter="SERVICE_CONTROL_POLICY").build_full_result()
-    return [(policy["Id"], policy["Name"]) for policy in found["Policies"]]
+    return list(map(itemgetter("Id", "Name"), found["Policies"]))
 
 
 def describe_policy(aws: Aws, policy_id: str) -> str:
