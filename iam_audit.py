@@ -714,27 +714,19 @@ CALLER_READS = {
     "iam:ListOrganizationsFeatures": "whether root credentials are managed centrally",
 }
 POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # on one SCP
-# What a user without MFA needs to set it up: the actions that AWS's example policy for self-managed
-# MFA devices leaves out of its Deny, and the change of password that the first sign-in may demand.
-MFA_SETUP = {
-    "iam:ChangePassword": "a first sign-in may demand it",
-    "iam:GetAccountPasswordPolicy": "the console shows the rules for the new password",
-    "iam:GetUser": "the page of one's own security credentials",
-    "iam:ListMFADevices": "the same page",
-    "iam:GetMFADevice": "the same page",
-    "iam:ListVirtualMFADevices": "the console looks for a free name",
-    "iam:CreateVirtualMFADevice": "an authenticator app",
-    "iam:EnableMFADevice": "assign the app, security key or token",
-    "iam:ResyncMFADevice": "a token whose clock is off",
-    "sts:GetSessionToken": "an MFA session for access keys, where Bool becomes BoolIfExists",
-}
-
+# What a user without MFA needs to set it up: what AWS's example policy for self-managed MFA devices
+# leaves out of its Deny, a new password at the first sign-in, an MFA session for access keys.
+MFA_SETUP = (
+    "iam:ChangePassword", "iam:GetAccountPasswordPolicy", "iam:GetUser", "iam:ListMFADevices",
+    "iam:GetMFADevice", "iam:ListVirtualMFADevices", "iam:CreateVirtualMFADevice",
+    "iam:EnableMFADevice", "iam:ResyncMFADevice", "sts:GetSessionToken")  # fmt: skip
 # Each partition's Region for IAM, where STS knows its credentials and CloudTrail records IAM
 IAM_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
 
 # --- the profile, its partition, the clients ---
 
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
+TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}  # seconds
+GUESS_TIMEOUT = 3  # seconds to connect to a guessed partition: a firewall may drop the packets
 REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
 PARENTS_AT_ONCE = 4
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
@@ -750,12 +742,10 @@ def open_session(profile: str | None) -> boto3.Session:
         credentials = core.get_credentials()
         if credentials is None:
             raise botocore.exceptions.NoCredentialsError
-        terminal = any(map(os.isatty, (0, 1, 2)))  # where not, botocore might wait forever
-        if credentials.method == "assume-role" and asks_for_mfa_code(core) and not terminal:
-            raise AuditError(
-                f"Profile {name} asks for an MFA code (mfa_serial), and there is no terminal to "
-                "type it on: run it from a terminal, or give cron a profile without mfa_serial."
-            )
+        if credentials.method == "assume-role" and not any(map(os.isatty, (0, 1, 2))):
+            refuse_mfa_code(
+                core.full_config["profiles"], name
+            )  # botocore might wait for it forever
         credentials.get_frozen_credentials()
     except (OSError, json.JSONDecodeError, KeyError) as error:  # a credential_process; a proxy
         why = {"provider": f"profile {name}", "error_msg": f"{type(error).__name__}: {error}"}
@@ -771,102 +761,83 @@ def open_session(profile: str | None) -> boto3.Session:
 
 def parse_timestamp(value: Any) -> datetime:
     """IAM and STS send ISO 8601; botocore's parser guesses the format, ten times as slowly."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return parse_time(value)
+    with contextlib.suppress(AttributeError, ValueError):  # a number, another format
+        return parse_time(value)
     return botocore.utils.parse_timestamp(value)
 
 
-def asks_for_mfa_code(core: botocore.session.Session) -> bool:
-    """Whether the profile, or one that it takes credentials from, is a role with an mfa_serial."""
-    profiles: dict[str, dict[str, str]] = core.full_config["profiles"]
-    name = core.profile or "default"
+def refuse_mfa_code(profiles: Mapping[str, Any], name: str) -> None:
+    """Raise AuditError if the profile, or one that it takes credentials from, asks for a code."""
+    source = name
     for _ in profiles:  # none is its own source
-        found = profiles.get(name, {})
+        found = profiles.get(source, {})
         if {"role_arn", "mfa_serial"} <= found.keys():
-            return True
-        name = found.get("source_profile", "")
-    return False
+            raise AuditError(
+                f"Profile {name} asks for an MFA code (mfa_serial), and there is no terminal to "
+                "type it on: run it from a terminal, or give cron a profile without mfa_serial."
+            )
+        source = found.get("source_profile", "")
 
 
 def connect(session: boto3.Session, workers: int) -> Aws:
     """Identify the caller and create the clients for their partition."""
     # Without a Region, each partition is asked until one knows the access key.
     regions = [session.region_name] if session.region_name else list(IAM_REGIONS.values())
-    credentials = frozen_credentials(session)
-    refusals: list[Exception] = []
+    credentials: Any = session.get_credentials()  # open_session has found some
+    refusals, guess = list[Exception](), {"retries": 0, "connect_timeout": GUESS_TIMEOUT}
     for region in regions:
-        sts = signed_client(session, "sts", region, connections=1, attempts=1 if refusals else 3)
+        sts = signed_client(session, "sts", region, **(guess if refusals else {"retries": 2}))
         try:
             identity = call_as(credentials, sts.get_caller_identity, {})
             account, arn = identity["Account"], identity["Arn"]
             return Aws(session, Caller(account, arn, arn.split(":")[1], region), workers)
-        except KeyError as error:
-            raise ResponseParserError from error
         except SDK_ERRORS as error:
-            known = isinstance(error, ClientError) and error_code(error) not in UNKNOWN_KEY
-            if known or not (refusals or isinstance(error, ClientError)):
+            answered = isinstance(error, ClientError)
+            if step_failed("", error).code not in UNKNOWN_KEY and (answered or not refusals):
                 raise
             refusals.append(error)
     raise refusals[0]
 
 
-def frozen_credentials(session: boto3.Session) -> Credentials:
-    """The profile's own credentials. If necessary the SDK refreshes them, which may take long."""
-    found: Any = session.get_credentials()  # open_session has found some
-    frozen = found.get_frozen_credentials()
-    return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
-
-
-def signed_client(
-    session: boto3.Session, service: Any, region: Any, *, connections: int, attempts: int = 1
-) -> Any:
+def signed_client(session: Any, service: Any, region: Any, retries: int = 0, **options: Any) -> Any:
     """A client without credentials: it can make calls only inside `call_as`, which signs them."""
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT,
-        read_timeout=READ_TIMEOUT,
-        max_pool_connections=connections,
-        retries={"mode": "standard", "total_max_attempts": attempts},
-    )
-    client: Any = session.client(
-        service, region, config=config, aws_access_key_id="none", aws_secret_access_key="none"
-    )
+    standard: Any = {"mode": "standard", "total_max_attempts": 1 + retries}
+    config = Config(retries=standard, **{**TIMEOUTS, **options})
+    none: Any = dict.fromkeys(("aws_access_key_id", "aws_secret_access_key"), "none")
+    client: Any = session.client(service, region, config=config, **none)
     client.meta.events.register(f"before-sign.{service}", sign_as_set)
     return client
 
 
 class Aws:
-    """The SDK's clients, created once for all accounts, and the threads that make their calls.
-
-    All accounts share one IAM client: a client and TLS connections for each would cost more than
-    the calls. AccountSession retries the calls for an account; botocore does not, because its
-    retry quota belongs to the client, and one account would use up another's.
-    """
+    """The SDK's clients, created once for all accounts, and the threads that make their calls."""
 
     def __init__(self, session: boto3.Session, caller: Caller, workers: int) -> None:
         self.session, self.caller, self.threads = session, caller, Threads(workers)
         home, iam_home = caller.region, IAM_REGIONS.get(caller.partition, caller.region)
-        most = workers or MOST_THREADS  # connections, each opened when a thread first needs it
-        self.sts = signed_client(session, "sts", home, connections=most)
-        self.iam = signed_client(session, "iam", home, connections=most)
-        self.cloudtrail = signed_client(session, "cloudtrail", iam_home, connections=most)
-        few: Any = {"connections": PARENTS_AT_ONCE, "attempts": 10}
+        # AccountSession retries what is called for an account: botocore has one quota per client.
+        most: Any = {"max_pool_connections": workers or MOST_THREADS}
+        few: Any = {"max_pool_connections": PARENTS_AT_ONCE, "retries": 9}
+        self.sts = signed_client(session, "sts", home, **most)
+        self.iam = signed_client(session, "iam", home, **most)
+        self.cloudtrail = signed_client(session, "cloudtrail", iam_home, **most)
         self.organizations = signed_client(session, "organizations", home, **few)
         self._refresh_failure = ""
 
-    async def profile_credentials(self) -> Credentials:
+    async def profile_credentials(self) -> Any:
         """The profile's own credentials. Raises StepFailed if they cannot be refreshed."""
         found = self.session.get_credentials()
-        get = functools.partial(frozen_credentials, self.session)
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
-            return get()
-        answer: Future[Credentials] = Future()
+            return found
         # A refresh may hang, for example if a credential_process waits for a person: it runs in a
         # thread of its own, and what has hung once is not tried again.
         if not self._refresh_failure:
-            threading.Thread(target=settle, args=(answer, get), daemon=True).start()
+            answer: Future[Any] = Future()
+            work = (answer, found.get_frozen_credentials)
+            threading.Thread(target=settle, args=work, daemon=True).start()
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
+                await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
+                return found
             except SDK_ERRORS as error:
                 if not self._refresh_failure:  # else its process was ended for another account
                     raise step_failed(PROFILE_STEP, error) from None
@@ -916,7 +887,6 @@ async def side_by_side(most: int, items: Sequence[T], work: Callable[[T], Awaita
 SIGNING: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING")
 # The operation that the current task began last: the step that failed if its answer is unexpected
 STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
-
 FIRST = (False, 0)  # the rank of what goes first: see `_retry`
 # Steps that jump the queue, so that all reports are generated in parallel
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
@@ -931,11 +901,9 @@ class AccountSession:
     """The calls for one account, which was begun as number `turn`: credentials, pace, retries."""
 
     def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
-        self.aws, self.account, self.role = aws, account, role
-        self.log, self._turn = log, turn
-        self._logged = set[str]()
-        self._pace = Pace()
-        self._cloudtrail_pace = Pace(least_gap=CLOUDTRAIL_GAP)
+        self.aws, self.iam, self.account, self.role = aws, aws.iam, account, role
+        self.log, self._turn, self._logged = log, turn, set[str]()
+        self._pace, self._cloudtrail_pace = Pace(), Pace(least_gap=CLOUDTRAIL_GAP)
         self._renewal = asyncio.Lock()
         self._credentials: Credentials  # after sign_in
 
@@ -945,49 +913,44 @@ class AccountSession:
         credentials = await self.aws.profile_credentials()
         if self.role.own_account != self.account.id:
             arguments = {"aws": self.aws, "role": self.role, "account_id": self.account.id}
-            assume = functools.partial(call_as, credentials, assume_role, arguments)
-            gate = self.aws.threads.assume_role_gate
-            credentials = await self._retry("AssumeRole", assume, self._pace, gate)
+            credentials = await self._retry("AssumeRole", credentials, assume_role, arguments)
         self._credentials = credentials
 
-    async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
+    async def call(self, operation: Any, **parameters: Any) -> Any:
         """Call an operation of a shared client in this account; renew an expired session once."""
-        client = operation.__self__  # type: ignore[attr-defined]
-        step = client.meta.method_to_api_mapping[operation.__name__]
-        pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
+        step = operation.__self__.meta.method_to_api_mapping[operation.__name__]
         used = self._credentials
         try:
-            request = functools.partial(call_as, used, operation, parameters)
-            return await self._retry(step, request, pace)
+            return await self._retry(step, used, operation, parameters)
         except StepFailed as failure:
             if failure.code not in SESSION_EXPIRED:
                 raise
         async with self._renewal:
             if self._credentials is used:  # no other call of this account has renewed it meanwhile
                 await self.sign_in()
-        request = functools.partial(call_as, self._credentials, operation, parameters)
-        return await self._retry(step, request, pace)
+        return await self._retry(step, self._credentials, operation, parameters)
 
-    async def _retry(
-        self, step: str, request: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
-    ) -> T:
-        """Make a request in a thread until it is answered or a retry cannot help."""
+    async def _retry(self, step: str, credentials: Any, operation: Any, parameters: Any) -> Any:
+        """Make a call in a thread until it is answered or a retry cannot help."""
         STEP.set(step)
         if step not in self._logged:
             self._logged.add(step)
             self.log(f"{self.account.id} {self.account.name}: {step}")
         rank, attempts = (step not in URGENT_STEPS, self._turn), 0
+        request = functools.partial(call_as, credentials, operation, parameters)
+        pace = self._cloudtrail_pace if step == "LookupEvents" else self._pace
+        gates: Any = {"AssumeRole": self.aws.threads.assume_role_gate}
+        gate = gates.get(step, contextlib.AsyncExitStack())  # which lets everything pass
         while True:
             await pace.wait()
             try:
                 # Only attempts pass the gate, not pauses: a throttled account holds up no other.
-                async with gate or contextlib.AsyncExitStack():
+                async with gate:
                     answer = await self.aws.threads.run(rank, request)
-            except SDK_ERRORS as error:
-                failure = step_failed(step, error)
-            else:
                 pace.answered()
                 return answer
+            except SDK_ERRORS as error:
+                failure = step_failed(step, error)
             if failure.kind == "throttled" and pace.throttled():
                 continue
             attempts += 1
@@ -996,13 +959,13 @@ class AccountSession:
             await asyncio.sleep(random.uniform(*FIRST_PAUSE) * 2 ** (attempts - 1))
 
 
-def call_as(
-    credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]
-) -> T:
+def call_as(credentials: Any, operation: Callable[..., T], parameters: Any) -> T:
     """Call an operation with these credentials, in this thread."""
     before = SIGNING.set(credentials)
     try:
         return operation(**parameters)
+    except KeyError as error:  # a part is missing: a proxy's page with status 200, for example
+        raise ResponseParserError from error
     finally:
         SIGNING.reset(before)
 
@@ -1014,21 +977,16 @@ def sign_as_set(request: Any, **_: Any) -> None:
 
 
 class Pace:
-    """Spaces one account's calls as its throttling demands, in the event loop's thread.
+    """Spaces one account's calls as its throttling demands, in the event loop's thread."""
 
-    A throttled call widens the gap by a quarter, an answered one narrows it by 3 %. They balance
-    where about one call in eight is throttled: just above the account's limit, to use all of it.
-    """
-
+    # These balance where one call in eight is throttled, which uses all that the account allows.
     WIDEN, NARROW = 1.25, 0.97
     FIRST_GAP, LONGEST_GAP = 0.02, 5.0  # seconds
-    NO_GAP = 0.005  # seconds; what is shorter is none
     PATIENCE = 900.0  # seconds without any answer but throttling
 
     def __init__(self, least_gap: float = 0.0) -> None:
         self._least_gap = self._gap = least_gap
-        self._next = 0.0
-        self._throttled_since: float | None = None
+        self._next = self._throttled_since = 0.0
 
     async def wait(self) -> None:
         """Wait until this account may be called again."""
@@ -1038,9 +996,8 @@ class Pace:
             await asyncio.sleep(pause)
 
     def answered(self) -> None:
-        self._throttled_since = None
-        narrowed = self._gap * self.NARROW if self._gap > self.NO_GAP else 0.0
-        self._gap = max(narrowed, self._least_gap)
+        self._throttled_since = 0.0
+        self._gap = max(self._gap * self.NARROW, self._least_gap)
 
     def throttled(self) -> bool:
         """Slow down; False if the account has only throttled for too long."""
@@ -1054,28 +1011,22 @@ class Pace:
 # process used less than BUSY of one CPU meanwhile, it adds threads: up to as many as the CPU can
 # feed at that rate and to GROWTH times those there are (new connections cost CPU too), and never
 # more than there are calls waiting. A throttled account's pauses hold no thread: refusals add none.
-FIRST_THREADS, MOST_THREADS, GROWTH, BUSY = 16, 256, 2, 0.85
+FIRST_THREADS, MOST_THREADS, GROWTH, BUSY = 16, 128, 2, 0.85
 # One call per account needs few connections: so many, and one more for every 16 threads added
 ASSUME_ROLE_AT_ONCE, THREADS_PER_ASSUME_ROLE = 4, 16
 
 
 class Threads:
-    """Threads that make the calls, the most urgent first; a size of 0 is `--workers auto`.
-
-    The standard library's executor has no priorities, and at exit it waits for its threads: one
-    that hangs in a read would keep an interrupted program alive. These are daemons.
-    """
+    """Threads that make the calls, the most urgent first; a size of 0 is `--workers auto`."""
 
     def __init__(self, size: int) -> None:
-        self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], Future[Any]]]
-        self._calls = queue.PriorityQueue()
-        self._order = itertools.count()
+        # The standard library's executor has no priorities, and at exit it waits for what hangs.
+        self._calls, self._order = queue.PriorityQueue[Any](), itertools.count()
         self._automatic, self.size, self._unanswered = size == 0, 0, 0
         self._measured = time.monotonic(), time.process_time()
         # Python runs one thread at a time: on several CPUs a run costs a fifth more CPU and time.
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # some containers do not allow it
-                os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
+        with contextlib.suppress(AttributeError, OSError):  # not on Linux; in some containers
+            os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
         self._start(size or FIRST_THREADS)
 
     @functools.cached_property
@@ -1103,16 +1054,15 @@ class Threads:
         if waiting > 0 and seconds < 1:
             return
         self._measured = now, cpu
-        if waiting > 0:
-            of_use = int(self.size * min(BUSY * seconds / max(used, 0.01), GROWTH))
-            more = max(0, min(of_use, MOST_THREADS, self.size + waiting) - self.size)
-            self._start(more)
-            for _ in range(more // THREADS_PER_ASSUME_ROLE):
-                self.assume_role_gate.release()
+        of_use = int(self.size * min(BUSY * seconds / max(used, 0.01), GROWTH))
+        more = min(of_use, MOST_THREADS, self.size + waiting) - self.size  # none if negative
+        self._start(more)
+        for _ in range(more // THREADS_PER_ASSUME_ROLE):
+            self.assume_role_gate.release()
 
     def _start(self, number: int) -> None:
-        self.size += number
         for _ in range(number):
+            self.size += 1
             threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
@@ -1135,23 +1085,25 @@ def settle(answer: Future[T], call: Callable[[], T]) -> None:
 
 def describe_organization(aws: Aws) -> Organization:
     describe = aws.organizations.describe_organization
-    organization = call_as(frozen_credentials(aws.session), describe, {})["Organization"]
-    feature_set = organization.get("FeatureSet", "ALL")
-    return Organization(organization["Id"], organization["MasterAccountId"], feature_set)
+    found = call_as(aws.session.get_credentials(), lambda: describe()["Organization"], {})
+    return Organization(found["Id"], found["MasterAccountId"], found.get("FeatureSet", "ALL"))
 
 
 async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
     """All accounts, page by page as they arrive; a page may be empty."""
     pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
     seen = set[str]()
-    read_page = functools.partial(next, pages, None)
+
+    def read_page() -> Any:
+        page = next(pages, None)
+        return page and page["Accounts"]
+
     while True:
-        credentials = await aws.profile_credentials()
-        read = functools.partial(call_as, credentials, read_page, {})
-        page: Any = await aws.threads.run(FIRST, read)
-        if page is None:
+        request = functools.partial(call_as, await aws.profile_credentials(), read_page, {})
+        entries = await aws.threads.run(FIRST, request)
+        if entries is None:
             return
-        for entry in page["Accounts"]:
+        for entry in entries:
             # An account that joins meanwhile may shift another to the next page.
             if entry["Id"] not in seen:
                 seen.add(entry["Id"])
@@ -1170,8 +1122,7 @@ def account_of(entry: Mapping[str, Any]) -> Account:
 
 
 def sdk_too_old(what: str) -> AuditError:
-    upgrade = "may be too old. Upgrade boto3 and botocore."
-    return AuditError(f"ListAccounts gave no {what}: botocore {botocore.__version__} {upgrade}")
+    return AuditError(f"ListAccounts gave no {what}: upgrade botocore {botocore.__version__}.")
 
 
 def list_policies(aws: Aws) -> list[tuple[str, str]]:
@@ -1190,7 +1141,7 @@ def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
     """The IDs of the root, organizational units and accounts that the policy is attached to."""
     pages = aws.organizations.get_paginator("list_targets_for_policy")
     found = pages.paginate(PolicyId=policy_id).build_full_result()
-    return frozenset(target["TargetId"] for target in found["Targets"])
+    return frozenset(map(itemgetter("TargetId"), found["Targets"]))
 
 
 def list_parents(aws: Aws, child_id: str) -> str:
@@ -1211,11 +1162,9 @@ def list_organizations_features(aws: Aws) -> bool:
     """Whether root credentials of member accounts are managed centrally."""
     try:
         features = aws.iam.list_organizations_features()
-    except ClientError as error:
-        if error_code(error) == "ServiceAccessNotEnabledException":
-            return False  # IAM has never had trusted access in this organization
-        raise
-    return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
+        return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
+    except aws.iam.exceptions.ServiceAccessNotEnabledException:
+        return False  # IAM has never had trusted access in this organization
 
 
 def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
@@ -1235,65 +1184,70 @@ def session_policy(actions: Sequence[str]) -> str:
 # --- operations in one account ---
 
 Entry = Mapping[str, Any]  # of a list, in AWS's words
-# What CreateServiceSpecificCredential makes for these is a password, for all others an API key.
 
 
-class Details(NamedTuple):
-    """GetAccountAuthorizationDetails: tags and policies, which botocore has decoded."""
-
-    users: dict[str, Entry]  # by ID
-    groups: dict[str, Entry]  # by name
+async def list_all(session: AccountSession, call: Any, *lists: str, **request: Any) -> list[Entry]:
+    """All entries of a list, or of several. botocore's paginators cannot go on after throttling."""
+    marker = "NextToken" if call.__self__ is session.aws.cloudtrail else "Marker"
+    entries: list[Entry] = []
+    while True:
+        page = await session.call(call, **request)
+        for name in lists:
+            entries += page[name]
+        if not page.get(marker):
+            return entries
+        request[marker] = page[marker]
 
 
 async def generate_credential_report(session: AccountSession) -> str:
-    """The state of the report, which is then COMPLETE or not."""
-    answer: Any = await session.call(session.aws.iam.generate_credential_report)
+    answer: Any = await session.call(session.iam.generate_credential_report)
     return str(answer["State"])
 
 
 async def get_credential_report(session: AccountSession) -> tuple[bytes, datetime]:
     """The report's CSV, and when it was generated."""
-    answer = await session.call(session.aws.iam.get_credential_report)
+    answer = await session.call(session.iam.get_credential_report)
     return answer["Content"], answer["GeneratedTime"]
 
 
 async def list_users(session: AccountSession) -> list[Entry]:
-    return await list_all(session, session.aws.iam.list_users, "Users", MaxItems=1000)
+    return await list_all(session, session.iam.list_users, "Users", MaxItems=1000)
 
 
 async def list_service_specific_credentials(session: AccountSession) -> dict[str, list[Credential]]:
     """The API keys and passwords for services of all users, by the user's name."""
-    operation = session.aws.iam.list_service_specific_credentials
-    request = {"AllUsers": True, "MaxItems": 1000}
+    operation, name = session.iam.list_service_specific_credentials, "ServiceSpecificCredentials"
     found: dict[str, list[Credential]] = {}
-    for entry in await list_all(session, operation, "ServiceSpecificCredentials", **request):
+    for entry in await list_all(session, operation, name, AllUsers=True, MaxItems=1000):
         service, expires = entry["ServiceName"], entry.get("ExpirationDate")
         kind = SERVICE_PASSWORD if service in PASSWORD_SERVICES else API_KEY
-        credential_id, created = (
-            entry["ServiceSpecificCredentialId"],
-            to_second(entry["CreateDate"]),
-        )
-        made = Credential(credential_id, entry["Status"], created, None, service, kind)
-        made = replace(made, expires=to_second(expires)) if expires else made
+        created, expires = to_second(entry["CreateDate"]), expires and to_second(expires)
+        known = (entry["ServiceSpecificCredentialId"], entry["Status"], created, None)
+        made = Credential(*known, service, kind, expires)
         found.setdefault(entry["UserName"], []).append(made)
     return found
 
 
+class Details(NamedTuple):  # tags and policies, which botocore has decoded
+    users: dict[str, Entry]  # by ID
+    groups: dict[str, Entry]  # by name
+
+
 async def get_account_authorization_details(session: AccountSession) -> Details:
-    found = Details({}, {})
-    operation = session.aws.iam.get_account_authorization_details
-    async for page in pages(session, operation, Filter=["User", "Group"], MaxItems=1000):
-        for user in page.get("UserDetailList", ()):
-            found.users[user["UserId"]] = user
-        for group in page.get("GroupDetailList", ()):
-            found.groups[group["GroupName"]] = group
+    found, lists = Details({}, {}), ("UserDetailList", "GroupDetailList")
+    read, both = session.iam.get_account_authorization_details, ["User", "Group"]
+    for entry in await list_all(session, read, *lists, Filter=both, MaxItems=1000):
+        if "UserId" in entry:
+            found.users[entry["UserId"]] = entry
+        else:
+            found.groups[entry["GroupName"]] = entry
     return found
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
     """Whether the user has a password. A deleted user has none; ListMFADevices then says so."""
     try:
-        await session.call(session.aws.iam.get_login_profile, UserName=user_name)
+        await session.call(session.iam.get_login_profile, UserName=user_name)
         return True
     except StepFailed as failure:
         if failure.code == NO_SUCH_ENTITY:
@@ -1301,131 +1255,82 @@ async def get_login_profile(session: AccountSession, user_name: str) -> bool:
         raise
 
 
-async def list_access_keys(session: AccountSession, user_name: str) -> list[Entry]:
-    operation = session.aws.iam.list_access_keys
-    return await list_all(session, operation, "AccessKeyMetadata", UserName=user_name)
+async def list_access_keys(session: AccountSession, name: str) -> list[Entry]:
+    return await list_all(session, session.iam.list_access_keys, "AccessKeyMetadata", UserName=name)
 
 
-async def get_access_key_last_used(
-    session: AccountSession, key_id: str
-) -> tuple[datetime | None, str]:
+async def get_access_key_last_used(session: AccountSession, key: str) -> tuple[Any, str]:
     """When the key was last used (None: never) and for which service (N/A: none)."""
-    answer = await session.call(session.aws.iam.get_access_key_last_used, AccessKeyId=key_id)
+    answer = await session.call(session.iam.get_access_key_last_used, AccessKeyId=key)
     last_used = answer["AccessKeyLastUsed"]
     if "LastUsedDate" not in last_used:
         return None, NOT_APPLICABLE
     return to_second(last_used["LastUsedDate"]), last_used["ServiceName"]
 
 
-async def list_mfa_devices(session: AccountSession, user_name: str) -> list[str]:
+async def list_mfa_devices(session: AccountSession, name: str) -> list[str]:
     """The serial numbers of the user's MFA devices."""
-    operation = session.aws.iam.list_mfa_devices
-    devices = await list_all(session, operation, "MFADevices", UserName=user_name)
-    return [device["SerialNumber"] for device in devices]
+    devices = await list_all(session, session.iam.list_mfa_devices, "MFADevices", UserName=name)
+    return list(map(itemgetter("SerialNumber"), devices))
 
 
 async def list_virtual_mfa_devices(session: AccountSession) -> list[str]:
     """The ARNs of the users, root included, to whom a virtual MFA device is assigned."""
-    operation = session.aws.iam.list_virtual_mfa_devices
+    operation = session.iam.list_virtual_mfa_devices
     devices = await list_all(session, operation, "VirtualMFADevices", AssignmentStatus="Assigned")
     return [device.get("User", {}).get("Arn", "") for device in devices]
-
-
-async def list_all(
-    session: AccountSession, operation: Callable[..., Any], member: str, **parameters: Any
-) -> list[Any]:
-    """All items of an IAM list."""
-    items: list[Any] = []
-    async for page in pages(session, operation, **parameters):
-        items += page[member]
-    return items
-
-
-async def pages(
-    session: AccountSession, operation: Callable[..., Any], marker: str = "Marker", **request: Any
-) -> AsyncIterator[Any]:
-    """The pages of a list. botocore's paginators cannot go on after a throttled page."""
-    while True:
-        page = await session.call(operation, **request)
-        yield page
-        if not page.get(marker):
-            return
-        request[marker] = page[marker]
 
 
 async def lookup_events(session: AccountSession, name: str, since: datetime) -> list[Event]:
     """The account's successful IAM events of that name."""
     by_name = [{"AttributeKey": "EventName", "AttributeValue": name}]
-    request = {"LookupAttributes": by_name, "StartTime": since, "MaxResults": 50}
+    request: Any = {"LookupAttributes": by_name, "StartTime": since, "MaxResults": 50}
     found = []
-    async for page in pages(session, session.aws.cloudtrail.lookup_events, "NextToken", **request):
-        for entry in page["Events"]:
-            record = json.loads(entry["CloudTrailEvent"])
-            if record.get("recipientAccountId", session.account.id) != session.account.id:
-                raise StepFailed("LookupEvents", "WrongAccount", "an event is of another account")
-            event = event_of(record)
-            if event is not None and event.time >= since:
-                found.append(event)
+    for entry in await list_all(session, session.aws.cloudtrail.lookup_events, "Events", **request):
+        record = json.loads(entry["CloudTrailEvent"])
+        if record.get("recipientAccountId", session.account.id) != session.account.id:
+            raise StepFailed("LookupEvents", "WrongAccount", "an event is of another account")
+        event = event_of(record)
+        if event is not None and event.time >= since:
+            found.append(event)
     return found
 
 
-# Somebody in the management account who uses AssumeRoot; the record does not say who.
-ASSUMED_ROOT = "root session (AssumeRoot)"
-CREDENTIAL_IDS = ("accessKeyId", "serviceSpecificCredentialId", "certificateId")
-
-
 def event_of(record: Mapping[str, Any]) -> Event | None:
-    """The event of a CloudTrail record; None if the call failed or was not IAM's.
-
-    The attributes that LookupEvents itself gives are the caller's: what was acted on is in the
-    request and the response. See "CloudTrail record contents" in the CloudTrail User Guide.
-    """
+    """The event of a CloudTrail record; None if the call failed or was not IAM's."""
+    # See "CloudTrail record contents" in the CloudTrail User Guide. What LookupEvents itself names
+    # is the caller's: what was acted on is in the request and the response.
     if record.get("errorCode") or not str(record.get("eventSource", "")).startswith("iam."):
         return None
-    identity = record.get("userIdentity") or {}
-    request = record.get("requestParameters") or {}
-    response = record.get("responseElements") or {}
+    parts = ("userIdentity", "requestParameters", "responseElements")
+    identity, request, response = (record.get(part) or {} for part in parts)
     key, certificate = response.get("accessKey"), response.get("certificate")
     created = key or response.get("serviceSpecificCredential") or certificate or {}
     told = {**created, **request}
+    ids = ("accessKeyId", "serviceSpecificCredentialId", "certificateId")
+    credential_id = next(filter(None, map(told.get, ids)), "")
     named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
-    actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
-    context = identity.get("sessionContext") or {}
-    if str(context.get("assumedRoot")).lower() == "true":
-        actor = ASSUMED_ROOT
     the_caller = ROOT if identity.get("type") == "Root" else identity.get("userName")
-    return Event(
-        time=to_second(parse_time(record["eventTime"])),
-        name=str(record["eventName"]),
-        user=str(named or the_caller or created.get("userName") or ""),
-        key_id=str(next(filter(None, map(told.get, CREDENTIAL_IDS)), "")),
-        status=str(request.get("status") or ""),
-        actor=str(actor or ""),
-        source_ip=str(record.get("sourceIPAddress") or ""),
-        user_agent=str(record.get("userAgent") or ""),
-        id=str(record.get("eventID") or ""),
-        new_name=str(request.get("newUserName") or ""),
-        service_name=str(told.get("serviceName") or ""),
-    )
+    user = named or the_caller or created.get("userName")
+    actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
+    if str((identity.get("sessionContext") or {}).get("assumedRoot")).lower() == "true":
+        actor = "root session (AssumeRoot)"  # by whom in the management account, it does not say
+    what = (record["eventName"], user, credential_id, request.get("status"))
+    who = (actor, record.get("sourceIPAddress"), record.get("userAgent"), record.get("eventID"))
+    more = (request.get("newUserName"), told.get("serviceName"))
+    texts = (str(text or "") for text in (*what, *who, *more))  # in the order of Event
+    return Event(to_second(parse_time(record["eventTime"])), *texts)
 
 
 # --- errors ---
 
 SDK_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
 TRANSIENT_ERRORS = (ResponseParserError, HTTPClientError, botocore.exceptions.ConnectionError)
-# fmt: off
-THROTTLED = {
-    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
-    "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
-}
-# fmt: on
+THROTTLED = {"SlowDown", "RequestLimitExceeded", "TooManyRequestsException"}  # and *Throttl*, 429
 DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 NO_SUCH_ENTITY = "NoSuchEntity"
-# As is every HTTP status from 500
-TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
-NOT_UNDERSTOOD = "AWS's answer could not be understood"
+TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}  # and 5xx
 # What to do about an error at the start, by AWS's code, if need be with its operation, or the SDK's
-# fmt: off
 CANNOT_START = {
     "This is the profile's own role, not the audit role: its trust policy must trust the caller, "
     "who needs sts:AssumeRole.": {"AssumeRole: AccessDenied"},
@@ -1434,71 +1339,53 @@ CANNOT_START = {
     "The profile's account must be in an organization.": {"AWSOrganizationsNotInUseException"},
     "Sign in again, for example with `aws sso login --profile {profile}`.": {
         "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError",
-        "UnauthorizedException", "LoginRefreshRequired", *SESSION_EXPIRED,
-    },
+        "UnauthorizedException", "LoginRefreshRequired", *SESSION_EXPIRED},
     "AWS does not know this access key. It may be deleted, inactive or of another partition than "
     "the profile's Region, or aws_session_token may be missing.": UNKNOWN_KEY,
     "Name a profile with --profile, or set AWS_PROFILE.": {"NoCredentialsError"},
     "`aws configure list-profiles` shows the ones there are.": {"ProfileNotFound"},
     "Correct profile {profile}; check with `aws sts get-caller-identity --profile {profile}`.": {
         "PartialCredentialsError", "InvalidConfigError", "ConfigParseError",
-        "CredentialRetrievalError",
-    },
+        "CredentialRetrievalError"},
     "Check the network, HTTPS_PROXY and, if a proxy replaces certificates, AWS_CA_BUNDLE.": {
         "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "HTTPClientError",
-        "ConnectionClosedError", "ProxyConnectionError", "SSLError", "ResponseParserError",
-    },
-}
-# fmt: on
+        "ConnectionClosedError", "ProxyConnectionError", "SSLError", "ResponseParserError"},
+}  # fmt: skip
 
 
 def step_failed(step: str, error: Exception) -> StepFailed:
-    """What an error of the SDK means for the account that the call was made for."""
-    code, message = code_and_message(error)
-    status, kind = 0, "final"
+    """What an error of the SDK means: AWS's code and message, or the SDK's name for it and text."""
+    code, message, status, kind = type(error).__name__, str(error), 0, "final"
     if isinstance(error, ClientError):
+        told = error.response.get("Error", {})
+        code, message = str(told.get("Code", "")), str(told.get("Message", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in THROTTLED or status == 429:
+    if not code or code.isdecimal() or isinstance(error, ResponseParserError):
+        # A proxy's page, for example. botocore's text quotes it, which may hold credentials.
+        code, message = "ResponseParserError", "AWS's answer could not be understood"
+    if "Throttl" in code or code in THROTTLED or status == 429:
         kind = "throttled"
     elif code in TRANSIENT or status >= 500 or isinstance(error, TRANSIENT_ERRORS):
         kind = "transient"
-    return StepFailed(step, code, message, kind)
-
-
-def error_code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def code_and_message(error: Exception) -> tuple[str, str]:
-    """AWS's code and message, or the SDK's name for the error and its text."""
-    if isinstance(error, ClientError):
-        message = str(error.response.get("Error", {}).get("Message", ""))
-        return error_code(error), without_secrets(message)
-    # botocore's own text quotes an answer that it cannot parse, which may hold credentials.
-    message = NOT_UNDERSTOOD if isinstance(error, ResponseParserError) else str(error)
-    return type(error).__name__, without_secrets(message)
+    return StepFailed(step, code, without_secrets(message), kind)
 
 
 def sdk_error_in_words(error: Exception) -> str:
     """What an error of the SDK means for somebody who cannot start; empty for any other error."""
     if not isinstance(error, SDK_ERRORS):
         return ""
-    code, message = code_and_message(error)
-    operation = f"{error.operation_name}: " if isinstance(error, ClientError) else ""
-    if not code or code.isdecimal():  # an HTTP status: a proxy's page, and no answer of AWS
-        code, message = "ResponseParserError", NOT_UNDERSTOOD
-    words = f"{operation}{code}: {message}"
+    step = error.operation_name if isinstance(error, ClientError) else ""
+    failure = step_failed(step, error)
+    words = str(failure).removeprefix(": ")
     for advice, codes in CANNOT_START.items():
-        if not codes.isdisjoint({code, operation + code}):
+        if not codes.isdisjoint({failure.code, f"{step}: {failure.code}"}):
             return f"{words.rstrip(': .')}. {advice.format(profile=PROFILE.get())}"
     return words
 
 
 def without_secrets(message: str) -> str:
-    """An error message's first line without what looks like a signature or a session token.
-
-    SignatureDoesNotMatch goes on to quote the signed request with the token.
-    """
+    """An error message's first line without what looks like a signature or a session token."""
+    # SignatureDoesNotMatch goes on to quote the signed request with the token.
     first_line = message.strip().split("\n", 1)[0]
     for proxy in getproxies().values():  # urllib3 may quote a part of a URL that it cannot parse
         for part in re.split("[#/?]", proxy.rpartition("@")[0].rpartition("://")[2]):
