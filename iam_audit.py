@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
-"""iam-audit: who has which password, access key and MFA device in an AWS organization.
+"""iam-audit: every long-term credential of an AWS organization, and what to do about it.
 
 From a profile of the management account, or of a delegated administrator, it assumes a role in
-every member account, reads the IAM credential report and when each access key was last used, and
-writes one CSV file per account. It reads no secret values.
+every member account, reads the IAM credential report, users, access keys, API keys and policies,
+and writes tables and a summary. It reads no secret values.
 
 Reads   the AWS profile's credentials, as the SDK finds them;
-        in OUTPUT_DIR or --previous DIR, summaries of earlier runs and CSV files to compare with.
-Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv (if there is an
-        earlier run), events.csv (with --cloudtrail) and, last, summary.json; files with mode 0600,
-        folders 0700. The summary goes to stdout. With --print, a document goes to stdout and
-        nothing else happens.
+        the files that --accounts @FILE, --exclude @FILE and --exceptions name;
+        in OUTPUT_DIR or --previous DIR, summaries and tables of earlier runs, to compare with.
+Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, credentials.csv, findings.csv, changes.csv (if
+        there is an earlier run), events.csv (with --cloudtrail) and, last, summary.json; files
+        with mode 0600, folders 0700; OUTPUT_DIR/latest, a link to the run. The summary goes to
+        stdout. With --print, a document goes to stdout and nothing else happens.
 
 Every AWS action that the program can call:
   with the profile's credentials
     sts:GetCallerIdentity                who runs the audit, and in which partition
     organizations:DescribeOrganization   which account is the management account
     organizations:ListAccounts           the accounts
+    organizations:DescribeOrganizationalUnit   the names of organizational units
     organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy, ListParents
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
@@ -24,7 +26,8 @@ Every AWS action that the program can call:
   with the assumed role; in the management account, if the profile belongs to it, with the
   profile's credentials
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
-    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile;
+    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile,
+    iam:ListServiceSpecificCredentials, iam:GetAccountAuthorizationDetails;
     with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; no other call changes anything in AWS. Every
@@ -33,16 +36,17 @@ role is read-only in the hands of this program. The profile's own credentials ar
 this way. To get and refresh them, the SDK may call other services, run a credential_process (which
 is ended if it hangs) and write its own token cache. The program itself never writes or logs
 credentials or puts them on a command line. An account that cannot be read in full gets no CSV
-file: it is reported as failed, with the reason.
+file: it is reported as failed, with the reason. What only one of the last two IAM actions tells is
+reported as not checked where the role lacks it.
 
-Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,500 lines.
+Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,550 lines.
 Nothing else opens a connection.
   run        the story, from the command line to the files, the summary and the exit code
   data       what several sections share: Account, User, Credential, the outcomes, Plan, Run
   AWS        permissions with their reasons; every network call, its credentials, pace and retries
   audit      one account, from AssumeRole to its users; all accounts concurrently
   files      rows, cells, atomic writing, reading a run back
-  assess     gaps, maturity levels, the table of finding rules
+  assess     gaps, maturity levels, the table of finding rules, exceptions
   track      what changed since an account's last audit, with CloudTrail as a witness
   enforce    what the organization's service control policies already prevent
   terminal   the summary as text and as summary.json
@@ -1663,7 +1667,7 @@ CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger dif
 # NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
-identity = itemgetter("UserName", "UserId")  # either may be another user's later
+name_and_id = itemgetter("UserName", "UserId")  # either may be another user's later
 
 
 class Lists(NamedTuple):
@@ -1684,7 +1688,7 @@ async def read_users(
     async def read_one(entry: Entry) -> None:
         nonlocal gone
         try:
-            read[identity(entry)] = await naming_step(session, read_user, entry, report)
+            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report)
         except StepFailed as failure:
             # AWS may also answer AccessDenied for a key that is gone.
             of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
@@ -1695,7 +1699,7 @@ async def read_users(
     for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
         asked, gone = utc_now(), None
         lists = await read_lists(session)
-        unread = [entry for entry in lists.users if identity(entry) not in read]
+        unread = [entry for entry in lists.users if name_and_id(entry) not in read]
         await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
         if gone is None:
             name = unlisted_user(lists, await report, asked)
@@ -1707,7 +1711,7 @@ async def read_users(
         await asyncio.sleep(pause)
     users = []
     for entry in sorted(lists.users, key=itemgetter("UserName")):
-        users.append(complete(read[identity(entry)], entry["UserId"], lists, plan.owner_tags))
+        users.append(complete(read[name_and_id(entry)], entry["UserId"], lists, plan.owner_tags))
     return users, lists.denied
 
 

@@ -119,7 +119,7 @@ def test_shows_what_is_most_urgent_and_what_an_exception_covers(
     for shown in (
         "exposed-credential",
         "api-key-without-expiry",
-        "1 finding is covered by exceptions",
+        "1 finding covered by exceptions",
         "settlement-export",
         "to be moved to a role by then",
     ):
