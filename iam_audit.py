@@ -1193,7 +1193,7 @@ async def list_all(session: AccountSession, call: Any, *lists: str, **request: A
     while True:
         page = await session.call(call, **request)
         for name in lists:
-            entries += page[name]
+            entries += page[name] if name == lists[0] else page.get(name, ())
         if not page.get(marker):
             return entries
         request[marker] = page[marker]
