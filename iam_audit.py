@@ -82,8 +82,6 @@ import textwrap
 import threading
 import time
 import traceback
-from array import array
-from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
 from collections.abc import (
     AsyncIterator,
@@ -2733,12 +2731,13 @@ EVENTS_COLUMNS = (
 CAME_AND_WENT, USER_CAME_AND_WENT = "access-key-came-and-went", "user-came-and-went"
 API_KEY_CAME_AND_WENT = "api-key-came-and-went"
 NEW_KEY_CHANGES = ("access-key-created", "api-key-created", CAME_AND_WENT, API_KEY_CAME_AND_WENT)
-LISTING, OF_SERVICES = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
-WITHOUT_ID = {*ROOT_ACCESS_KEYS, *CERTIFICATES}
-RUNS_SHOWN, RUNS_KEPT = 12, 60  # in the terminal and in summary.json, this one included
+LISTING, KINDS_LISTED = "ListServiceSpecificCredentials", (API_KEY, SERVICE_PASSWORD)
+WITHOUT_ID = {"", NOT_APPLICABLE, *ROOT_ACCESS_KEYS, *CERTIFICATES}
+RUNS_KEPT = 60  # in summary.json, this one included
 RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some 40 ms
+# The present name (or the last), the earlier one, and the user then and now, if they were there
+Person = tuple[str, str, "UserState | None", "UserState | None"]
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
-LACKS_ROWS = "it lacks rows that summary.json counts"
 
 
 class Change(NamedTuple):
@@ -2765,7 +2764,7 @@ class EarlierAccount(NamedTuple):
     users: int = 0
     keys: int = 0
     levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
-    not_checked: Sequence[str] = ()  # operations that were denied
+    listed: bool = True  # whether its API keys and passwords for services were read
 
 
 class EarlierRun(NamedTuple):
@@ -2774,28 +2773,8 @@ class EarlierRun(NamedTuple):
     organization_id: str
     scope: Any  # as in summary.json
     max_key_age_days: int
-    figures: dict[str, Any]  # as in the table of runs
-    runs: Sequence[dict[str, Any]] | None  # those of its scope before it, if its summary tells
-    findings: int  # so many rows at least has its findings.csv
+    runs: list[dict[str, Any]]  # those of its scope before it that its summary tells of, and itself
     accounts: dict[str, EarlierAccount]  # the whole organization, in scope or not
-
-
-class Facts:
-    """Rows of text that are known, by their hashes: 500,000 of a large run take 4 MB."""
-
-    def __init__(self, hashes: Iterable[int] = ()) -> None:
-        self.hashes = array("q", sorted(hashes))
-
-    def __contains__(self, row: tuple[str, ...]) -> bool:
-        return bisect_left(self.hashes, hash(row)) < bisect_right(self.hashes, hash(row))
-
-
-class Tables(NamedTuple):
-    """What tables of an earlier run tell of its whole organization; None: that is unknown."""
-
-    findings: Facts | None = None
-    others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None  # user, ID; by account ID
-    not_administrators: Facts = Facts()  # account ID, user
 
 
 @dataclass
@@ -2806,7 +2785,6 @@ class History:
     folders: Sequence[Path] = ()
     organization_id: str = ""
     read: dict[Path, EarlierRun | AuditError] = field(default_factory=dict)
-    held: dict[str, States] = field(default_factory=dict)  # of the run that --previous names
 
     def __iter__(self) -> Iterator[EarlierRun | AuditError]:
         for folder in self.folders:
@@ -2819,16 +2797,6 @@ class History:
             if isinstance(run, AuditError) or run.organization_id == self.organization_id:
                 yield run
 
-    def name_one(self, folder: Path) -> None:
-        """Have this run alone. Raises AuditError if its summary or an account's CSV is damaged."""
-        run = earlier_run(folder)
-        if run.organization_id != self.organization_id:
-            raise AuditError(f"--previous: {folder} is of organization {run.organization_id}.")
-        for account_id, account in run.accounts.items():
-            if account.result == "audited":
-                self.held[account_id] = states_before(run, account_id)
-        self.folders, self.read = [folder], {folder: run}
-
 
 class Baseline(NamedTuple):
     """What an account is compared with. Without a run, keys created from `since` on are new."""
@@ -2837,7 +2805,10 @@ class Baseline(NamedTuple):
     states: States
     since: datetime | None
     passed_over: Sequence[str]  # messages on files that cannot be read
-    tables: Tables = Tables()
+    # Of the run's tables, None if that is unknown: hashes of its findings (account, user, finding,
+    # key) and of the users (account, user) who were no administrators; by account: user, ID, state
+    known: set[int] | None = None
+    others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None
     unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
 
 
@@ -2850,7 +2821,7 @@ class Tracking:
     runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope, oldest first
     unreadable: list[str] = field(default_factory=list)  # what the table of runs may lack
     baselines: dict[str, Baseline] = field(default_factory=dict)  # of accounts in hand
-    tables: dict[Path, Tables] = field(default_factory=dict)  # by the folder of their run
+    tables: dict[Path, tuple[Any, Any]] = field(default_factory=dict)  # read, by their folder
     compared: dict[str, EarlierRun] = field(default_factory=dict)  # by account ID
     passed_over: dict[str, None] = field(default_factory=dict)  # messages
     blind: list[Account] = field(default_factory=list)  # where new keys cannot be ruled out
@@ -2866,68 +2837,64 @@ class Tracking:
 def open_tracking(
     history: History, previous: Path | timedelta | None, scope: Scope, now: datetime
 ) -> Tracking:
-    """The last runs of this scope, and what to compare with: `previous`, or the newest so old."""
-    tracking, same_scope = Tracking(history), {"exclude_ous": [], **scope_document(scope)}
+    """The last runs of this scope, and what to compare with: `previous`, or the newest so old.
+    Raises AuditError if the run that `previous` names is damaged or of another organization."""
+    tracking = Tracking(history)
     for run in itertools.islice(history, RUNS_SEARCHED):
         if isinstance(run, AuditError):
             tracking.unreadable.append(str(run))
-        elif run.scope == same_scope:
-            tracking.runs = [*(run.runs or ()), run.figures, *tracking.runs]
-            if run.runs is not None:
+        elif run.scope == scope_document(scope):
+            tracking.runs = [*run.runs, *tracking.runs]
+            if len(run.runs) > 1:
                 break
     del tracking.runs[: 1 - RUNS_KEPT]
     if isinstance(previous, timedelta):
         latest = f"{now - previous:%Y%m%dT%H%M%SZ}"
         history.folders = [each for each in history.folders if each.name[: len(latest)] <= latest]
     elif previous is not None:
-        history.name_one(previous)
+        history.folders = [previous]
+        other = AuditError(f"--previous: {previous} is of another organization.")
+        named = next(iter(history), other)
+        if isinstance(named, AuditError):
+            raise named
+        for account_id, account in named.accounts.items():
+            if account.result == "audited":
+                states_before(named, account_id)
     tracking.earlier = next((run for run in history if isinstance(run, EarlierRun)), None)
-    if tracking.earlier is not None and history.held:
-        tables_of(tracking, tracking.earlier)  # at once: the folder may disappear during the run
     return tracking
 
 
 def scope_document(scope: Scope) -> dict[str, Any]:
     """The scope as summary.json has it. Earlier versions wrote no `exclude_ous`."""
-    names, ids = ("accounts", "exclude", "ous"), (scope.accounts, scope.exclude, scope.ous)
-    left_out = {"exclude_ous": sorted(scope.exclude_ous)} if scope.exclude_ous else {}
-    named = dict(zip(names, map(sorted, ids)))
-    return {**named, **left_out, "include_management": scope.include_management}
+    names = ("accounts", "exclude", "ous", *(["exclude_ous"] if scope.exclude_ous else ()))
+    listed = {name: sorted(getattr(scope, name)) for name in names}
+    return {**listed, "include_management": scope.include_management}
 
 
 def earlier_run(folder: Path) -> EarlierRun:
     """A finished run by its summary. Raises AuditError if anything there is not what it must be."""
     with reading(folder / "summary.json"):
-        summary, accounts, runs = read_summary(folder), {}, None
+        summary, accounts, runs = read_summary(folder), dict[str, EarlierAccount](), []
         organization, scope = summary["organization"], summary.get("scope")
         for entry in [*summary["accounts"], *summary["out_of_scope"]]:
             if not re.fullmatch(r"\d{12}", entry["id"], re.ASCII):
                 raise ValueError(f"{entry['id']!r:.40} is not an account ID of 12 digits")
-            accounts[sys.intern(entry["id"])] = earlier_account(entry)  # most runs have the same
-        figures = run_figures(summary, summary["totals"], summary["gaps"]["organization"])
-        if scope and summary.get("runs"):
-            told = (run_figures(one, one, one) for one in summary["runs"])
-            runs = [one for one in told if one["started"] < figures["started"]]
+            accounts[sys.intern(entry["id"])] = earlier_account(entry)  # runs share most of them
+        started, days = parse_time(summary["started"]), typed(int, summary["max_key_age_days"])
+        itself = {**summary, **summary["totals"], **summary["gaps"]["organization"]}
+        for run in [*(summary.get("runs") or ()), itself]:
+            figures = {name: typed(int, run[name]) for name in ("audited", *RUN_GAPS)}
+            if run is itself or parse_time(run["started"]) < started:
+                runs.append({"started": iso(parse_time(run["started"])), **figures})
         if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
             included = organization["management_account_included"]
             scope = scope_document(Scope(include_management=included))
-        started, days = parse_time(summary["started"]), typed(int, summary["max_key_age_days"])
-        of_run = (folder, started, typed(str, organization["id"]))
-        scope = scope and {"exclude_ous": [], **scope}  # there was no such option
-        findings = sum(summary["findings"].values())
-        return EarlierRun(*of_run, scope, days, figures, runs, findings, accounts)
-
-
-def run_figures(run: Any, totals: Any, gaps: Any) -> dict[str, Any]:
-    """A run's line in the table of runs."""
-    figures = {"started": iso(parse_time(run["started"])), "audited": typed(int, totals["audited"])}
-    for name in RUN_GAPS:
-        figures[name] = typed(int, gaps[name])
-    return figures
+        return EarlierRun(
+            folder, started, typed(str, organization["id"]), scope, days, runs, accounts
+        )
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
-    """An account. Its texts are the same in many runs: interned, a year of them is some 50 MB."""
     name, result = sys.intern(entry["name"]), sys.intern(entry.get("result", "out of scope"))
     if result in ("failed", "skipped", "out of scope"):
         return EarlierAccount(name, result)
@@ -2936,8 +2903,8 @@ def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
     levels = tuple(LEVELS.index(entry["maturity"][phase]) for phase in PHASES)
     users = typed(int, entry["users"]) + typed(bool, entry["root"])
     keys, production = typed(int, entry["gaps"]["access_keys"]), typed(bool, entry["production"])
-    not_checked = tuple(map(sys.intern, entry.get("not_checked", ())))
-    return EarlierAccount(name, result, production, users, keys, levels, not_checked)
+    listed = LISTING not in entry.get("not_checked", ())
+    return EarlierAccount(name, result, production, users, keys, levels, listed)
 
 
 def typed(kind: type[T], value: Any) -> T:
@@ -2952,64 +2919,9 @@ def states_before(run: EarlierRun, account_id: str) -> States:
     path, counted = account_csv(run.folder, account_id), run.accounts[account_id]
     states = read_states(path, account_id)
     keys = sum(len(state.keys) for state in states.values())
-    with reading(path):
-        if (len(states), keys) != (counted.users, counted.keys):
-            raise ValueError(LACKS_ROWS)
+    if (len(states), keys) != (counted.users, counted.keys):
+        raise AuditError(f"Cannot read the earlier run's {path}: it lacks rows of its summary.json")
     return states
-
-
-def tables_of(tracking: Tracking, run: EarlierRun) -> Tables:
-    """The tables of an earlier run, which are read once; old runs have no credentials.csv."""
-    if run.folder not in tracking.tables:
-        tables = Tables()
-        for name, read in (("credentials.csv", with_credentials), ("findings.csv", with_findings)):
-            path = run.folder / name
-            try:
-                with reading(path):
-                    if name == "findings.csv" or may_exist(path):
-                        tables = read(tables, path, run)
-            except AuditError as error:
-                tracking.passed_over[str(error)] = None
-        tracking.tables[run.folder] = tables
-    return tracking.tables[run.folder]
-
-
-def with_credentials(tables: Tables, path: Path, run: EarlierRun) -> Tables:
-    others, users, keys = dict[str, Any](), array("q"), 0
-    columns = ("account_id", "username", "administrator", "credential_id", "status", "created_date")
-    for account_id, user, administrator, *key, kind in table_rows(path, *columns, "kind"):
-        keys += kind == ACCESS_KEY
-        if administrator == "false":
-            users.append(hash((account_id, user)))
-        if kind in KINDS[1:]:
-            key_id, status, created = key
-            of_account = others.setdefault(account_id, [])
-            of_account.append((user, key_id, KeyState(status, created, kind)))
-    if keys != sum(account.keys for account in run.accounts.values()):
-        raise ValueError(LACKS_ROWS)
-    return tables._replace(others=others, not_administrators=Facts(users))
-
-
-def with_findings(tables: Tables, path: Path, run: EarlierRun) -> Tables:
-    rows = table_rows(path, "account_id", "finding", "username", "access_key_id")
-    found = Facts(map(hash, rows))
-    if len(found.hashes) < run.findings:
-        raise ValueError(LACKS_ROWS)
-    return tables._replace(findings=found)
-
-
-def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
-    """These cells of the rows of a table that may be large; to be called in `reading`."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a regular file")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        header = next(rows, [])
-        wanted = itemgetter(*map(header.index, columns))
-        for number, row in enumerate(rows, 2):
-            if len(row) != len(header):
-                raise ValueError(f"row {number} has more or fewer cells than the header")
-            yield tuple(map(original, wanted(row)))
 
 
 def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
@@ -3028,15 +2940,53 @@ def baseline_of(tracking: Tracking, account_id: str) -> Baseline:
             since = run.started
         elif account.result == "audited":
             try:
-                states = history.held.pop(account_id, None) or states_before(run, account_id)
+                states = states_before(run, account_id)
             except AuditError as error:
                 passed_over.append(str(error))
                 continue
-            tables = tables_of(tracking, run)
-            unknown: Sequence[str] = OF_SERVICES if LISTING in account.not_checked else ()
-            unknown = KINDS[1:] if tables.others is None else unknown
-            return Baseline(run, states, run.started, passed_over, tables, unknown)
+            known, others = tables_of(tracking, run.folder)
+            unknown = KINDS[1:] if others is None else () if account.listed else KINDS_LISTED
+            return Baseline(run, states, run.started, passed_over, known, others, unknown)
     return Baseline(None, {}, since, passed_over)
+
+
+def tables_of(tracking: Tracking, folder: Path) -> tuple[Any, Any]:
+    """`known` and `others` of a Baseline, read once; nothing if one of the tables is damaged."""
+    if folder not in tracking.tables:
+        tracking.tables[folder] = (None, None)
+        known, others, path = set[int](), dict[str, Any](), folder / "credentials.csv"
+        whose, of_key = ("account_id", "username"), ("credential_id", "status", "created_date")
+        try:
+            rows = table_rows(folder / "findings.csv", *whose, "finding", "access_key_id")
+            for *about, key_id in rows:
+                known.add(hash((*about, "" if key_id in WITHOUT_ID else key_id)))
+            if may_exist(path):  # old runs have none
+                for row in table_rows(path, *whose, "administrator", "kind", *of_key):
+                    account_id, user, is_administrator, kind, key_id, status, created = row
+                    if is_administrator == "false":
+                        known.add(hash((account_id, user)))
+                    if kind in KINDS[1:]:
+                        key = (user, key_id, KeyState(status, created, kind))
+                        others.setdefault(account_id, []).append(key)
+            tracking.tables[folder] = (known, others if may_exist(path) else None)
+        except AuditError as error:
+            tracking.passed_over[str(error)] = None
+    return tracking.tables[folder]
+
+
+def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
+    """These cells of the rows of a table that may be large. Raises AuditError if it is damaged."""
+    with reading(path):
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, [])
+            wanted = itemgetter(*map(header.index, columns))
+            for number, row in enumerate(rows, 2):
+                if len(row) != len(header):
+                    raise ValueError(f"row {number} has more or fewer cells than the header")
+                yield tuple(map(original, wanted(row)))
 
 
 def track_account(
@@ -3052,154 +3002,101 @@ def track_account(
         events = tuple(event for event in trail.events if event.time >= since)
         audited = replace(audited, trail=replace(trail, events=events))
     if LISTING in audited.not_checked:
-        baseline = baseline._replace(unknown=(*OF_SERVICES, *baseline.unknown))
-    persons, changes = compare(audited, baseline)
+        baseline = baseline._replace(unknown=(*KINDS_LISTED, *baseline.unknown))
+    changes = list(changes_of(tracking, audited, baseline))
     if run is not None:
         tracking.compared[account.id] = run
         tracking.changes += changes
-        track_mfa(tracking, account, persons)
     else:
         tracking.new_keys_elsewhere += [one for one in changes if one.change in NEW_KEY_CHANGES]
         tracking.blind += [account] if baseline.passed_over else []
-    return judged(tracking, findings, persons, baseline)
+    return mark_new(tracking, findings, changes, baseline)
 
 
-def compare(audited: AuditedAccount, baseline: Baseline) -> tuple[list[Person], list[Change]]:
-    """The users then and now, and what has changed; without an earlier run, what dates tell."""
-    account, before, after = audited.account, baseline.states, states_of(rows_of(audited))
+def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
+    """What has changed in an account. Of credentials of `unknown` kinds only their dates tell."""
+    account, trail, unknown = audited.account, audited.trail, baseline.unknown
+    before, after, found = baseline.states, states_of(rows_of(audited)), list[Change]()
     for user in audited.users:
-        for one in user.others:
-            if one.kind not in baseline.unknown:
-                after[user.name].keys[one.id] = KeyState(one.status, iso(one.created), one.kind)
-    for name, key_id, state in (baseline.tables.others or {}).get(account.id, ()):
-        if name in before and state.kind not in baseline.unknown:
+        for key in user.others:
+            if key.kind not in unknown:
+                after[user.name].keys[key.id] = KeyState(key.status, iso(key.created), key.kind)
+        dated = KINDS if user.name == ROOT and ROOT not in before else unknown
+        for key in (*user.keys, *user.others):
+            if key.kind in dated and baseline.since and key.created >= baseline.since:
+                what = (user.name, key.id, f"{key.kind}-created", "", key.status)
+                found.append(Change(account.id, account.name, *what))
+    for name, key_id, state in (baseline.others or {}).get(account.id, ()):
+        if name in before and state.kind not in unknown:
             before[name].keys[key_id] = state
-    persons, found = list[Person](), list[Change]()
-    events = audited.trail.events if audited.trail else ()
-    if baseline.run is not None:
-        persons += persons_of(before, after, events)
-        found += changes_between(account, persons)
-        found += administrators_added(audited, baseline, persons)
-    if baseline.since is not None:
-        found += created_since(audited, baseline)
-        found += came_and_went(account, before, after, events)
-    for index, change in enumerate(found):
-        found[index] = with_witness(change, audited.trail)._replace(since=baseline.since)
-    return persons, found
+    events = trail.events if trail and baseline.since else ()
+    found += came_and_went(account, before, after, events)
+    persons = list(persons_of(before, after, events)) if baseline.run else []
+    found += changes_between(account, persons)
+    administrators = {user.name for user in audited.users if user.administrator == "true"}
+    for name, old_name, then, now in persons:
+        was_none = then is None or hash((account.id, old_name)) in (baseline.known or ())
+        if now and name in administrators and was_none:
+            what = (name, "", "administrator-added", "false" if then else "", "true")
+            found.append(Change(account.id, account.name, *what))
+        lacked, lacks = bool(then and then.lacks_mfa), bool(now and now.lacks_mfa)
+        tracking.mfa_fixed += lacked and not lacks
+        if lacks and not lacked:
+            new = Change(account.id, account.name, name, change="console-without-mfa")
+            tracking.mfa_new.append(new)
+    for change in found:
+        yield with_witness(change, trail)._replace(since=baseline.since)
 
 
-def judged(
-    tracking: Tracking, findings: Iterable[Finding], persons: Iterable[Person], baseline: Baseline
+def mark_new(
+    tracking: Tracking, findings: Iterable[Finding], changes: Iterable[Change], baseline: Baseline
 ) -> list[Finding]:
-    """The findings, each with whether it is new. Those of an account that has become production
-    since its baseline are told once more."""
-    found, users = list[Finding](), {person.name: person for person in persons if person.now}
-    for each in findings:
-        finding = each._replace(new=is_new(each, users.get(each.user), baseline))
-        found.append(finding)
-        account = baseline.run.accounts[finding.account.id] if baseline.run else None
-        risen = account is not None and finding.production and not account.production
-        untold = risen or finding.new is not False
-        if finding.priority == MOST_URGENT and untold and finding.exception is None:
-            tracking.urgent_new.append(finding)
+    """The findings, each with whether the baseline lacked it; None if that is unknown. Those of an
+    account that has become production since then are told once more."""
+    found, known, run = list[Finding](), baseline.known, baseline.run
+    created = {(one.user, one.key_id) for one in changes if one.change.endswith("-created")}
+    old_names = {one.user: one.before for one in changes if one.change == "user-renamed"}
+    for finding in findings:
+        user, key, new = finding.user, finding.key, None
+        key_id = key.id if key else ""
+        row = (finding.account.id, old_names.get(user, user), finding.finding)
+        if known is not None and (user, key_id) in created:
+            new = True
+        elif known is not None and (key is None or key.kind not in baseline.unknown):
+            new = hash((*row, "" if key_id in WITHOUT_ID else key_id)) not in known
+        found.append(finding._replace(new=new))
+        risen = run and finding.production and not run.accounts[finding.account.id].production
+        told = risen or new is not False
+        if told and finding.priority == MOST_URGENT and not finding.exception:
+            tracking.urgent_new.append(found[-1])
     return found
 
 
-def is_new(finding: Finding, person: Person | None, baseline: Baseline) -> bool | None:
-    """Whether the baseline lacked the finding; None if that is unknown."""
-    key, since, known = finding.key, baseline.since, baseline.tables.findings
-    if known is None or since is None:
-        return None
-    if person is None or person.then is None:  # a new user, or a report that lacked root's row
-        return True
-    undated = key is None or key.kind not in baseline.unknown
-    if key and key.id in WITHOUT_ID and undated:
-        state = KeyState(key.status, iso(key.created), key.kind)
-        return state not in person.then.keys.values()
-    key_id = key.id if key else NOT_APPLICABLE
-    if (finding.account.id, finding.finding, person.old_name, key_id) in known:
-        return False
-    return True if key is None or undated or key.created >= since else None
-
-
-def created_since(audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
-    """The new credentials of which their dates alone tell, as of root's if its row was missing."""
-    for user in audited.users:
-        of_user = Change(audited.account.id, audited.account.name, user.name)
-        no_row = user.name == ROOT and ROOT not in baseline.states
-        kinds = KINDS if no_row else baseline.unknown
-        for key in (*user.keys, *user.others):
-            if key.kind in kinds and baseline.since and key.created >= baseline.since:
-                change = of_user._replace(key_id=key.id, change=f"{key.kind}-created")
-                yield change._replace(after=key.status)
-
-
-def administrators_added(
-    audited: AuditedAccount, baseline: Baseline, persons: Iterable[Person]
-) -> Iterator[Change]:
-    """Administrators who are new, or of whom the earlier run says that they were none."""
-    administrators = {user.name for user in audited.users if user.administrator == "true"}
-    account, were_none = audited.account, baseline.tables.not_administrators
-    for name, old_name, then, now in persons:
-        added = then is None or (account.id, old_name) in were_none
-        if now and name in administrators and added:
-            before = "false" if then else ""
-            yield Change(account.id, account.name, name, "", "administrator-added", before, "true")
-
-
-class Person(NamedTuple):
-    """A user then and now (None: not there). `name` is the present one, or the last one."""
-
-    name: str
-    old_name: str
-    then: UserState | None
-    now: UserState | None
-
-
 def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> Iterator[Person]:
-    """All users; root only if both credential reports had it: root neither comes nor goes."""
-    names, renamed = before.keys() | after.keys(), renames(before, after, events)
-    if ROOT not in before or ROOT not in after:
-        names.discard(ROOT)
-    moved = set(renamed.values())
-    for name in sorted(names):
-        if name in after:
-            old_name = renamed.get(name, name)
-            is_other = name in moved and name not in renamed  # who had the name has another now
-            yield Person(name, old_name, None if is_other else before.get(old_name), after[name])
-        if name in before and name not in moved and (name not in after or name in renamed):
-            yield Person(name, name, before[name], None)
-
-
-def renames(before: States, after: States, events: Iterable[Event]) -> dict[str, str]:
-    """The old name by the new one, as keys tell, which stay with their user, or else CloudTrail."""
+    """All users. Keys, which stay with their user, tell who was renamed, or else CloudTrail does.
+    Root only if both credential reports had it: it neither comes nor goes."""
     same, moved = {name.lower(): name for name in before}, dict[str, str]()
     for event in events:  # IAM knows a name in any letter case
         if event.new_name or event.name == "DeleteUser":
             name = moved.pop(event.user.lower(), "") or same.pop(event.user.lower(), "")
             moved[event.new_name.lower()] = name
-    owners: dict[str, set[str]] = {}
-    for name, state in sorted(before.items()):
-        for key_id in state.keys.keys() - WITHOUT_ID:
-            owners.setdefault(key_id, set()).add(name)
-    renamed = {}
+    owners, renamed = dict[str, str](), dict[str, str]()  # by key ID; old names by new ones
+    for name, state in before.items():
+        owners.update(dict.fromkeys(state.keys.keys() - WITHOUT_ID, name))
     for name, state in after.items():
-        had = set[str]().union(*(owners.get(key_id, ()) for key_id in state.keys))
+        had = {owners[key_id] for key_id in state.keys if key_id in owners}
         old_name = min(had) if had and name not in had else moved.get(name.lower(), "")
         if old_name not in ("", name):
             renamed[name] = old_name
-    return renamed
-
-
-def track_mfa(tracking: Tracking, account: Account, persons: Iterable[Person]) -> None:
-    """Count the console users without MFA who have it now or are gone, and keep the new ones."""
-    for name, _old_name, then, now in persons:
-        lacked = then is not None and then.lacks_mfa
-        lacks = now is not None and now.lacks_mfa
-        tracking.mfa_fixed += lacked and not lacks
-        if lacks and not lacked:
-            new = Change(account.id, account.name, name, change="console-without-mfa")
-            tracking.mfa_new.append(new)
+    gone = {name: before[name] for name in before.keys() - {*renamed.values()}}
+    for name in sorted(before.keys() | after.keys()):
+        if name == ROOT and (ROOT not in before or ROOT not in after):
+            continue
+        if name in after:
+            then = before[renamed[name]] if name in renamed else gone.pop(name, None)
+            yield name, renamed.get(name, name), then, after[name]
+        if name in gone:
+            yield name, name, gone[name], None
 
 
 def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Change]:
@@ -3210,27 +3107,26 @@ def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Cha
         else:
             if old_name != name:
                 yield of_user._replace(change="user-renamed", before=old_name, after=name)
-            yield from sign_in_changes(of_user, then, now)
+            before, after = then.password_status, now.password_status
+            if before != after:
+                what = "console-enabled" if after == PASSWORD_SET else "console-disabled"
+                yield of_user._replace(change=what, before=before, after=after)
+            before, after = then.mfa_status, now.mfa_status
+            if before != after:
+                what = {before: "mfa-added", after: "mfa-removed"}.get(NO_MFA, "mfa-changed")
+                yield of_user._replace(change=what, before=before, after=after)
         yield from key_changes(of_user, then.keys if then else {}, now.keys if now else {})
 
 
-def sign_in_changes(of_user: Change, then: UserState, now: UserState) -> Iterator[Change]:
-    before, after = then.password_status, now.password_status
-    if before != after:
-        what = "console-enabled" if after == PASSWORD_SET else "console-disabled"
-        yield of_user._replace(change=what, before=before, after=after)
-    before, after = then.mfa_status, now.mfa_status
-    if before != after:
-        what = {before: "mfa-added", after: "mfa-removed"}.get(NO_MFA, "mfa-changed")
-        yield of_user._replace(change=what, before=before, after=after)
-
-
 def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
-    """One user's long-term credentials but the password."""
-    earlier, current, none = by_identity(before), by_identity(after), ("", KeyState("", "", ""))
-    for identity in sorted(earlier.keys() | current.keys()):
-        old_id, then = earlier.get(identity, none)
-        new_id, now = current.get(identity, none)
+    """Those without an ID are known by their date, as AWS promises no order of the two."""
+    none, sides = ("", KeyState("", "", "")), (dict[str, Any](), dict[str, Any]())
+    for side, keys in zip(sides, (before, after)):
+        for key_id, key in sorted(keys.items()):
+            dated = f"{key.kind} {key.created}"
+            side[dated if key_id in WITHOUT_ID and dated not in side else key_id] = key_id, key
+    for identity in sorted(sides[0].keys() | sides[1].keys()):
+        (old_id, then), (new_id, now) = (side.get(identity, none) for side in sides)
         if not (then.status and now.status):
             what = "created" if now.status else "deleted"
         elif is_active(then.status) != is_active(now.status):
@@ -3241,98 +3137,88 @@ def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
         yield change._replace(change=f"{now.kind or then.kind}-{what}")
 
 
-def by_identity(keys: Keys) -> dict[str, tuple[str, KeyState]]:
-    """By their IDs; those without one by their date, as AWS promises no order of the two."""
-    known: dict[str, tuple[str, KeyState]] = {}
-    for key_id, key in sorted(keys.items()):
-        dated = f"{key.kind} {key.created}"
-        known[dated if key_id in WITHOUT_ID and dated not in known else key_id] = key_id, key
-    return known
+OF_USER, OF_API_KEY = {"CreateUser", "CreateLoginProfile"}, {"CreateServiceSpecificCredential"}
+GONE = {  # what only events show: by the last event, those it needs before, and the change
+    "DeleteUser": (OF_USER, USER_CAME_AND_WENT),
+    "DeleteAccessKey": ({"CreateAccessKey"}, CAME_AND_WENT),
+    "DeleteServiceSpecificCredential": (OF_API_KEY, API_KEY_CAME_AND_WENT),
+}
 
 
 def came_and_went(
     account: Account, before: States, after: States, events: Iterable[Event]
 ) -> Iterator[Change]:
-    """Keys and console users that came and went between the runs: only events show them."""
+    """Keys and console users that came and went between the runs."""
     seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
     seen.update(name.lower() for name in (*before, *after))
-    done: dict[str, dict[str, Event]] = {}  # by the key's ID or the user's name
+    done: dict[str, set[str]] = {}  # the events by the key's ID or the user's name
     for event in events:
-        what = event.key_id or event.user.lower()
-        names = done.setdefault(what, {})
-        names[event.name] = event
-        gone, change = event.name if what not in seen else "", ""
-        if gone == "DeleteUser" and names.keys() >= {"CreateUser", "CreateLoginProfile"}:
-            change = USER_CAME_AND_WENT
-        elif gone == "DeleteAccessKey" and event.key_id and "CreateAccessKey" in names:
-            change = CAME_AND_WENT
-        elif gone == "DeleteServiceSpecificCredential" and event.key_id:
-            made = names.get("CreateServiceSpecificCredential")
-            change = (
-                API_KEY_CAME_AND_WENT if made and made.service_name not in PASSWORD_SERVICES else ""
-            )
-        if change:
+        what = event.user.lower() if event.name in {"DeleteUser", *OF_USER} else event.key_id
+        if event.service_name in PASSWORD_SERVICES or what in seen:  # only keys count as new
+            continue
+        done.setdefault(what, set()).add(event.name)
+        needed, change = GONE.get(event.name, (set[str](), ""))
+        if change and needed <= done[what]:
             yield Change(account.id, account.name, event.user, event.key_id, change, event=event)
 
 
-# The CloudTrail events that confirm a change or else contradict it; after "=", the status they set
-EXPLAINED_BY: dict[str, tuple[set[str], set[str]]] = {
-    "mfa-added": ({"EnableMFADevice"}, {"DeactivateMFADevice"}),
-    "mfa-removed": ({"DeactivateMFADevice"}, {"EnableMFADevice"}),
-    "mfa-changed": ({"EnableMFADevice", "DeactivateMFADevice"}, set()),
-    "console-enabled": ({"CreateLoginProfile"}, {"DeleteLoginProfile"}),
-    "console-disabled": ({"DeleteLoginProfile"}, {"CreateLoginProfile"}),
-    "user-created": ({"CreateUser"}, {"DeleteUser"}),
-    "user-deleted": ({"DeleteUser"}, {"CreateUser"}),
-    "user-renamed": ({"UpdateUser"}, set()),
-    "administrator-added": (set(), set()),  # by many events, for which nobody asks
-}
-for _kind, _create, _what in (
-    (ACCESS_KEY, "CreateAccessKey", "AccessKey"),
-    (API_KEY, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
-    (SERVICE_PASSWORD, "CreateServiceSpecificCredential", "ServiceSpecificCredential"),
-    (SIGNING_CERTIFICATE, "UploadSigningCertificate", "SigningCertificate"),
-):
-    _delete, _on, _off = f"Delete{_what}", f"Update{_what}=Active", f"Update{_what}=Inactive"
-    EXPLAINED_BY[f"{_kind}-created"] = ({_create}, {_delete})
-    EXPLAINED_BY[f"{_kind}-deleted"] = ({_delete}, {_create})
-    EXPLAINED_BY[f"{_kind}-activated"] = ({_on}, {_off})
-    EXPLAINED_BY[f"{_kind}-deactivated"] = ({_off}, {_on})
-CONFIRMING = set[str]().union(*(confirming for confirming, _ in EXPLAINED_BY.values()))
-EVENT_NAMES = tuple(sorted({event.partition("=")[0] for event in CONFIRMING}))
+# Changes, each with the CloudTrail event that confirms it; after "=" is the status that it sets.
+# What contradicts a change is the event of its opposite. "-": of many events, for which nobody asks
+EXPLANATIONS = """
+    mfa-added EnableMFADevice                    mfa-removed DeactivateMFADevice
+    mfa-changed EnableMFADevice+DeactivateMFADevice
+    console-enabled CreateLoginProfile           console-disabled DeleteLoginProfile
+    user-created CreateUser                      user-deleted DeleteUser
+    user-renamed UpdateUser                      administrator-added -
+    access-key-created CreateAccessKey           access-key-deleted DeleteAccessKey
+    access-key-activated UpdateAccessKey=Active  access-key-deactivated UpdateAccessKey=Inactive
+    api-key-created CreateServiceSpecificCredential
+    api-key-deleted DeleteServiceSpecificCredential
+    api-key-activated UpdateServiceSpecificCredential=Active
+    api-key-deactivated UpdateServiceSpecificCredential=Inactive
+    service-password-created CreateServiceSpecificCredential
+    service-password-deleted DeleteServiceSpecificCredential
+    service-password-activated UpdateServiceSpecificCredential=Active
+    service-password-deactivated UpdateServiceSpecificCredential=Inactive
+    signing-certificate-created UploadSigningCertificate
+    signing-certificate-deleted DeleteSigningCertificate
+    signing-certificate-activated UpdateSigningCertificate=Active
+    signing-certificate-deactivated UpdateSigningCertificate=Inactive
+""".split()
+EXPLAINED_BY = dict(zip(EXPLANATIONS[::2], EXPLANATIONS[1::2]))
+ON, OFF = "created activated added enabled".split(), "deleted deactivated removed disabled".split()
+OPPOSITES = dict(zip(ON + OFF, OFF + ON))
+EVENT_NAMES = tuple(sorted({*re.findall(r"(?<!=)\b[A-Z]\w+", " ".join(EXPLANATIONS))}))
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
     """The change with the latest event that explains it, or else the latest that contradicts it."""
     if change.event is not None:
         return change._replace(witness="confirmed")
-    if trail is None or not EXPLAINED_BY[change.change][0]:
+    confirming, (what, word) = EXPLAINED_BY[change.change], change.change.rsplit("-", 1)
+    if trail is None or confirming == "-":
         return change
     if trail.error:
         return change._replace(witness="unavailable")
-    for witness, names in zip(("confirmed", "contradicted"), EXPLAINED_BY[change.change]):
+    contradicting = EXPLAINED_BY.get(f"{what}-{OPPOSITES.get(word)}", "")
+    by_id = change.key_id not in WITHOUT_ID
+    for witness, names in (("confirmed", confirming), ("contradicted", contradicting)):
         for event in reversed(trail.events):
-            told = event.name in names or f"{event.name}={event.status}" in names
-            if told and is_about(event, change):
+            user = event.new_name if change.change == "user-renamed" else event.user
+            same = event.key_id == change.key_id if by_id else user.lower() == change.user.lower()
+            told = {event.name, f"{event.name}={event.status}"}.intersection(names.split("+"))
+            if same and told:
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
 
 
-def is_about(event: Event, change: Change) -> bool:
-    """Whether the event acted on what has changed. The report has no IDs of some credentials."""
-    if change.key_id and change.key_id not in WITHOUT_ID:
-        return event.key_id == change.key_id
-    name = event.new_name if change.change == "user-renamed" else event.user
-    return name.lower() == change.user.lower()
-
-
 def accounts_that_came_or_left(run: Run, earlier: EarlierRun) -> Iterator[Change]:
     """One change for each account that joined or left the organization since the newest run."""
-    then, now, since = earlier.accounts, accounts_now(run), earlier.started
-    for account_id in now.keys() - then.keys():
-        yield Change(account_id, now[account_id].name, change="account-joined", since=since)
-    for account_id in then.keys() - now.keys():
-        yield Change(account_id, then[account_id].name, change="account-left", since=since)
+    then, now = earlier.accounts, accounts_now(run)
+    for account_id in then.keys() ^ now.keys():
+        what = "account-joined" if account_id in now else "account-left"
+        name = (now.get(account_id) or then[account_id]).name
+        yield Change(account_id, name, change=what, since=earlier.started)
 
 
 def accounts_now(run: Run) -> dict[str, Account]:
@@ -3341,10 +3227,8 @@ def accounts_now(run: Run) -> dict[str, Account]:
     return {one.account.id: one.account for one in everyone}
 
 
-def change_order(change: Change) -> tuple[str, ...]:
-    """The order of changes.csv: by its columns, without those of the event."""
-    who = (change.account_id, change.account_name, change.user, change.key_id)
-    return (*who, change.change, change.before, change.after, change.witness)
+# The order of changes.csv: by its columns, without those of the event
+change_order = attrgetter(*Change._fields[:8])
 
 
 def change_row(change: Change) -> tuple[str, ...]:
@@ -3357,10 +3241,10 @@ def change_row(change: Change) -> tuple[str, ...]:
 
 def event_rows(run: Run) -> Iterator[tuple[str, ...]]:
     """The rows of events.csv, oldest first."""
-    found: list[tuple[Event, tuple[str, str]]] = []
+    found: list[tuple[Event, str, str]] = []
     for account, trail in run.trails:
-        found += [(event, (account.id, account.name)) for event in trail.events]
-    for event, where in sorted(found):
+        found += [(event, account.id, account.name) for event in trail.events]
+    for event, *where in sorted(found):
         who = (event.actor, event.source_ip, event.user_agent, event.id)
         yield (*where, iso(event.time), event.name, event.user, event.key_id, *who)
 
@@ -3376,8 +3260,7 @@ MFA_REQUIRED, NEW_KEYS_PREVENTED, NEW_API_KEYS_PREVENTED = CONTROLS
 # What the other controls prevent. To reset an API key is to get a new one.
 API_KEYS = "iam:CreateServiceSpecificCredential", "iam:ResetServiceSpecificCredential"
 ACTIONS = {NEW_KEYS_PREVENTED: ("iam:CreateAccessKey",), NEW_API_KEYS_PREVENTED: API_KEYS}
-VERDICTS = ("enforced", "not checked", "partial", "absent")  # of several the first one counts
-ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = VERDICTS
+VERDICTS = ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
 
 
 @dataclass(frozen=True)
@@ -3392,7 +3275,7 @@ class Control:
 class Policy(NamedTuple):
     names: Mapping[str, str]  # its own, by its ID
     targets: frozenset[str]  # the IDs that it is attached to
-    denials: Mapping[str, Any]  # what each Deny statement does, by control: see judge_policy
+    denials: Mapping[str, Any]  # by control, pairs: a Control, the statement if it denies in full
     allowed: set[str]  # the actions that an Allow without a condition lets everybody do
 
 
@@ -3428,8 +3311,8 @@ async def read_policies(aws: Aws, organization: str) -> list[Policy]:
         try:
             content = await aws.ask(describe_policy, policy_id)
             if targets := await aws.ask(list_targets_for_policy, policy_id):
-                judged = judge_policy(content, aws.caller.partition, organization)
-                policies.append(Policy({policy_id: name}, targets, *judged))
+                denials, allowed = judge_policy(content, aws.caller.partition, organization)
+                policies.append(Policy({policy_id: name}, targets, denials, allowed))
         except StepFailed as failure:
             if failure.code != "PolicyNotFoundException":  # deleted since it was listed
                 raise
@@ -3442,43 +3325,63 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
     paths = {one.account.id: one.account.path for one in everyone}
     if run.organization.management_account in paths:
         paths[run.organization.management_account] = ""  # no service control policy applies to it
-    why_not = run.enforcement.why_not
-    if not why_not:
+    if not run.enforcement.why_not:
         _, why_not = await best_effort(read_paths(aws, paths), None)
-    run.enforcement = run.enforcement._replace(why_not=why_not)
+        run.enforcement = run.enforcement._replace(why_not=why_not)
     for account_id, path in paths.items():
-        ids = None if why_not or path is None else path.split("/")
+        ids = None if run.enforcement.why_not or path is None else path.split("/")
         run.controls[account_id] = controls_of_account(ids, run.enforcement.policies)
 
 
 async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
     """Add the paths that ListAccounts did not give; each account and OU is asked about once."""
-    parents = dict[str, str]()
+    parent = functools.cache(lambda child: asyncio.create_task(aws.ask(list_parents, child)))
 
-    async def read(child_id: str) -> None:
-        parents[child_id] = await aws.ask(list_parents, child_id)
+    async def read(account_id: str) -> None:
+        if paths[account_id] is None:
+            ids = [account_id, await parent(account_id)]
+            while ids[-1].startswith("ou-"):
+                ids.append(await parent(ids[-1]))
+            paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
 
-    level = unknown = [account_id for account_id, path in paths.items() if path is None]
-    while level:
-        await side_by_side(PARENTS_AT_ONCE, level, read)
-        level = sorted({up for up in parents.values() if up.startswith("ou-")} - parents.keys())
-    for account_id in unknown:
-        ids = [account_id]
-        while ids[-1] in parents:
-            ids.append(parents[ids[-1]])
-        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
+    await side_by_side(PARENTS_AT_ONCE, list(paths), read)
 
 
-def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
+def controls_of_account(path: Sequence[str] | None, listed: Iterable[Policy]) -> dict[str, Control]:
     """The controls of the account with this path; not checked if the path is None."""
     if path is None:
         return dict.fromkeys(CONTROLS, Control(NOT_CHECKED))
-    applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
-    controls = {}
-    for control in CONTROLS:
-        denied, closed = strongest(control, applying), without_allow(control, path, applying)
-        controls[control] = denied if denied.verdict == NOT_CHECKED else stronger(denied, closed)
-    return controls
+    applying = [policy for policy in listed if not policy.targets.isdisjoint(path)]
+    return {control: judge_together(control, path, applying) for control in CONTROLS}
+
+
+def judge_together(control: str, path: Sequence[str], policies: Iterable[Policy]) -> Control:
+    """What holds where all of these apply. Full denials of a part of the actions may add up to all
+    actions: of one policy or of several."""
+    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
+    for policy in policies:
+        for judgement, statement in policy.denials.get(control, ()):
+            denial = replace(judgement, policies=policy.names)
+            whole = stronger(whole, denial)
+            if statement:
+                in_full.append(statement)
+                added_up = stronger(added_up, denial)
+    if whole.verdict != ENFORCED and not undenied(control, in_full):
+        return replace(added_up, verdict=ENFORCED, conditions=())
+    closed = without_allow(control, path, policies)
+    return whole if whole.verdict == NOT_CHECKED else stronger(whole, closed)
+
+
+def stronger(one: Control, other: Control) -> Control:
+    """What holds where both apply: the first of VERDICTS. A principal is free only if every
+    enforcing statement exempts it, so the one with the fewest exemptions tells most."""
+    if one.verdict != other.verdict:
+        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
+    exemptions, policies = one.exemptions + other.exemptions, {**one.policies, **other.policies}
+    if one.verdict == ENFORCED:
+        exemptions = min(one.exemptions, other.exemptions, key=len)
+    conditions = dict.fromkeys(one.conditions + other.conditions)
+    return Control(one.verdict, policies, tuple(dict.fromkeys(exemptions)), tuple(conditions))
 
 
 def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy]) -> Control:
@@ -3496,72 +3399,28 @@ def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy])
     return Control(ABSENT)
 
 
-def strongest(control: str, policies: Iterable[Policy]) -> Control:
-    """What holds where all of these apply. Full denials of a part of the actions may add up to all
-    actions: of one policy or of several."""
-    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
-    for policy in policies:
-        for judgement, statement in policy.denials.get(control, ()):
-            denial = replace(judgement, policies=policy.names)
-            whole = stronger(whole, denial)
-            if statement:
-                in_full.append(statement)
-                added_up = stronger(added_up, denial)
-    if whole.verdict == ENFORCED or undenied(control, in_full):
-        return whole
-    return replace(added_up, verdict=ENFORCED, conditions=())
-
-
-def stronger(one: Control, other: Control) -> Control:
-    """What holds where both apply. A principal is free only if every enforcing statement exempts
-    it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
-    if one.verdict != other.verdict:
-        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
-    exemptions = tuple(dict.fromkeys(one.exemptions + other.exemptions))
-    if one.verdict == ENFORCED:
-        exemptions = min(one.exemptions, other.exemptions, key=len)
-    conditions = dict.fromkeys(one.conditions + other.conditions)
-    policies = {**one.policies, **other.policies}
-    return Control(one.verdict, policies, exemptions, tuple(conditions))
-
-
-# What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
-# sts:*, with which a stolen password creates an access key or assumes a role, and nothing that
-# deactivates an MFA device (iam:DeleteVirtualMFADevice deletes only devices that nobody has).
+# What may work without MFA: its setup, reading IAM and signing in. Not iam:* or sts:*, which create
+# keys and assume roles. iam:DeleteVirtualMFADevice deletes only devices that nobody has.
 MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
 Known = Mapping[str, str]  # what every request has of a condition's key, as a pattern
-# A condition holds for console users without MFA, for everybody whom the control is about, for none
-# of them, for all but those whom it names, or it is not known for whom.
-TESTS_MFA, ALWAYS_HOLDS, NEVER_HOLDS = "tests MFA", "always holds", "never holds"
-EXEMPTS, NARROWS = "exempts", "narrows"
-
-
-class Condition(NamedTuple):
-    operator: str  # in lower case, as the key
-    key: str
-    values: tuple[str, ...]  # without those that match nobody
-    text: str  # the whole condition as it is written
-
-
-class Statement(NamedTuple):
-    effect: str  # Deny or Allow
-    action: str  # Action or NotAction
-    actions: tuple[str, ...]
-    resource: str  # Resource or NotResource
-    resources: tuple[str, ...]
-    conditions: tuple[Condition, ...]
+# For whom a condition holds, of those whom the control is about. NARROWS also if it is not known.
+TESTS_MFA, HOLDS, FAILS, EXEMPTS, NARROWS = "without MFA", "all", "none", "all but", "some"
+# operator and key are in lower case, values lack those that match nobody, text is all as written.
+Condition = namedtuple("Condition", "operator key values text")
+# effect is Deny or Allow, action is Action or NotAction, resource is Resource or NotResource.
+Statement = namedtuple("Statement", "effect action actions resource resources conditions")
 
 
 def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, set[str]]:
-    """By control what each Deny statement does, with the statement if it denies in full what it
-    names; and the actions that an Allow without a condition lets everybody do."""
+    """The `denials` and `allowed` of a Policy with this content."""
     known = {ARN: f"arn:{partition}:iam::*:user/*", ORGANIZATION: organization}
     known[REGION] = IAM_REGIONS.get(partition, "")
     denials, allowed = dict[str, Any](), set[str]()
     try:
-        statements = parse_policy(content)
+        listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
+        statements = list(map(parse_statement, listed if isinstance(listed, list) else [listed]))
     except (ValueError, AttributeError, RecursionError):  # the last: JSON nested too deep
         return dict.fromkeys(CONTROLS, ((Control(NOT_CHECKED), None),)), allowed
     for statement, control in itertools.product(statements, CONTROLS):
@@ -3576,33 +3435,36 @@ def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, 
 def judge_statement(statement: Statement, control: str, known: Known) -> tuple[Control, bool]:
     """What a statement does for a control: enforced, unless an element or a condition narrows it;
     and whether at least all actions that it names are denied in full."""
-    of_mfa, negated = control == MFA_REQUIRED, statement.action == "NotAction"
-    left = undenied(control, [statement])
-    named_none = left == [*ACTIONS.get(control, ())]
-    if of_mfa and negated:
-        named_none = any_covers(statement.actions, "*:*")
-    elif of_mfa:
-        named_none = all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
-    everywhere, somewhere = reach(statement, ALL if of_mfa else known[ARN])
+    effects = {each: effect_of(each, control, known) for each in statement.conditions}
+    everywhere, somewhere = reach(statement, ALL if control == MFA_REQUIRED else known[ARN])
+    if not somewhere or FAILS in effects.values() or not concerns(statement, control, effects):
+        return Control(ABSENT), False
     of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
     exempt = ["root"] if control == NEW_KEYS_PREVENTED and not of_root else []  # has no API keys
     narrowed = [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
-    about = not of_mfa
-    for condition in statement.conditions:
-        effect = effect_of(condition, control, known)
-        somewhere &= effect != NEVER_HOLDS
-        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
+    for condition, effect in effects.items():
         exempt += condition.values if effect == EXEMPTS else ()
         narrowed += [condition.text] if effect == NARROWS else ()
-    if named_none or not somewhere or not about:
-        return Control(ABSENT), False
     in_full = not narrowed
-    if left and of_mfa and not negated:
-        narrowed.insert(0, f"Action {', '.join(statement.actions)}")
-    elif left:
-        narrowed.insert(0, f"NotAction {', '.join(left)}")
+    if left := undenied(control, [statement]):
+        element = f"NotAction {', '.join(left)}"
+        if control == MFA_REQUIRED and statement.action == "Action":
+            element = f"Action {', '.join(statement.actions)}"
+        narrowed.insert(0, element)
     conditions = (" and ".join(narrowed),) if narrowed else ()
     return Control(PARTIAL if narrowed else ENFORCED, {}, tuple(exempt), conditions), in_full
+
+
+def concerns(statement: Statement, control: str, effects: Mapping[Condition, str]) -> bool:
+    """Whether it names some of the control's actions and, for MFA, depends on MFA."""
+    if control != MFA_REQUIRED:
+        return undenied(control, [statement]) != [*ACTIONS[control]]
+    for condition, effect in effects.items():
+        if effect != HOLDS and condition.key.startswith("aws:multifactorauth"):
+            if statement.action == "NotAction":
+                return not any_covers(statement.actions, "*:*")
+            return not all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
+    return False
 
 
 def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
@@ -3670,20 +3532,18 @@ def covers(pattern: str, other: str) -> bool:
 
 
 # Where every request has the key, ForAnyValue and IfExists change nothing.
-BOOL, EQUALS = r"(for\w+:)?bool(ifexists)?", r"(foranyvalue:)?string(equals|like)(ifexists)?"
+BOOL, UNEQUAL = r"(for\w+:)?bool(ifexists)?", r"stringnot(equals|like)(ifexists)?"
+EQUALS = r"(foranyvalue:)?string(equals|like)(ifexists)?"
 LIKE_ARN = r"(foranyvalue:)?(arn(like|equals)|stringlike)(ifexists)?"
-UNEQUAL = r"stringnot(equals|like)(ifexists)?"
 UNLIKE_ARN = r"(arn|string)not(equals|like)(ifexists)?"
 IF_PRESENT = r"(foranyvalue:)?(?!null|for|.*not|.*ifexists)\w+"
-AGED, AGED_OR_ABSENT = r"numeric(less|greater)than(equals)?", r"numericgreaterthan(equals)?ifexists"
 FALSE, TRUE, ANYTHING, ALL = "(?ai)false", "(?ai)true", "(?s).*", "*"
 MFA_PRESENT, MFA_AGE = "aws:multifactorauthpresent", "aws:multifactorauthage"
 ARN, TYPE, REGION = "aws:principalarn", "aws:principaltype", "aws:requestedregion"
 ORGANIZATION, BY_AWS = "aws:principalorgid", "aws:principalisawsservice"
-# Roles are not console users: any may be exempt from MFA, but from new-keys-prevented only those
-# that are named. A name may end in * after - or _ (stacksets-exec-*) or eight characters or more
-# (AWSAccelerator*), but not include AWS's own roles, except those of one permission set
-# (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
+# Roles are not console users: any may be exempt from MFA, but only named ones from new keys. A name
+# may end in * after -, _ or at least eight characters (AWSAccelerator*), but not include AWS's own
+# roles, except those of one permission set (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
 ANY_USER, IAM_PRINCIPAL = "arn:*:iam::*:user/*", r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
 ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})\*"
@@ -3696,63 +3556,43 @@ NEVER_SENT = (
     r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))")  # fmt: skip
 CONDITION_RULES = (
     # operator, key, whether any or all values must fit, value; effect on MFA and on new keys.
-    # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
-    # Null true of that key stops the first and not the second: it narrows.
+    # Null true of aws:MultiFactorAuthPresent narrows: access keys send none, consoles send false.
     (BOOL, MFA_PRESENT, all, FALSE, TESTS_MFA, NARROWS),
-    (BOOL, MFA_PRESENT, all, TRUE, NEVER_HOLDS, NARROWS),
-    ("null", MFA_PRESENT, all, FALSE, ALWAYS_HOLDS, NARROWS),
+    (BOOL, MFA_PRESENT, all, TRUE, FAILS, NARROWS),
+    ("null", MFA_PRESENT, all, FALSE, HOLDS, NARROWS),
     ("null", MFA_AGE, all, TRUE, TESTS_MFA, NARROWS),
-    ("null", MFA_AGE, all, FALSE, NEVER_HOLDS, NARROWS),
-    (AGED, MFA_AGE, all, ANYTHING, NEVER_HOLDS, NARROWS),
-    (AGED_OR_ABSENT, MFA_AGE, all, ANYTHING, TESTS_MFA, NARROWS),
+    ("null", MFA_AGE, all, FALSE, FAILS, NARROWS),
+    (r"numeric(less|greater)than(equals)?", MFA_AGE, all, ANYTHING, FAILS, NARROWS),
+    (r"numericgreaterthan(equals)?ifexists", MFA_AGE, all, ANYTHING, TESTS_MFA, NARROWS),
     # A service's requests for a caller say MFA false even for a key. The caller's own come first.
-    (BOOL, "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
-    (BOOL, BY_AWS, all, FALSE, ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (BOOL, BY_AWS, all, TRUE, NEVER_HOLDS, NEVER_HOLDS),
-    # This organization's; does an ARN operator take *?
-    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (UNEQUAL, ORGANIZATION, any, re.escape(ALL), NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, any, "User", ALWAYS_HOLDS, NARROWS),
-    (EQUALS, TYPE, all, "Account|FederatedUser|Service", NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", NEVER_HOLDS, NARROWS),
-    (UNEQUAL, TYPE, any, "User", NEVER_HOLDS, NARROWS),
-    (UNEQUAL, TYPE, all, "Service", ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (LIKE_ARN, ARN, any, re.escape(ANY_USER), ALWAYS_HOLDS, NARROWS),
-    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, NEVER_HOLDS, NEVER_HOLDS),
-    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, NEVER_HOLDS, NARROWS),
-    (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), NEVER_HOLDS, NARROWS),
+    (BOOL, "aws:viaawsservice", all, FALSE, HOLDS, NARROWS),
+    (BOOL, BY_AWS, all, FALSE, HOLDS, HOLDS),
+    (BOOL, BY_AWS, all, TRUE, FAILS, FAILS),
+    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), HOLDS, HOLDS),  # a bare * is no ARN
+    (UNEQUAL, ORGANIZATION, any, re.escape(ALL), FAILS, FAILS),
+    (EQUALS, TYPE, any, "User", HOLDS, NARROWS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service", FAILS, FAILS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", FAILS, NARROWS),
+    (UNEQUAL, TYPE, any, "User", FAILS, NARROWS),
+    (UNEQUAL, TYPE, all, "Service", HOLDS, HOLDS),
+    (LIKE_ARN, ARN, any, re.escape(ANY_USER), HOLDS, NARROWS),
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, FAILS, FAILS),
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, FAILS, NARROWS),
+    (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), FAILS, NARROWS),
     (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})", NARROWS, EXEMPTS),
     (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}role/.+)", EXEMPTS, NARROWS),
     (UNEQUAL, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
     # "IAM calls are always made to the us-east-1 Region", as AWS's guide to global keys has it.
-    (EQUALS, REGION, all, r"[^*?$]+\*?", NARROWS, NEVER_HOLDS),
-    (UNEQUAL, REGION, any, re.escape(ALL), NARROWS, NEVER_HOLDS),
-    (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, NEVER_HOLDS),
-    ("null", NEVER_SENT, all, FALSE, NARROWS, NEVER_HOLDS),
+    (EQUALS, REGION, all, r"[^*?$]+\*?", NARROWS, FAILS),
+    (UNEQUAL, REGION, any, re.escape(ALL), NARROWS, FAILS),
+    (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, FAILS),
+    ("null", NEVER_SENT, all, FALSE, NARROWS, FAILS),
 )
 # Without Like, * and ? stand for themselves. An assumed role's aws:PrincipalArn is the role's.
 MATCHES_NOBODY = re.compile(
     r"(?s)\S*string(not)?equals(ifexists)? \S* [^$]*[*?][^$]*|"
     rf"{UNLIKE_ARN} {ARN} arn:[^:]*:sts::[^:]*:assumed-role/.*")  # fmt: skip
 ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
-
-
-def parse_policy(content: str) -> list[Statement]:
-    """The statements. ValueError or AttributeError for anything but a service control policy."""
-    listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
-    statements = []
-    for members in listed if isinstance(listed, list) else [listed]:
-        if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
-            raise ValueError("not a statement of a service control policy")
-        elements: Any = [members["Effect"]]
-        for name, negated in (("Action", "NotAction"), ("Resource", "NotResource")):
-            given = [each for each in (name, negated) if members.get(each, []) != []]
-            if len(given) != 1:
-                raise ValueError(f"not exactly one of {name} and {negated}")
-            elements += given[0], texts(members[given[0]])
-        conditions = parse_conditions(members.get("Condition", {}))
-        statements.append(Statement._make((*elements, conditions)))
-    return statements
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3762,86 +3602,130 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parse_conditions(block: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
-    conditions = []
-    for operator, keys in block.items():
+def parse_statement(members: Mapping[str, Any]) -> Statement:
+    """ValueError or AttributeError for anything that is not of a service control policy."""
+    if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
+        raise ValueError("not a statement of a service control policy")
+    elements, conditions = list[Any](), list[Condition]()
+    for names in (("Action", "NotAction"), ("Resource", "NotResource")):
+        [name] = [each for each in names if members.get(each, []) != []]  # ValueError: not just one
+        elements += name, texts(members[name])
+    for operator, keys in members.get("Condition", {}).items():
         for key, value in keys.items():
-            values, names = texts(value), f"{operator} {key}".lower()
-            somebody = [each for each in values if not MATCHES_NOBODY.fullmatch(f"{names} {each}")]
+            values, about = texts(value), f"{operator} {key}".lower()
+            somebody = [each for each in values if not MATCHES_NOBODY.fullmatch(f"{about} {each}")]
             text = f"{operator} {key} {', '.join(values)}"
             conditions.append(Condition(operator.lower(), key.lower(), tuple(somebody), text))
-    return tuple(conditions)
+    return Statement._make((members["Effect"], *elements, tuple(conditions)))
 
 
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    found = []
-    for each in value or [None] if isinstance(value, list) else [value]:
-        if not isinstance(each, (str, int, float)):
-            raise ValueError("not a string, boolean or number, nor a list of them")
-        found.append(each if isinstance(each, str) else json.dumps(each))
-    return tuple(found)
+    values = value if isinstance(value, list) else [value]
+    if not values or {*map(type, values)} - {str, bool, int, float}:
+        raise ValueError("not a string, boolean or number, nor a list of them")
+    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
 
 
 # === Terminal: the summary for stdout and for mail, summary.json; values in, text out ============
 
 FINDINGS_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
 LINES_SHOWN = 10  # of other lists
-API_KEYS_READ = "ListServiceSpecificCredentials"
+MOST_GAPS = (RUN_GAPS[0], RUN_GAPS[2], "active_api_keys_without_expiry")
+ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
-# What is red, yellow or bold on a terminal, and the codes that begin and end it
-PAINT = (
-    (r"(?m)^([\d,]+ accounts? could not be audited|  1  ).*", 31, 39),
-    (r"\b(Not Started|In Progress)\b", 33, 39),
-    (r"(\A|(?<=\n\n)).+", 1, 22),  # the title of each block
-)
+PAINT = {  # the codes of red, yellow and bold on a terminal: for trouble, findings, titles
+    31: r"(?m)^([\d,]+ accounts? could not be audited|  1  ).*",
+    33: r"(?m)^  [2-7]  .*",
+    1: r"(\A|(?<=\n\n)).+",
+}
+NOT_CHECKED_WORDS = {
+    "ListServiceSpecificCredentials": "API keys were not checked",
+    "GetAccountAuthorizationDetails": "Owners and administrators were not read",
+}
+WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
+# What a failed step and its error code match, and what to do about it; the first one counts
+# fmt: off
+NEXT_STEPS = {
+    f"^AssumeRole: .*({ACCESS_DENIED})":
+        "check that role {role} exists there, that its trust policy allows {arn} and the external "
+        "ID, that the profile may assume it, and that no SCP denies it: AWS answers all alike.",
+    "^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)":
+        "sign in again (for example with `aws sso login`), or fix the profile's "
+        "credential_process, which must not wait for input; then run the audit again.",
+    f"^DescribeOrganizationalUnit: .*({ACCESS_DENIED})":
+        "add organizations:DescribeOrganizationalUnit to the profile's policy.",
+    ACCESS_DENIED: "add {service}:{step} to the role's policy, and check that no SCP denies it.",
+    "RegionDisabled": "set AWS_DEFAULT_REGION to a Region that is enabled there (us-east-1).",
+    "ReportTimeout": "run the audit again, or allow more time with --report-timeout.",
+    "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown":
+        "something else uses up the account's IAM request rate: run the audit again later.",
+}
+# fmt: on
+# For each phase: its title, what is said if nothing can be counted, the gaps that decide it
+PHASE_WORDS = {
+    "phase1": ("Phase 1, multi-factor authentication", "no console users", "console_.*_mfa"),
+    "phase2": (
+        *("Phase 2, use temporary credentials", "no active keys"),
+        "active_(api_)?keys_(older_than_max_age|without_expiry)|active_(service|signing)_.*",
+    ),
+}
 
 
 def terminal_summary(
     run: Run, summary: Summary, quiet: bool, width: int = TERMINAL_WIDTH, color: bool = False
 ) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
+    found = [finding for finding in run.findings if finding.exception is None]
     if quiet:
         title = printable(f"Organization {run.organization.id}, {summary['started']}: {run.folder}")
-        text = laid_out([quiet_lines(run, summary)], width)
+        text = laid_out(quiet_lines(run, summary, found), width)
         return f"{title}\n{text}" if text else ""
     blocks = [heading_lines(summary), failed_lines(summary), not_checked_lines(summary)]
-    blocks += [change_lines(run, summary), new_lines(run), witness_lines(run, summary)]
-    blocks += [damage_lines(run, run.tracking.unreadable), maturity_lines(summary)]
-    blocks += [most_gaps_lines(summary), priority_lines(run, summary), most_urgent_lines(run)]
+    blocks += [change_lines(run, summary), new_lines(run), witness_lines(summary)]
+    blocks += [[*phase_lines(summary, "phase1"), *phase_lines(summary, "phase2")]]
+    blocks += [most_gaps_lines(summary), priority_lines(run, summary, found)]
+    title = f"What to fix first (all {count(len(found), 'finding')}: findings.csv)"
+    blocks += [titled(title, finding_lines(run, found, FINDINGS_SHOWN, ALIKE_SHOWN))]
     blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
-    text = laid_out(blocks, width)
+    text = "\n".join(laid_out(block, width) for block in blocks if block)
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
     if summary["page"]:
         text += f"Page: {printable(str(run.folder / summary['page']))}\n"
-    for pattern, begin, end in PAINT if color else ():
-        text = re.sub(pattern, f"\x1b[{begin}m\\g<0>\x1b[{end}m", text)
+    for code, pattern in PAINT.items() if color else ():
+        text = re.sub(pattern, f"\x1b[{code}m\\g<0>\x1b[0m", text)
     return text
 
 
-def quiet_lines(run: Run, summary: Summary) -> list[str]:
+def quiet_lines(run: Run, summary: Summary, found: Iterable[Finding]) -> list[str]:
     """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
-    urgent = []
-    for finding in uncovered(run):
-        if finding.priority == MOST_URGENT and finding.new is not False:
-            urgent.append(finding)
-    lines = [
-        *failed_lines(summary, quiet=True),
-        *listed_findings(run, urgent, "New findings of priority 1"),
-        *new_lines(run),
-        *damage_lines(run, []),
-        *not_checked_lines(summary, quiet=True),
-        *exception_lines(summary, "expired"),
-    ]
-    standing = summary["findings"][str(MOST_URGENT)] - len(urgent)
-    if lines and standing:
-        lines.append(f"and {count(standing, 'finding')} of priority 1, unchanged")
+    standing = [one for one in found if one.priority == MOST_URGENT]
+    new = run.tracking.urgent_new
+    lines = failed_lines(summary, quiet=True)
+    lines += titled("New findings of priority 1", finding_lines(run, new, len(new), len(new)))
+    lines += new_lines(run, quiet=True) + not_checked_lines(summary, quiet=True)
+    lines += exception_lines(summary, "expired")
+    if lines and (number := len(standing) - len(new)):
+        lines.append(f"and {count(number, 'finding')} of priority 1, unchanged")
     return lines
 
 
-def uncovered(run: Run) -> list[Finding]:
-    """The findings that no exception covers, most urgent first."""
-    return [finding for finding in run.findings if finding.exception is None]
+def laid_out(lines: Iterable[str], width: int) -> str:
+    """The lines as text that does not steer the terminal. They are folded at spaces; a word that is
+    too long, such as a path or an ARN, stays whole."""
+    fold, text = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False), ""
+    for line in map(printable, lines):
+        fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
+        text += f"{fold.fill(line)}\n"
+    return text
+
+
+def titled(title: str, lines: Iterable[str], most: int | None = None) -> list[str]:
+    """At most so many lines, indented below a title, and how many more; without lines, no title."""
+    indented = [f"  {line}" for line in lines]
+    if most and len(indented) > most:
+        indented[most:] = [f"  and {len(indented) - most:,} more, in summary.json"]
+    return [title, *indented] if indented else []
 
 
 def accounts_of(summary: Summary, result: str) -> list[Summary]:
@@ -3850,96 +3734,68 @@ def accounts_of(summary: Summary, result: str) -> list[Summary]:
 
 def heading_lines(summary: Summary) -> list[str]:
     totals, organization = summary["totals"], summary["organization"]
-    audited = accounts_of(summary, "audited")
     finished, keys = parse_time(summary["finished"]), summary["gaps"]["organization"]["access_keys"]
     took = clock(finished - parse_time(summary["started"]))
     accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
     users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
     lines = [f"Organization {organization['id']}, {summary['started']}, took {took}"]
     lines.append(f"Audited: {accounts}, {users}")
-    for generated in sorted(map(itemgetter("report_generated"), audited))[:1]:
-        span = age(finished - parse_time(generated))
+    if reports := [one["report_generated"] for one in accounts_of(summary, "audited")]:
+        span = age(finished - parse_time(min(reports)))
         lines.append(f"  password and root data is up to {span} old")
-    left_out, management = len(summary["out_of_scope"]), organization["management_account"]
-    if management in map(itemgetter("id"), summary["out_of_scope"]):
-        lines.append(f"Not included: management account {management} (see --include-management)")
-        left_out -= 1
-    return lines + ([f"Out of scope: {count(left_out, 'account')}"] if left_out else [])
+    if left_out := summary["out_of_scope"]:
+        lines.append(f"Out of scope: {count(len(left_out), 'account')}")
+        if (management := organization["management_account"]) in map(itemgetter("id"), left_out):
+            lines[-1] += f", the management account {management} too (see --include-management)"
+    return lines
 
 
 def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
-    """The failed accounts by cause, with the next step for each; skipped ones; root where unseen."""
-    failed, groups = accounts_of(summary, "failed"), dict[str, list[str]]()
+    """The failed accounts by cause, with the next steps; skipped ones; root where unseen."""
+    failed, causes, lines = accounts_of(summary, "failed"), dict[str, list[str]](), list[str]()
     for one in failed:
-        told = groups.setdefault(f"{one['step']}: {one['error']['code']}", [])
+        told = causes.setdefault(f"{one['step']}: {one['error']['code']}", [])
         told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
-    lines = list[str]()
-    for cause, told in groups.items():
-        lines += [*titled(cause, shortened(told)), *next_step(cause, summary)]
-    production = sum(one["production"] for one in failed)
-    number = f"{count(len(failed), 'account')} could not be audited"
-    lines = titled(f"{number} ({production:,} production)", lines)
+    for cause, told in causes.items():
+        lines += titled(cause, told, LINES_SHOWN) + next_step(cause, summary)
+    production = f"({sum(map(itemgetter('production'), failed)):,} production)"
+    lines = titled(f"{count(len(failed), 'account')} could not be audited {production}", lines)
     if not quiet or summary["scope"]["accounts"]:
         skipped = accounts_of(summary, "skipped")
-        told = list(map("{id} {name}: {state}".format_map, skipped))
-        lines += titled(f"Skipped (not ACTIVE): {count(len(skipped), 'account')}", told)
+        title = f"Skipped (not ACTIVE): {count(len(skipped), 'account')}"
+        lines += titled(title, map("{id} {name}: {state}".format_map, skipped))
     if rootless := sum(not one["root"] for one in accounts_of(summary, "audited")):
         where = f"the credential report of {count(rootless, 'account')}"
         lines.append(f"Root is missing from {where}: not covered there")
     return lines
 
 
-ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
-# What a failed step and its error code match, and what to do about it; the first one counts
-# fmt: off
-NEXT_STEPS = (
-    (f"^AssumeRole: .*({ACCESS_DENIED})",
-     "check that role {role} exists in the account, that its trust policy allows {arn} and the "
-     "external ID, that the profile may assume it, and that no SCP denies it: AWS answers all of "
-     "these alike."),
-    ("^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)",
-     "sign in again (for example with `aws sso login`), or fix the profile's credential_process, "
-     "which must not wait for input; then run the audit again."),
-    (f"^DescribeOrganizationalUnit: .*({ACCESS_DENIED})",
-     "add organizations:DescribeOrganizationalUnit to the profile's policy."),
-    (ACCESS_DENIED, "add {service}:{step} to the role's policy, and check that no SCP denies it."),
-    ("RegionDisabled", "set AWS_DEFAULT_REGION to a Region that is enabled there (us-east-1)."),
-    ("ReportTimeout", "run the audit again, or allow more time with --report-timeout."),
-    ("Throttl|RequestLimitExceeded|TooManyRequests|SlowDown",
-     "something else uses up the account's IAM request rate: run the audit again later."),
-)
-# fmt: on
-
-
 def next_step(cause: str, summary: Summary) -> list[str]:
     """What to do about a failed step; `cause` has its name and the error code."""
     words = {**summary["caller"], "role": summary["role"], "step": cause.partition(":")[0]}
     words["service"] = "cloudtrail" if words["step"] == "LookupEvents" else "iam"
-    for pattern, advice in NEXT_STEPS:
+    for pattern, advice in NEXT_STEPS.items():
         if re.search(pattern, cause):
             return [f"  Next: {advice.format_map(words)}"]
     return []
 
 
-NOT_CHECKED_WORDS = {
-    API_KEYS_READ: "API keys were not checked",
-    "GetAccountAuthorizationDetails": "Owners and administrators were not read",
-}
-
-
 def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """What was denied without failing an account, once for each cause."""
-    groups, lines = dict[str, list[str]](), list[str]()
-    for account_id, error in sorted((summary["cloudtrail"] or {}).get("unavailable", {}).items()):
-        groups.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
+    causes, lines = dict[str, list[str]](), list[str]()
+    for account_id, error in (summary["cloudtrail"] or {}).get("unavailable", {}).items():
+        causes.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
     for one in () if quiet else accounts_of(summary, "audited"):
         for cause in map(": ".join, one["not_checked"].items()):
-            groups.setdefault(cause, []).append(one["id"])
-    for cause, ids in groups.items():
+            causes.setdefault(cause, []).append(one["id"])
+    for cause, ids in causes.items():
         what = NOT_CHECKED_WORDS.get(cause.partition(":")[0], "CloudTrail could not be asked")
-        others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
         lines.append(f"{what} in {count(len(ids), 'account')}: {cause}")
-        lines += [f"  {', '.join(ids[:ACCOUNTS_SHOWN])}{others}", *next_step(cause, summary)]
+        others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
+        lines += [
+            f"  {', '.join(sorted(ids)[:ACCOUNTS_SHOWN])}{others}",
+            *next_step(cause, summary),
+        ]
     if not quiet and (why_not := summary["ous_why_not"]):
         lines += [f"OU names were not read: {why_not}", *next_step(why_not, summary)]
     return lines
@@ -3948,65 +3804,51 @@ def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
 def change_lines(run: Run, summary: Summary) -> list[str]:
     """What has changed since the accounts' baselines, for better and for worse."""
     changes, days = summary["changes"], summary["max_key_age_days"]
-    compared = run.tracking.compared.values()
     if changes is None:
-        which = "that can be read" if run.tracking.unreadable else "of this organization"
-        return [f"No earlier run {which} to compare with: this run is the baseline."]
+        return ["No earlier run to compare with: this run is the baseline."]
     mfa = "console users without MFA, root included: {fixed:,} fixed, {new:,} new"
     lines = [mfa.format_map(changes["console_users_without_mfa"])]
     for kind in (*KINDS, "administrator", "account"):
-        numbers = {}
-        for name, number in changes["counts"].items():
-            if name.startswith(f"{kind}-"):
-                numbers[name[len(kind) + 1 :]] = number
-        if told := numbers_in_words(numbers):
+        if told := numbers_in_words(changes["counts"], f"{kind}-"):
             lines.append(f"{in_words(kind)}s: {told}")
     for phase, levels in changes["maturity"].items():
-        then, now, there = levels.values()
-        words = f"{now} ({f'was {then}' if then else 'not compared'})"
-        words = f"unchanged ({now})" if then == now else words
-        words += f"; in the accounts compared: {there}" if there not in (None, now) else ""
-        lines.append(f"Phase {phase[-1]}: {words}")
+        lines.append(f"Phase {phase[-1]}: {level_in_words(**levels)}")
+    compared = run.tracking.compared.values()
     if others := sorted({each.max_key_age_days for each in compared} - {days}):
         was = f"--max-key-age was {' or '.join(map(str, others))} and is {days} now"
         lines.append(f"{was}: phase 2 and the numbers of old keys do not compare")
-    older = sorted(iso(each.started) for each in compared if each is not run.tracking.earlier)
-    if older:
-        lines.append(f"{count(len(older), 'account')} compared with older runs, since {older[0]}")
     if number := changes["accounts_not_compared"]:
         lines.append(f"not compared: {count(number, 'account')}, not audited now or never before")
-    before = age(parse_time(summary["started"]) - parse_time(changes["since"]))
-    return titled(f"Since the run of {changes['since']}, {before} before", lines)
+    return titled(f"Since the run of {changes['since']}", lines)
 
 
-def damage_lines(run: Run, unreadable: list[str]) -> list[str]:
-    """Earlier files that could not be read, and the accounts that lack a baseline for it."""
-    output_dir, blind = f"{run.folder.parent}{os.sep}", run.tracking.blind
-    messages = "\n".join(dict.fromkeys([*unreadable, *run.tracking.passed_over]))
-    told = messages.replace(output_dir, "").splitlines()
-    lines = titled("Files of earlier runs that cannot be read and were skipped", told)
-    number = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
-    told = list(map("{0.id} {0.name}".format, blind[:ACCOUNTS_SHOWN]))
-    advice = (
-        "  Next: let the user who runs the audit read the earlier runs, or restore the files. "
-        "Otherwise this run is the baseline, and these accounts' CSV files list their keys."
-    )
-    lines += titled(f"{number}: no earlier run can be read", told) + ([advice] if told else [])
-    return lines
+def level_in_words(then: str | None, now: str, compared_now: str | None) -> str:
+    """A phase's level beside that of the baseline; that of the accounts compared if it differs."""
+    words = f"{now} ({f'was {then}' if then else 'not compared'})"
+    words = f"unchanged ({now})" if then == now else words
+    differs = compared_now not in (None, now)
+    return f"{words}; in the accounts compared: {compared_now}" if differs else words
 
 
-def new_lines(run: Run) -> list[str]:
-    """New keys, console users without MFA, and users who have lost MFA."""
-    keys, tracking = list[str](), run.tracking
+def new_lines(run: Run, quiet: bool = False) -> list[str]:
+    """New keys, users who lack MFA now; earlier files that cannot tell, and where for that reason
+    new keys cannot be ruled out."""
+    tracking, keys = run.tracking, list[str]()
     for key in new_keys(run):
         where = "" if key.account_id in tracking.compared else " (account not compared)"
         keys.append(change_line(key) + where)
     removed = [change for change in tracking.changes if change.change == "mfa-removed"]
-    return [
-        *titled("New keys since the last audit of their account", shortened(keys)),
-        *titled("New console users without MFA", map(change_line, tracking.mfa_new)),
-        *titled("MFA removed", map(change_line, removed)),
-    ]
+    lines = titled("New keys since the last audit of their account", keys, LINES_SHOWN)
+    lines += titled("New console users without MFA", map(change_line, tracking.mfa_new))
+    lines += titled("MFA removed", map(change_line, removed))
+    messages = dict.fromkeys([*(() if quiet else tracking.unreadable), *tracking.passed_over])
+    told = "\n".join(messages).replace(f"{run.folder.parent}{os.sep}", "").splitlines()
+    lines += titled("Files of earlier runs that cannot be read and were skipped", told)
+    blind = f"New keys cannot be ruled out in {count(len(tracking.blind), 'account')}"
+    accounts = map("{0.id} {0.name}".format, tracking.blind)
+    told = titled(f"{blind}: no earlier run can be read", accounts, ACCOUNTS_SHOWN)
+    advice = "let the user who runs the audit read the earlier runs, or restore the files."
+    return [*lines, *told, f"  Next: {advice}"] if told else lines
 
 
 def new_keys(run: Run) -> list[Change]:
@@ -4026,135 +3868,100 @@ def change_line(change: Change) -> str:
     return " ".join(filter(None, parts))
 
 
-WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
-
-
-def witness_lines(run: Run, summary: Summary) -> list[str]:
+def witness_lines(summary: Summary) -> list[str]:
     """What CloudTrail says about the changes."""
-    trail, lines, told = summary["cloudtrail"], list[str](), list[str]()
+    trail, changes, told = summary["cloudtrail"], summary["changes"], list[str]()
     if trail is None or trail["since"] is None:
         return []
-    began = sorted(iso(earlier.started) for earlier in run.tracking.compared.values())
     if trail["out_of_reach"]:
         kept = f"it keeps events for {CLOUDTRAIL_KEEPS.days} days"
-        lines.append(f"  {kept}: who made earlier changes is not known")
-    elif began and began[0] < trail["since"]:
-        lines.append("  it was not asked about the time before, back to the earlier runs")
-    for witness, number in sorted((summary["changes"] or {"witnesses": {}})["witnesses"].items()):
+        told.append(f"{kept}: who made earlier changes is not known")
+    for witness, number in sorted(changes["witnesses"].items()) if changes else ():
         words = WITNESSES.get(witness, f"has {witness}")
-        told.append(f"{words} {count(number, 'change')}")
-    lines += [f"  CloudTrail {', '.join(told)}"] if told else []
-    events = count(trail["events"], "IAM event")
-    return [f"CloudTrail since {trail['since']}: {events}, in events.csv", *lines]
+        told.append(f"CloudTrail {words} {count(number, 'change')}")
+    title = (
+        f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"
+    )
+    return titled(title, told) or [title]
 
 
-# For each phase: gaps, and what they are a part of
-PHASE_GAPS = (
-    ("phase1", "console_users_without_mfa", "console_users"),
-    ("phase2", "active_keys_older_than_max_age", "active_keys"),
-    ("phase2", "active_api_keys_without_expiry", "active_api_keys"),
-    ("phase2", "active_api_keys_older_than_max_age", "active_api_keys"),
-    ("phase2", "active_service_passwords", "active_service_passwords"),
-    ("phase2", "active_signing_certificates", "active_signing_certificates"),
-)
-PHASE_TITLES = ("multi-factor authentication", "use temporary credentials")
-
-
-def maturity_lines(summary: Summary) -> list[str]:
-    """Per phase, the organization's level, the reason for it, and the accounts at each level."""
-    gaps, lines, days = summary["gaps"]["organization"], list[str](), summary["max_key_age_days"]
-    for phase, title in zip(PHASES, PHASE_TITLES):
-        told, maturity = list[str](), summary["maturity"][phase]
-        for of_phase, gap, total in PHASE_GAPS:
-            if of_phase == phase and gaps[total]:
-                told.append(f"{in_words(gap, days)}: {gaps[gap]:,} of {gaps[total]:,}")
-        told = told or ["no console users" if phase == "phase1" else "no active keys"]
-        if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
-            told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
-        codes = summary["not_checked"].get(API_KEYS_READ, {})
-        if codes and phase == "phase2":
-            told.append(f"API keys not checked in {count(sum(codes.values()), 'account')}")
-        told.append(f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}")
-        lines += titled(f"Phase {phase[-1]}, {title}: {maturity['level']}", told)
-    return lines
+def phase_lines(summary: Summary, phase: str) -> list[str]:
+    """The organization's level, `7 of 15 console users without MFA` or what else decides it, and
+    last how many accounts are at each level."""
+    gaps, told, maturity = summary["gaps"]["organization"], [], summary["maturity"][phase]
+    title, nothing, deciding = PHASE_WORDS[phase]
+    for gap in filter(re.compile(deciding).fullmatch, GAP_COUNTS):
+        whole = re.split("_(?:without|older)_", gap)[0]
+        if gaps[whole]:
+            number = f"{gaps[gap]:,}" if gap == whole else f"{gaps[gap]:,} of {gaps[whole]:,}"
+            told.append(f"{number} {in_words(gap, summary['max_key_age_days'])}")
+    if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
+        told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
+    accounts = f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}"
+    return titled(f"{title}: {maturity['level']}", [*(told or [nothing]), accounts])
 
 
 def most_gaps_lines(summary: Summary) -> list[str]:
     sized, days = [], f"over {summary['max_key_age_days']} days"
     for one in accounts_of(summary, "audited"):
-        numbers = itemgetter(*map(itemgetter(1), PHASE_GAPS[:3]))(one["gaps"])
+        numbers = itemgetter(*MOST_GAPS)(one["gaps"])
         if any(numbers):
-            cells = "{:>14,}{:>14,}{:>16,}".format(*numbers)
-            sized.append((-sum(numbers), f"  {label(one)}{cells}"))
-    lines = map(itemgetter(1), sorted(sized)[:ACCOUNTS_SHOWN])  # of the same size: by ID
+            sized.append((-sum(numbers), label(one), *numbers))
     titles = f"{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
-    return [f"{'Accounts with the most gaps':<35}{titles}", *lines] if sized else []
+    lines = [f"{'Accounts with the most gaps':<35}{titles}"]
+    for _size, *cells in sorted(sized)[:ACCOUNTS_SHOWN]:  # of the same size: by ID
+        lines.append("  {}{:>14,}{:>14,}{:>16,}".format(*cells))
+    return lines if sized else []
 
 
-def priority_lines(run: Run, summary: Summary) -> list[str]:
+def priority_lines(run: Run, summary: Summary, found: Sequence[Finding]) -> list[str]:
     """How many findings of each priority there are, and the exceptions."""
-    numbers, found, exceptions = summary["findings"], uncovered(run), summary["exceptions"]
-    lines = [f"Nothing to fix{' in the accounts that were audited' if run.failed else ''}."]
-    if found:
+    numbers, covered, lines = summary["findings"], summary["exceptions"]["applied"], list[str]()
+    rows = {"Findings by priority": map(int, numbers), "  to fix": numbers.values()}
+    if run.tracking.earlier:
         new = Counter(str(finding.priority) for finding in found if finding.new)
-        rows = [("Findings by priority", map(int, numbers)), ("  to fix", numbers.values())]
-        rows += (
-            [("  new since the baseline", map(new.__getitem__, numbers))]
-            if run.tracking.earlier
-            else []
-        )
-        lines = [f"{title:<24}" + "".join(map("{:>8,}".format, cells)) for title, cells in rows]
-    if covered := exceptions["applied"]:
-        verb = "is" if covered == 1 else "are"
-        lines.append(f"{count(covered, 'finding')} {verb} covered by exceptions")
-    lines += exception_lines(summary, "expired") + exception_lines(summary, "unused")
-    return lines if run.audited else ["Nothing was audited."]
+        rows["  new since the baseline"] = map(new.__getitem__, numbers)
+    for title, cells in rows.items() if found else ():
+        lines.append(f"{title:<24}{''.join(map('{:>8,}'.format, cells))}")
+    lines = lines or [f"No findings in {count(len(run.audited), 'audited account')}."]
+    lines += [f"{count(covered, 'finding')} covered by exceptions"] if covered else []
+    return lines + exception_lines(summary, "expired") + exception_lines(summary, "unused")
 
 
 def exception_lines(summary: Summary, which: str) -> list[str]:
-    what = {"expired": "have expired", "unused": "cover nothing any more"}[which]
-    who = "line {line}: {account_id} {username} {credential_id} {finding}"
-    told = list(map(f"{who}, until {{until}}: {{reason}}".format_map, summary["exceptions"][which]))
-    return titled(f"Exceptions that {what}", shortened(told))
+    title = {"expired": "have expired", "unused": "cover nothing any more"}[which]
+    who = "line {line}: {account_id} {username} {credential_id} {finding}, until {until}: {reason}"
+    told = map(who.format_map, summary["exceptions"][which])
+    return titled(f"Exceptions that {title}", told, LINES_SHOWN)
 
 
-def most_urgent_lines(run: Run) -> list[str]:
+def finding_lines(run: Run, found: Iterable[Finding], most: int, most_alike: int) -> list[str]:
     """The most urgent findings; a line stands in for more of one kind in a row."""
-    lines, shown, found = list[str](), 0, uncovered(run)
+    lines = list[str]()
     for _kind, group in itertools.groupby(found, lambda one: (one.priority, one.finding)):
         alike = list(group)
-        most = min(ALIKE_SHOWN, FINDINGS_SHOWN - shown, len(alike))
-        lines += listed_findings(run, alike[:most], "")[1:]
-        if most < len(alike):
-            lines.append(f"     and {len(alike) - most:,} more like it")
-        if (shown := shown + most) == FINDINGS_SHOWN:
+        shown = alike[: min(most, most_alike)]
+        for one in shown:
+            lines.append(f"{one.priority}  {one.finding:<24} {label(vars(one.account))} {one.user}")
+            key_id = f"{one.key.id}: " if one.key else ""
+            lines.append(f"   {key_id}{'; '.join(reasons_of(one, run.plan))}")
+        if more := len(alike) - len(shown):
+            lines.append(f"   and {more:,} more like it")
+        if (most := most - len(shown)) == 0:
             break
-    title = f"What to fix first ({shown} of {len(found):,}; all are in findings.csv)"
-    return [title, *lines] if found else []
-
-
-def listed_findings(run: Run, findings: Iterable[Finding], title: str) -> list[str]:
-    lines = []
-    for one in findings:
-        lines.append(f"{one.priority}  {one.finding:<24} {label(vars(one.account))} {one.user}")
-        key_id = f"{one.key.id}: " if one.key else ""
-        lines.append(f"   {key_id}{'; '.join(reasons_of(one, run.plan))}")
-    return titled(title, lines)
+    return lines
 
 
 def gap_lines(summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
+    days, gaps = summary["max_key_age_days"], summary["gaps"]
     lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
-    days, oldest = summary["max_key_age_days"], summary["gaps"]["organization"]["oldest_active_key"]
-    for name in summary["gaps"]["organization"]:
-        if name not in ("active_key_ages", "oldest_active_key"):
-            line = f"  {in_words(name, days):<36}"
-            for gaps in summary["gaps"].values():
-                line += f"{'no console users' if gaps[name] is None else f'{gaps[name]:,}':>18}"
-            lines.append(line)
-    if API_KEYS_READ in summary["not_checked"]:
-        lines.append("  API keys and service passwords count only where they were checked")
-    if oldest:
+    for name in (*GAP_COUNTS, "mfa_coverage_percent"):
+        line = f"  {in_words(name, days):<36}"
+        for each in gaps.values():
+            line += f"{'no console users' if each[name] is None else f'{each[name]:,}':>18}"
+        lines.append(line)
+    if oldest := gaps["organization"]["oldest_active_key"]:
         words = "  oldest active key: {age_days:,} days, {access_key_id} of {username} in "
         lines.append(f"{words}{{account_id}} {{account_name}}".format_map(oldest))
     return lines
@@ -4162,25 +3969,23 @@ def gap_lines(summary: Summary) -> list[str]:
 
 def enforcement_lines(summary: Summary) -> list[str]:
     """What service control policies already prevent, and where nothing does."""
-    enforcement, title = summary["enforcement"], "Enforced by service control policies"
-    lines, bare = [title], []
+    enforcement, lines, bare = summary["enforcement"], list[str](), []
     if why_not := enforcement["why_not_checked"]:
-        lines.append(f"  not checked: {why_not}")
+        lines.append(f"not checked: {why_not}")
     for control, verdicts in enforcement["accounts"].items():
-        lines.append(f"  {CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}")
-        lines += map("    {}".format, shortened(control_remarks(summary, control)))
+        words = f"{CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}"
+        lines += titled(words, control_remarks(summary, control), LINES_SHOWN) or [words]
     managed = enforcement["root_credentials_managed_centrally"]
-    words = {True: "yes", False: "no", None: "not checked"}[managed]
-    lines.append(f"  {'root credentials managed centrally':<36}{words}")
-    if why_not := enforcement["root_credentials_why_not_checked"]:
-        lines.append(f"    {why_not}")
+    why_not = enforcement["root_credentials_why_not_checked"] or ""
+    words = {True: "yes", False: "no", None: f"not checked: {why_not}".rstrip(": ")}[managed]
+    lines.append(f"{'root credentials managed centrally':<36}{words}")
     for one in accounts_of(summary, "audited"):
         keys = one["gaps"]["active_keys"]
-        verdicts = map(itemgetter("verdict"), one["controls"].values())
-        if keys and set(verdicts) == {ABSENT}:
+        if keys and {found["verdict"] for found in one["controls"].values()} == {ABSENT}:
             bare.append((-keys, f"{label(one)} {count(keys, 'active key')}"))
     most = map(itemgetter(1), sorted(bare)[:ACCOUNTS_SHOWN])
-    return lines + titled("Accounts with the most active keys and none of the controls", most)
+    most_keys = titled("Accounts with the most active keys and none of the controls", most)
+    return titled("Enforced by service control policies", lines) + most_keys
 
 
 def control_remarks(summary: Summary, control: str) -> list[str]:
@@ -4213,8 +4018,8 @@ def run_lines(summary: Summary) -> list[str]:
     days = f"over {summary['max_key_age_days']} days"
     lines = [f"{'Runs':<28}{'audited':>9}{'without MFA':>13}{'active keys':>13}{days:>14}"]
     for one in summary["runs"][-RUNS_LISTED:]:
-        cells = "{:>13,}{:>13,}{:>14,}".format(*itemgetter(*RUN_GAPS)(one))
-        lines.append(f"{one['started']:<28}{one['audited']:>9,}{cells}")
+        numbers = itemgetter("started", "audited", *RUN_GAPS)(one)
+        lines.append("{:<28}{:>9,}{:>13,}{:>13,}{:>14,}".format(*numbers))
     return lines if len(lines) > 2 else []
 
 
@@ -4228,17 +4033,6 @@ def outcome_line(outcome: Outcome) -> str:
     elif isinstance(outcome, SkippedAccount):
         result = f"skipped, {outcome.account.state}"
     return f"{outcome.account.id} {outcome.account.name}: {result}"
-
-
-def titled(title: str, lines: Iterable[str]) -> list[str]:
-    """The lines, indented below a title; without lines, no title."""
-    indented = [f"  {line}" for line in lines]
-    return [title, *indented] if indented else []
-
-
-def shortened(lines: list[str]) -> list[str]:
-    more = len(lines) - LINES_SHOWN
-    return lines if more <= 0 else [*lines[:LINES_SHOWN], f"and {more:,} more, in summary.json"]
 
 
 def label(account: Summary) -> str:
@@ -4255,9 +4049,13 @@ def in_words(key: str, max_key_age_days: int = 0) -> str:
     return words.replace("mfa", "MFA").replace("api", "API")
 
 
-def numbers_in_words(numbers: Mapping[str, int]) -> str:
-    """`3 enforced, 1 absent`: the numbers with their names, without zeros."""
-    return ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
+def numbers_in_words(numbers: Mapping[str, int], start: str = "") -> str:
+    """`3 enforced, 1 absent`: the numbers whose names start so, without zeros."""
+    told = []
+    for name, number in numbers.items():
+        if number and name.startswith(start):
+            told.append(f"{number:,} {name.removeprefix(start)}")
+    return ", ".join(told)
 
 
 def age(span: timedelta) -> str:
@@ -4268,74 +4066,48 @@ def age(span: timedelta) -> str:
     return count(max(1, round(span / timedelta(minutes=1) + 0.4)), "minute")
 
 
-def laid_out(blocks: Iterable[Sequence[str]], width: int) -> str:
-    """The blocks as text that does not steer the terminal, with an empty line between them. Lines
-    are folded at spaces; a word that is too long, such as a path or an ARN, stays whole."""
-    fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
-    texts = []
-    for block in filter(None, blocks):
-        text = ""
-        for line in map(printable, block):
-            fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
-            text += f"{fold.fill(line)}\n"
-        texts.append(text)
-    return "\n".join(texts)
-
-
 def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
-    plan, included = run.plan, run.plan.scope.include_management
+    plan, tracking, included = run.plan, run.tracking, run.plan.scope.include_management
+    document: dict[str, Any] = {"format": SUMMARY_FORMAT, "tool": "iam-audit", "version": VERSION}
+    document.update(started=iso(run.started), finished=iso(finished), role=plan.role.name)
+    document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
+    document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
+    document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
+    document.update(page="report.html" if plan.page else None, caller=vars(run.caller))
+    document["organization"] = {**vars(run.organization), "management_account_included": included}
+    document.update(ous_why_not=run.ous_why_not or None, **figures_document(run))
+    document.update(changes=changes_document(run), **policies_and_events_document(run))
+    document["new_keys_not_ruled_out"] = sorted(map(attrgetter("id"), tracking.blind))
+    document["earlier_files_passed_over"] = list(tracking.passed_over)
+    document.update(exceptions=exceptions_document(run), accounts=account_entries(run))
+    left_out = [{"id": one.account.id, "name": one.account.name} for one in run.out_of_scope]
+    return {**document, "out_of_scope": sorted(left_out, key=itemgetter("id"))}
+
+
+def figures_document(run: Run) -> dict[str, Any]:
+    """What is counted over the accounts."""
+    not_checked, levels, failed = dict[str, Counter[str]](), dict[str, Any](), len(run.failed)
     production = [figures for figures in run.audited if figures.production]
-    gaps, totals = {}, dict[str, int]()
-    for name in ("audited", "failed", "skipped", "out_of_scope"):
-        totals[name] = len(getattr(run, name))
-    totals.update(production=len(production), users=sum(map(attrgetter("users"), run.audited)))
-    for name, accounts in (("organization", run.audited), ("production", production)):
-        gaps[name] = gaps_document(total_gaps(accounts), run.started)
+    totals = {"audited": len(run.audited), "failed": failed, "skipped": len(run.skipped)}
+    totals.update(out_of_scope=len(run.out_of_scope), production=len(production))
+    totals["users"] = sum(map(attrgetter("users"), run.audited))
+    gaps = {"organization": gaps_document(total_gaps(run.audited), run.started)}
+    gaps["production"] = gaps_document(total_gaps(production), run.started)
     this_run = {"started": iso(run.started), "audited": len(run.audited)}
     this_run.update(zip(RUN_GAPS, itemgetter(*RUN_GAPS)(gaps["organization"])))
-    maturity, left_out = maturity_document(run), []
-    for outside in run.out_of_scope:
-        left_out.append({"id": outside.account.id, "name": outside.account.name})
-    not_checked: dict[str, dict[str, int]] = {}
     for figures in run.audited:
         for operation, code in figures.not_checked.items():
-            codes = not_checked.setdefault(operation, {})
-            codes[code] = codes.get(code, 0) + 1
+            not_checked.setdefault(operation, Counter())[code] += 1
+    for phase in PHASES:
+        found = list(map(attrgetter(phase), run.audited))
+        accounts = {**dict.fromkeys(LEVELS, 0), **Counter(found + [NOT_STARTED] * failed)}
+        levels[phase] = {"level": organization_level(found, failed), "accounts": accounts}
     findings = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
-    for finding in uncovered(run):
-        findings[str(finding.priority)] += 1
-    return {
-        "format": SUMMARY_FORMAT,
-        "tool": "iam-audit",
-        "version": VERSION,
-        "started": iso(run.started),
-        "finished": iso(finished),
-        "role": plan.role.name,
-        "production_pattern": plan.production.pattern,
-        "max_key_age_days": plan.max_key_age.days,
-        "max_unused_days": plan.max_unused.days,
-        "scope": scope_document(plan.scope),
-        "options": {"workers": plan.workers, "owner_tags": plan.owner_tags},
-        "page": "report.html" if plan.page else None,
-        "caller": vars(run.caller),
-        "organization": {**vars(run.organization), "management_account_included": included},
-        "totals": totals,
-        "not_checked": not_checked,
-        "ous_why_not": run.ous_why_not or None,
-        "gaps": gaps,
-        "maturity": maturity,
-        "changes": changes_document(run, maturity),
-        "new_keys_not_ruled_out": sorted(map(attrgetter("id"), run.tracking.blind)),
-        "earlier_files_passed_over": list(run.tracking.passed_over),
-        "runs": [*run.tracking.runs, this_run],
-        "cloudtrail": cloudtrail_document(run),
-        "enforcement": enforcement_document(run),
-        "findings": findings,
-        "exceptions": exceptions_document(run),
-        "accounts": account_entries(run),
-        "out_of_scope": sorted(left_out, key=itemgetter("id")),
-    }
+    for finding in run.findings:
+        findings[str(finding.priority)] += finding.exception is None
+    document = {"totals": totals, "not_checked": not_checked, "gaps": gaps, "maturity": levels}
+    return {**document, "runs": [*run.tracking.runs, this_run], "findings": findings}
 
 
 def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
@@ -4346,83 +4118,64 @@ def gaps_document(gaps: Gaps, now: datetime) -> dict[str, Any]:
     return document
 
 
-def maturity_document(run: Run) -> dict[str, dict[str, Any]]:
-    """For each phase, the organization's level and how many accounts are at each level."""
-    document, failed = {}, len(run.failed)
-    for phase in PHASES:
-        levels = list(map(attrgetter(phase), run.audited))
-        accounts = Counter(dict.fromkeys(LEVELS, 0))
-        accounts.update(levels + [NOT_STARTED] * failed)
-        document[phase] = {"level": organization_level(levels, failed), "accounts": accounts}
-    return document
-
-
-def changes_document(run: Run, maturity: Summary) -> dict[str, Any] | None:
+def changes_document(run: Run) -> dict[str, Any] | None:
     """What has changed since the accounts' baselines; None without an earlier run."""
-    tracking, earlier = run.tracking, run.tracking.earlier
+    tracking, earlier, keys = run.tracking, run.tracking.earlier, []
     if earlier is None:
         return None
     kinds = (*EXPLAINED_BY, *NEW_KEY_CHANGES[2:], USER_CAME_AND_WENT)
-    kinds += ("account-joined", "account-left")
-    stayed = earlier.accounts.keys() & accounts_now(run).keys()
+    counts = dict.fromkeys((*kinds, "account-joined", "account-left"), 0)
+    counts.update(Counter(map(attrgetter("change"), tracking.changes)))
+    stayed = earlier.accounts.keys() & accounts_now(run).keys() - tracking.compared.keys()
     stayed -= set(map(attrgetter("account.id"), run.out_of_scope))
-    keys, happened = list[dict[str, Any]](), map(attrgetter("change"), tracking.changes)
     for key in new_keys(run):
         row: dict[str, Any] = dict(zip(CHANGES_COLUMNS, change_row(key)))
         for name in ("event_name", "event_time", "actor", "source_ip", "since"):
             row[name] = row[name] or None
         keys.append({**row, "account_compared": key.account_id in tracking.compared})
-    return {
-        "since": iso(earlier.started),
-        "folder": str(earlier.folder),
-        "accounts_compared": len(tracking.compared),
-        "accounts_not_compared": len(stayed - tracking.compared.keys()),
-        "console_users_without_mfa": {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)},
-        "counts": {**dict.fromkeys(kinds, 0), **Counter(happened)},
-        "witnesses": Counter(filter(None, map(attrgetter("witness"), tracking.changes))),
-        "maturity": {phase: level_changes(run, phase, maturity) for phase in PHASES},
-        "max_key_age_days_then": earlier.max_key_age_days,
-        "new_access_keys": keys,
-    }
+    document: dict[str, Any] = {"since": iso(earlier.started), "folder": str(earlier.folder)}
+    document.update(accounts_compared=len(tracking.compared), accounts_not_compared=len(stayed))
+    mfa = {"fixed": tracking.mfa_fixed, "new": len(tracking.mfa_new)}
+    document.update(console_users_without_mfa=mfa, counts=counts, new_access_keys=keys)
+    document["witnesses"] = Counter(filter(None, map(attrgetter("witness"), tracking.changes)))
+    document["maturity"] = {phase: level_changes(run, phase) for phase in PHASES}
+    return {**document, "max_key_age_days_then": earlier.max_key_age_days}
 
 
-def level_changes(run: Run, phase: str, maturity: Summary) -> dict[str, Any]:
+def level_changes(run: Run, phase: str) -> dict[str, Any]:
     """The level of the accounts compared at their baselines, the organization's, and theirs now."""
-    then, now = [], []
+    then, compared_now = [], []
     for figures in run.audited:
         if earlier := run.tracking.compared.get(figures.account.id):
-            then.append(earlier.accounts[figures.account.id].levels[PHASES.index(phase)])
-            now.append(getattr(figures, phase))
-    lowest = min(now, key=LEVELS.index, default=None)
-    level_then = LEVELS[min(then)] if then else None
-    return {"then": level_then, "now": maturity[phase]["level"], "compared_now": lowest}
+            levels = earlier.accounts[figures.account.id].levels
+            then.append(LEVELS[levels[PHASES.index(phase)]])
+            compared_now.append(getattr(figures, phase))
+    now = organization_level(map(attrgetter(phase), run.audited), len(run.failed))
+    if not then:
+        return {"then": None, "now": now, "compared_now": None}
+    lowest = organization_level(compared_now, failed=0)
+    return {"then": organization_level(then, failed=0), "now": now, "compared_now": lowest}
 
 
-def cloudtrail_document(run: Run) -> dict[str, Any] | None:
-    """How many events CloudTrail returned, and where it failed and why; None if not asked."""
-    if run.plan.events_since is None:
-        return None
-    since = run.tracking.events_from
-    return {
-        "since": iso(since) if since else None,
-        "out_of_reach": run.tracking.events_out_of_reach,
-        "events": sum(len(trail.events) for _account, trail in run.trails),
-        "unavailable": {account.id: trail.error for account, trail in run.trails if trail.error},
-    }
-
-
-def enforcement_document(run: Run) -> dict[str, Any]:
-    """How many of the accounts in scope have each verdict of each control."""
-    accounts, found = {}, run.enforcement
+def policies_and_events_document(run: Run) -> dict[str, Any]:
+    """How many accounts in scope have each verdict of each control; how many events CloudTrail
+    returned, and where it failed and why: None if it was not asked."""
+    accounts, found, tracking, unavailable = {}, run.enforcement, run.tracking, {}
     for control in CONTROLS:
-        accounts[control] = Counter(dict.fromkeys(VERDICTS, 0))
-        accounts[control].update(each[control].verdict for each in run.controls.values())
-    return {
-        "why_not_checked": found.why_not or None,
-        "accounts": accounts,
-        "root_credentials_managed_centrally": found.root_credentials_managed,
-        "root_credentials_why_not_checked": found.root_why_not or None,
-    }
+        verdicts = Counter(each[control].verdict for each in run.controls.values())
+        accounts[control] = {**dict.fromkeys(VERDICTS, 0), **verdicts}
+    enforcement: dict[str, Any] = {"why_not_checked": found.why_not or None, "accounts": accounts}
+    enforcement["root_credentials_managed_centrally"] = found.root_credentials_managed
+    enforcement["root_credentials_why_not_checked"] = found.root_why_not or None
+    if run.plan.events_since is None:
+        return {"enforcement": enforcement, "cloudtrail": None}
+    trail: dict[str, Any] = {"events": 0, "out_of_reach": tracking.events_out_of_reach}
+    trail["since"] = iso(tracking.events_from) if tracking.events_from else None
+    for account, found_there in run.trails:
+        trail["events"] += len(found_there.events)
+        if found_there.error:
+            unavailable[account.id] = found_there.error
+    return {"enforcement": enforcement, "cloudtrail": {**trail, "unavailable": unavailable}}
 
 
 def exceptions_document(run: Run) -> dict[str, Any]:
@@ -4431,38 +4184,35 @@ def exceptions_document(run: Run) -> dict[str, Any]:
     covering = Counter(one.exception for one in run.findings if one.exception)
     unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
     unknown.update(one.account.id for one in run.audited if one.not_checked)
-    document: dict[str, Any] = {"applied": sum(covering.values()), "expired": [], "unused": []}
+    expired, unused = [], []
     for one in run.plan.exceptions:
         entry = {**one._asdict(), "until": one.until.isoformat()}
         anywhere = one.account_id == "*" and unknown - {run.organization.management_account}
         if one.until < run.started.date():
-            document["expired"].append(entry)
+            expired.append(entry)
         elif one not in covering and one.account_id not in unknown and not anywhere:
-            document["unused"].append(entry)
-    return document
+            unused.append(entry)
+    return {"applied": sum(covering.values()), "expired": expired, "unused": unused}
 
 
 def account_entries(run: Run) -> list[dict[str, Any]]:
     """The accounts in scope, by ID."""
-    entries = []
+    entries = list[dict[str, Any]]()
     for skipped in run.skipped:
         entries.append({**vars(skipped.account), "result": "skipped", "not_checked": {}})
     for failed in run.failed:
         entry = {**vars(failed.account), "result": "failed", "not_checked": {}, "step": failed.step}
         entry["error"] = {"code": failed.code, "message": failed.message}
         entry["production"] = is_production(failed.account, run.plan.production)
-        entry["maturity"] = dict.fromkeys(PHASES, NOT_STARTED)
-        entries.append(entry)
-    for figures in run.audited:
-        entry = {**vars(figures.account), "result": "audited", "root": figures.has_root}
-        for name in ("not_checked", "users", "production"):
-            entry[name] = getattr(figures, name)
-        entry["report_generated"] = iso(figures.report_generated)
-        entry["maturity"] = {"phase1": figures.phase1, "phase2": figures.phase2}
-        entry["gaps"] = gaps_document(figures.gaps, run.started)
-        earlier = run.tracking.compared.get(figures.account.id)
+        entries.append({**entry, "maturity": dict.fromkeys(PHASES, NOT_STARTED)})
+    for one in run.audited:
+        earlier = run.tracking.compared.get(one.account.id)
+        entry = {**vars(one.account), "result": "audited", "root": one.has_root, "users": one.users}
+        entry.update(not_checked=one.not_checked, production=one.production)
+        entry["maturity"] = {"phase1": one.phase1, "phase2": one.phase2}
+        entry["report_generated"] = iso(one.report_generated)
         entry["since"] = iso(earlier.started) if earlier else None
-        entries.append(entry)
+        entries.append({**entry, "gaps": gaps_document(one.gaps, run.started)})
     for entry in entries[len(run.skipped) :]:
         entry["controls"] = {}
         for name, control in run.controls[entry["id"]].items():
@@ -4655,23 +4405,23 @@ def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence
 def heading_part(summary: Summary) -> str:
     """What was audited, and a warning of what was not."""
     title, *facts = heading_lines(summary)
-    warnings = [*failed_lines(summary), *root_lines(summary), *not_checked_lines(summary)]
+    warnings = [*failed_lines(summary, quiet=True), *not_checked_lines(summary)]
     if why_not := summary["enforcement"]["why_not_checked"]:
         warnings.append(f"Service control policies were not checked: {why_not}")
-    text = f"<h1>{safe(title)}</h1>" + outline(line for line in facts if line not in warnings)
+    text = f"<h1>{safe(title)}</h1>" + outline(facts)
     if warnings:
-        text += f'<div class="warning"><h2>Warning: nothing is known of this</h2>{outline(warnings)}</div>'
+        title = "<h2>Warning: nothing is known of this</h2>"
+        text += f'<div class="warning">{title}{outline(warnings)}</div>'
     return text
 
 
 def maturity_part(summary: Summary) -> str:
     """For each phase what holds the organization on its rung, the ladder, and what has changed."""
     text, changes = "", summary["changes"]
-    for phase, (title, without) in PHASE_TITLES.items():
-        maturity, reason = summary["maturity"][phase], "; ".join(level_reasons(summary, phase))
-        if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
-            reason = f"{count(summary['totals']['failed'], 'account')} could not be audited"
-        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason or without))
+    for phase, maturity in summary["maturity"].items():
+        title, *reasons, _accounts = phase_lines(summary, phase)
+        reason = "; ".join(map(str.strip, reasons))
+        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason))
         text += f'<div><h3>{title}</h3>{reason}<ol class="ladder">'
         for level, number in maturity["accounts"].items():
             here = (' class="here" aria-current="step"', " &#9664; here")
@@ -4792,7 +4542,7 @@ def account_cells(one: Summary) -> Sequence[str]:
 
 def changes_part(run: Run, summary: Summary) -> str:
     """What is new, fixed and gone, with who did it as far as CloudTrail tells."""
-    text = outline(change_lines(run, summary) + witness_lines(run, summary))
+    text = outline(change_lines(run, summary) + witness_lines(summary))
     if summary["changes"] is None:
         return text
     changes = run.tracking.changes[:CHANGES_ON_PAGE]

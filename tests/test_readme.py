@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import iam_audit
 TESTS = Path(__file__).resolve().parent
 README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
 
-PRIORITY_ROW = re.compile(r"^\| (\d) \| (.*) \|$", re.MULTILINE)
+PRIORITY_ROW = re.compile(r"^\| (\d) \| (.*?) \| .*\|$", re.MULTILINE)
+SECTIONS = re.split(r"^(?=## )", README, flags=re.MULTILINE)[1:]
 
 
 def masked(output: str) -> str:
@@ -107,11 +109,10 @@ def test_every_exit_code_and_every_word_is_explained() -> None:
 
 def test_the_table_of_findings_is_the_programs() -> None:
     """Each priority with the findings that can have it, as the rules say, in the order of the priorities."""
-    section = README[README.index("### findings.csv") : README.index("### Maturity")]
-    told = {
-        int(number): set(re.findall(r"`([a-z0-9-]+)`", text))
-        for number, text in PRIORITY_ROW.findall(section)
-    }
+    section = README[README.index("## Findings\n") : README.index("## Maturity levels\n")]
+    told: dict[int, set[str]] = {}
+    for number, text in PRIORITY_ROW.findall(section):
+        told.setdefault(int(number), set()).update(re.findall(r"`([a-z0-9-]+)`", text))
     findings = {rule.name for rule in iam_audit.RULES}
     expected: dict[int, set[str]] = {}
     for rule in iam_audit.RULES:
@@ -165,6 +166,51 @@ def test_the_readme_names_what_the_alert_fires_on_and_the_parameters_of_the_temp
 )
 def test_the_readme_warns_of(sentence: str) -> None:
     assert sentence in " ".join(README.split())
+
+
+def test_the_contents_lead_to_every_section_in_order() -> None:
+    titles = [section.partition("\n")[0].removeprefix("## ") for section in SECTIONS]
+    contents = README[: README.index("## ")]
+    linked = re.findall(r"\[([^]]+)\]\(#([^)]+)\)", contents)
+    assert [title for title, _ in linked] == [title for title in titles if title != "Performance"]
+    for title, anchor in linked:
+        assert anchor == re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+               for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}  # fmt: skip
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_no_section_before_enforce_is_longer_than_two_screens() -> None:
+    for section in SECTIONS:
+        if section.startswith("## Enforce"):
+            break
+        prose = re.sub(r"```.*?```", "", section, flags=re.DOTALL)
+        for part in re.split(r"^(?=### )", prose, flags=re.MULTILINE):
+            assert part.count("\n") <= 80, part[:60]
+
+
+def test_python_is_the_virtual_environments() -> None:
+    assert not re.findall(r"(?<![\w/.-])python3? (?!-m venv)(?=-|iam_audit|tests)", README)
+
+
+def reading_commands() -> list[str]:
+    section = next(section for section in SECTIONS if section.startswith("## Read the files"))
+    return re.findall(r"^    (\.venv/bin/python .*)$", section, re.MULTILINE)
+
+
+@pytest.mark.program
+@pytest.mark.parametrize("number", [0, 1], ids=["pandas", "DuckDB"])
+def test_the_commands_that_read_the_files_work(tmp_path: Path, number: int) -> None:
+    """On the demo's files, whose oldest key of all is in what both print."""
+    command = [sys.executable, str(TESTS / "demo.py"), "--output-dir", str(tmp_path / "reports")]
+    subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
+    reading = reading_commands()[number].replace(".venv/bin/python", shlex.quote(sys.executable))
+    done = subprocess.run(
+        reading, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = json.loads((tmp_path / "reports/latest/summary.json").read_text(encoding="utf-8"))
+    assert summary["gaps"]["organization"]["oldest_active_key"]["created"][:10] in done.stdout
 
 
 @pytest.mark.parametrize("partition", iam_audit.IAM_REGIONS)

@@ -41,7 +41,7 @@ from builders import (
 )
 from builders import user as user_value
 from conftest import Program, Result, Serve
-from endpoint import Json, account, event, key, root, root_key, rule, user
+from endpoint import Json, account, credential, event, key, root, root_key, rule, user
 
 import iam_audit
 from iam_audit import Account, Scope, Tracking
@@ -294,6 +294,113 @@ def test_quiet_says_where_cloudtrail_could_not_be_asked(nights: Nights) -> None:
     assert nights.run([account(ONE, "one")], *QUIET, "--cloudtrail").stdout == ""
 
 
+# --- API keys, and who became an administrator ------------------------------------------------------------------------
+
+
+OLD_API_KEY, NEW_API_KEY = (
+    credential(name, created=ago(days)) for name, days in (("ACCAOLD", 100), ("ACCANEW", 90))
+)
+OF_SERVICE = "ServiceSpecificCredential"
+ADMINISTRATOR: Json = {"attached": ["arn:aws:iam::aws:policy/AdministratorAccess"]}
+
+
+def holder(*credentials: Json, name: str = "bot", **options: Any) -> list[Json]:
+    """An account whose only user has these API keys; `options` are the user's."""
+    return [account(ONE, "one", users=[user(name, credentials=credentials, **options)])]
+
+
+def api_key_event(what: str, name: str, days: float, status: str = "") -> Json:
+    """What somebody did to an API key of user bot, as CloudTrail tells it."""
+    told: Json = {"userName": "bot"}
+    parameters = {"serviceSpecificCredentialId": name, "status": status}
+    response = None
+    if what == "Create":
+        made = {"serviceSpecificCredentialId": name, "serviceName": "bedrock.amazonaws.com"}
+        told, response, parameters = {**told, **made}, {"serviceSpecificCredential": made}, {}
+    return event(
+        f"{what}{OF_SERVICE}",
+        ago(days),
+        user="bot",
+        key=name,
+        requestParameters={**told, **parameters},
+        responseElements=response,
+    )
+
+
+def test_api_keys_are_tracked_as_access_keys_are(nights: Nights) -> None:
+    """Created, deleted, deactivated; and one that came and went, which only CloudTrail shows."""
+    off = credential("ACCAOFF", created=ago(99), status="Inactive")
+    nights.run(holder(OLD_API_KEY, {**off, "status": "Active"}), days=3)
+    happened = [
+        api_key_event("Create", "ACCANEW", 2.5),
+        api_key_event("Delete", "ACCAOLD", 2.4),
+        api_key_event("Update", "ACCAOFF", 2.3, "Inactive"),
+        api_key_event("Create", "ACCAWENT", 2.2),
+        api_key_event("Delete", "ACCAWENT", 2.1),
+    ]
+    now = [{**holder(NEW_API_KEY, off)[0], "events": happened}]
+    result = nights.run(now, *QUIET, "--cloudtrail", days=2)
+    assert result.exit_code == 4
+    by_alice = "by assumed-role/Admin/alice"
+    assert result.stdout.splitlines()[2:] == [
+        f"  {ONE} one bot ACCANEW (API key) {by_alice}",
+        f"  {ONE} one bot ACCAWENT (API key) deleted again {by_alice}",
+    ]
+    assert [row.split("|")[3:9] for row in changes(result)] == [
+        ["ACCANEW", "api-key-created", "", "Active", "confirmed", f"Create{OF_SERVICE}"],
+        [
+            "ACCAOFF",
+            "api-key-deactivated",
+            "Active",
+            "Inactive",
+            "confirmed",
+            f"Update{OF_SERVICE}",
+        ],
+        ["ACCAOLD", "api-key-deleted", "Active", "", "confirmed", f"Delete{OF_SERVICE}"],
+        ["ACCAWENT", "api-key-came-and-went", "", "", "confirmed", f"Delete{OF_SERVICE}"],
+    ]
+    assert nights.run(now, *QUIET, "--cloudtrail").exit_code == 0
+
+
+@pytest.mark.parametrize("why", ["denied", "an older version"])
+def test_what_was_not_read_before_is_no_flood_of_new_keys(nights: Nights, why: str) -> None:
+    """Only the dates of API keys tell which are new. From the next night on all is compared."""
+    young = credential("ACCAYOUNG", created=ago(1))
+    before = holder(OLD_API_KEY, keys=[OLD_KEY])
+    promoted: Json = {"keys": [OLD_KEY], **ADMINISTRATOR}
+    denied: Json = {"deny": ["ListServiceSpecificCredentials"]} if why == "denied" else {}
+    nights.run([{**before[0], **denied}], days=3)
+    if why != "denied":
+        (nights.folder(3) / "credentials.csv").unlink()
+    first = nights.run(holder(OLD_API_KEY, NEW_API_KEY, young, **promoted), *QUIET, days=0.5)
+    assert (first.exit_code, new_keys(first)) == (4, ["ACCAYOUNG"])
+    expected = [["ACCAYOUNG", "api-key-created"]]
+    if why == "denied":  # who was an administrator was known
+        expected = [["", "administrator-added"], *expected]
+    assert [row.split("|")[3:5] for row in changes(first)] == expected
+    second = nights.run(holder(OLD_API_KEY, young, **promoted), *QUIET)
+    assert (second.exit_code, second.stdout) == (0, "")
+    assert [row.split("|")[3:5] for row in changes(second)] == [["ACCANEW", "api-key-deleted"]]
+
+
+def test_an_administrator_since_some_days_ago(nights: Nights) -> None:
+    """With --previous 30d, although the runs of the nights between know it."""
+    plain: Json = {"keys": [OLD_KEY]}
+    nights.run(holder(OLD_API_KEY, **plain), days=40)
+    nights.run(holder(OLD_API_KEY, **plain), days=31)
+    nights.run(holder(OLD_API_KEY, NEW_API_KEY, **plain, **ADMINISTRATOR), days=1)
+    now = holder(OLD_API_KEY, NEW_API_KEY, **plain, **ADMINISTRATOR)
+    monthly = nights.run(now, "--previous", "30d", "--fail-on", "new-keys")
+    assert (monthly.exit_code, new_keys(monthly)) == (4, ["ACCANEW"])
+    assert baselines(monthly) == {ONE: ago(31).isoformat()}
+    assert [row.split("|")[2:7] for row in changes(monthly)] == [
+        ["bot", "", "administrator-added", "false", "true"],
+        ["bot", "ACCANEW", "api-key-created", "", "Active"],
+    ]
+    nightly = nights.run(now, *QUIET)
+    assert (nightly.exit_code, changes(nightly)) == (0, [])
+
+
 # --- scopes, formats, and how far back --------------------------------------------------------------------------------
 
 
@@ -330,7 +437,7 @@ def with_format_1(nights: Nights, days: float) -> Path:
     backdate(folder, ago(days))
     where = f"{ONE},one-prod,true,ana"
     rows = [
-        ",".join(iam_audit.FINDINGS_COLUMNS),
+        ",".join(iam_audit.FINDINGS_COLUMNS[:12]),
         f"1,console-without-mfa,{where},N/A,,Nunca,N/A,console user without MFA; production,",
         f"2,key-older-than-1-year,{where},AKIA00000000000000A1,1000,Nunca utilizada,N/A,old,",
         f"7,inactive-key,{where},AKIA00000000000000A2,1000,Nunca utilizada,N/A,inactive,",
@@ -360,7 +467,7 @@ def test_runs_of_format_1_are_still_read(nights: Nights) -> None:
     assert result.stdout.splitlines()[1:4] == [
         "New findings of priority 1",
         f"  1  console-without-mfa      {ONE} one-prod             bob",
-        "     console user without MFA; production",
+        "     console user without MFA; production; not used for 90 days",
     ]
     assert result.stdout.splitlines()[-1] == "and 1 finding of priority 1, unchanged"
 
@@ -393,7 +500,7 @@ def test_each_file_of_an_earlier_run_is_read_once_and_few_before_the_audit(
     summary = json.loads((base / SUMMARY).read_text("utf-8"))
     failed = {"id": THREE, "name": "name", "result": "failed"}
     entries = [*summary["accounts"][:2], failed]
-    edit_summary(base, accounts=entries)
+    edit_summary(base, accounts=entries, runs=[figures(60)])
     for number in range(1, 50):
         started = NOW - number * DAY
         folder = tmp_path / f"{started:%Y%m%dT%H%M%SZ}"
@@ -425,7 +532,7 @@ def test_each_file_of_an_earlier_run_is_read_once_and_few_before_the_audit(
     opened.clear()
     named = iam_audit.open_tracking(iam_audit.History((), "o-test123456"), base, Scope(), NOW)
     iam_audit.baseline_of(named, TWO)
-    assert opened == {SUMMARY: 1, f"{TWO}.csv": 1}
+    assert opened == {SUMMARY: 1, f"{TWO}.csv": 2}  # at once, so that damage ends the run
 
 
 def test_with_cloudtrail_a_csv_is_read_once_too(
@@ -529,13 +636,10 @@ def test_a_run_whose_table_of_runs_is_damaged_is_passed_over(
     assert str(folder / SUMMARY) in message
 
 
-@pytest.mark.parametrize("then", [{}, {"exclude_ous": []}])
-def test_a_scope_of_before_there_was_exclude_ou_is_the_same(
-    written_runs: Reports, then: Json
-) -> None:
+def test_a_scope_of_before_there_was_exclude_ou_is_the_same(written_runs: Reports) -> None:
     scope = iam_audit.scope_document(Scope())
-    scope.pop("exclude_ous", None)
-    written_runs.add(2, scope={**scope, **then})
+    assert "exclude_ous" not in scope
+    written_runs.add(2, scope=scope)
     written_runs.add(1, scope={**scope, "exclude_ous": ["ou-1"]})
     assert days_shown(written_runs.opened()) == [2]
 
@@ -730,24 +834,6 @@ def test_a_csv_that_disappears_during_the_run_costs_one_comparison(
     assert new_keys(result) == ([key_id("NEW")] if older else [])
     assert summary_of(result)["new_keys_not_ruled_out"] == ([] if older else [ONE])
     assert written(result.folder, ONE)
-
-
-def test_a_run_that_previous_names_is_in_memory_by_the_time_it_disappears(
-    nights: Nights, serve: Serve, program: Program
-) -> None:
-    nights.run([machine(ONE, OLD_KEY)], days=1)
-    endpoint = serve(machine(ONE, OLD_KEY, NEW_KEY), rules=[rule("ListUsers", ONE, hold=True)])
-
-    def deleted() -> bool:
-        if endpoint.stats()["held"]:
-            shutil.rmtree(nights.folder(1))
-            return True
-        return False
-
-    with released(endpoint, deleted):
-        options = ["--previous", str(nights.folder(1)), *QUIET]
-        result = again(program, endpoint.env(), nights.reports, *options)
-    assert (result.exit_code, new_keys(result)) == (4, [key_id("NEW")])
 
 
 # --- mail and exit codes ----------------------------------------------------------------------------------------------
