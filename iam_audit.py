@@ -60,14 +60,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import asyncio
-import base64
 import bisect
 import contextlib
 import contextvars
 import csv
 import functools
-import hashlib
-import html
 import io
 import itertools
 import json
@@ -164,9 +161,6 @@ def run_audit(options: Any, started: datetime) -> int:
         raise
     write_tables(run)
     summary = summary_document(run, utc_now())
-    if plan.page:
-        with atomic_file(folder / "report.html") as file:
-            file.write(report_page(run, summary))
     write_json(folder / "summary.json", summary)
     if (why_not := link_latest(folder)) and options.verbose:
         complain(f"iam_audit.py: {printable(why_not)}")
@@ -510,7 +504,6 @@ class Plan:
     max_unused: timedelta
     owner_tags: tuple[str, ...]
     exceptions: tuple[KnownException, ...]
-    page: bool
 
 
 @dataclass
@@ -1437,146 +1430,109 @@ def frames_of(error: BaseException) -> list[str]:
 ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
 # IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
 READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
-OUS_AT_ONCE = 2  # with ListAccounts and the policies, as many as PARENTS_AT_ONCE has connections
 
 
 async def audit_organization(
     aws: Aws, run: Run, progress: Progress, finish: Callable[[Outcome], None], log: Log
 ) -> None:
-    """Audit the accounts, the first of them while others are still being listed.
-
-    `finish` gets each outcome as soon as there is one. If it raises, the audit ends with its error.
-    """
-    organization, plan, place = run.organization, run.plan, naming_ous(aws, run)
+    """Audit the accounts, the first of them while others are still being listed. `finish` gets each
+    outcome as soon as there is one; if it raises, the audit ends with its error."""
+    organization, plan, scope = run.organization, run.plan, run.plan.scope
     slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or MOST_THREADS)
-    tasks: list[asyncio.Task[None]] = []
+    listed, tasks = list[Account](), list[asyncio.Task[None]]()
+    names, naming, checked = dict[str, str](), asyncio.Lock(), asyncio.Event()
+    if scope == Scope(include_management=scope.include_management):
+        checked.set()  # otherwise all accounts must be known before the first is audited
 
     async def audit(account: Account, turn: int) -> None:
+        await checked.wait()
         async with slots:
             session = AccountSession(aws, account, plan.role, turn, log)
-            placed, outcome = await asyncio.gather(place(account), audit_account(session, plan))
-            finish(replace(outcome, account=placed))
+            place = name_ous(aws, run, account, names, naming)
+            ou, outcome = await asyncio.gather(place, audit_account(session, plan))
+            finish(replace(outcome, account=replace(account, ou=ou)))
 
-    async def skip(account: Account) -> None:
-        finish(SkippedAccount(await place(account)))
-
-    async for account in accounts_to_consider(aws, organization, plan.scope, progress):
-        left_out = left_out_outcome(account, organization, plan.scope)
+    async for account in list_accounts(aws):
+        listed.append(account)
+        left_out = left_out_outcome(account, organization, scope)
         if left_out is None:
+            progress.listed += 1
             tasks.append(asyncio.create_task(audit(account, len(tasks))))
-        elif isinstance(left_out, SkippedAccount):
-            tasks.append(asyncio.create_task(skip(account)))
         else:
             finish(left_out)
-    await asyncio.gather(*tasks)
-
-
-async def accounts_to_consider(
-    aws: Aws, organization: Organization, scope: Scope, progress: Progress
-) -> AsyncIterator[Account]:
-    """The accounts as they are listed; all at the end if the scope must be checked first."""
-    listed, must_check = [], scope != Scope(include_management=scope.include_management)
-    async for account in list_accounts(aws):
-        if left_out_outcome(account, organization, scope) is None:
-            progress.listed += 1
-        if must_check:
-            listed.append(account)
-        else:
-            yield account
     progress.all_listed = True
-    if must_check:
-        check_scope(scope, organization, listed)
-    for account in listed:
-        yield account
+    check_scope(scope, organization, listed)
+    checked.set()
+    await asyncio.gather(*tasks)
 
 
 def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Account]) -> None:
     """Raise AuditError for what does not exist: without it, the audit would look complete."""
-    by_id, places = {account.id: account for account in accounts}, set[str]()
+    known, named = set[str](), scope.accounts - scope.exclude
     for account in accounts:
         if account.path is None and (scope.ous or scope.exclude_ous):
             raise sdk_too_old("Paths for --ou and --exclude-ou")
-        places.update((account.path or "").split("/"))
-    nowhere = f"not in organization {organization.id}"
-    must_exist = frozenset() if scope.retry_failed else scope.accounts
-    unknown = {
-        f"--accounts: {nowhere}": must_exist - by_id.keys(),
-        f"--exclude: {nowhere}": scope.exclude - by_id.keys(),
-        f"--ou: {nowhere}, or without accounts": scope.ous - places,
-        f"--exclude-ou: {nowhere}, or without accounts": scope.exclude_ous - places,
-    }
-    for what, ids in unknown.items():
-        if ids:
-            raise AuditError(f"{what}: {', '.join(sorted(ids))}")
-    for account_id in sorted((scope.accounts - scope.exclude) & by_id.keys()):
-        if account_id == organization.management_account and not scope.include_management:
-            option = "--retry-failed" if scope.retry_failed else "--accounts"
-            hint = "is the management account: add --include-management."
-            raise AuditError(f"{option}: {account_id} {hint}")
-        left_out = left_out_outcome(by_id[account_id], organization, scope)
-        if isinstance(left_out, OutOfScopeAccount) and not scope.retry_failed:
-            raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account_id}")
+        known.update((account.id, *(account.path or "").split("/")))
+        out = isinstance(left_out_outcome(account, organization, scope), OutOfScopeAccount)
+        if account.id in named and out:
+            if account.id == organization.management_account and not scope.include_management:
+                option = "--retry-failed" if scope.retry_failed else "--accounts"
+                hint = "is the management account: add --include-management."
+                raise AuditError(f"{option}: {account.id} {hint}")
+            if not scope.retry_failed:
+                raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account.id}")
+    asked = {"--exclude": scope.exclude, "--ou": scope.ous, "--exclude-ou": scope.exclude_ous}
+    if not scope.retry_failed:
+        asked["--accounts"] = scope.accounts
+    for option, ids in asked.items():
+        if unknown := ", ".join(sorted(ids - known)):
+            nobody = f"no account in organization {organization.id} has this ID or is below it"
+            raise AuditError(f"{option}: {nobody}: {unknown}")
 
 
-def is_below(account: Account, ous: frozenset[str]) -> bool:
-    return not ous.isdisjoint((account.path or "").split("/"))
-
-
-def left_out_outcome(
-    account: Account, organization: Organization, scope: Scope
-) -> SkippedAccount | OutOfScopeAccount | None:
+def left_out_outcome(account: Account, organization: Organization, scope: Scope) -> Outcome | None:
     """The outcome of an account that is not audited; None if it is."""
+    places = set((account.path or "").split("/"))
     in_scope = (
         (scope.include_management or account.id != organization.management_account)
         and (not scope.accounts or account.id in scope.accounts)
-        and (not scope.ous or is_below(account, scope.ous))
+        and (not scope.ous or scope.ous & places)
         and account.id not in scope.exclude
-        and not is_below(account, scope.exclude_ous)
+        and not scope.exclude_ous & places
     )
     if not in_scope:
         return OutOfScopeAccount(account)
     return None if account.state == "ACTIVE" else SkippedAccount(account)
 
 
-def naming_ous(aws: Aws, run: Run) -> Callable[[Account], Awaitable[Account]]:
-    """What adds the names of its OUs to an account. Each OU is asked about once, and none after a
-    failure: then their IDs stand in, and no account fails."""
-    gate = asyncio.Semaphore(OUS_AT_ONCE)
-
-    async def ask(ou_id: str) -> str:
-        async with gate:
+async def name_ous(
+    aws: Aws, run: Run, account: Account, names: dict[str, str], naming: asyncio.Lock
+) -> str:
+    """The names of the account's OUs. Each OU is asked about once, and none after a failure: then
+    their IDs stand in, and no account fails."""
+    ou_ids = re.findall("ou-[^/]+", account.path or "")
+    for ou_id in ou_ids:
+        async with naming:
             try:
-                if not run.ous_why_not:
-                    return await aws.ask(describe_organizational_unit, ou_id)
+                if ou_id not in names and not run.ous_why_not:
+                    names[ou_id] = await aws.ask(describe_organizational_unit, ou_id)
             except StepFailed as failure:
                 run.ous_why_not = str(failure)
-            return ou_id
-
-    @functools.cache
-    def name(ou_id: str) -> asyncio.Task[str]:
-        return asyncio.create_task(ask(ou_id))
-
-    async def place(account: Account) -> Account:
-        names = await asyncio.gather(*map(name, re.findall("ou-[^/]+", account.path or "")))
-        return replace(account, ou="/".join(names))
-
-    return place
+    return "/".join(names.get(ou_id, ou_id) for ou_id in ou_ids)
 
 
 async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
     """Read one account in full, or say why not. No error here stops the other accounts."""
     try:
-        return await naming_the_step(session, read_account, plan)
+        return await naming_step(session, read_account, plan)
     except StepFailed as failure:
         return FailedAccount(session.account, failure.step, failure.code, failure.message)
 
 
-async def naming_the_step(
-    session: AccountSession, work: Callable[..., Awaitable[T]], *arguments: Any
-) -> T:
+async def naming_step(session: AccountSession, work: Callable[..., Awaitable[T]], *more: Any) -> T:
     """The result of the work. Any error becomes a StepFailed of the task's last operation."""
     try:
-        return await work(session, *arguments)
+        return await work(session, *more)
     except StepFailed:
         raise
     except Exception as error:
@@ -1592,48 +1548,47 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
     # Nothing else is asked until IAM has accepted this: a role that may read nothing fails here.
     answer = await ask_for_report(session)
     # The users are read while IAM generates the report: only their passwords and MFA wait for it.
-    waiting = naming_the_step(session, wait_for_report, answer, plan.report_timeout)
+    waiting = naming_step(session, wait_for_report, answer, plan.report_timeout)
     report = asyncio.create_task(waiting)
     try:
-        lists, users = await read_users(session, plan, report)
+        users, denied = await read_users(session, plan, report)
         generated, rows = await report
     finally:
         report.cancel()
         await asyncio.gather(report, return_exceptions=True)  # an earlier error takes precedence
     if ROOT in rows:
         users.insert(0, await read_root(session, rows[ROOT]))
-    trail = None
-    if plan.events_since is not None:
-        since = plan.events_since(session.account.id)
-        trail = await read_trail(session, plan.event_names, since)
-    return AuditedAccount(session.account, to_second(generated), tuple(users), trail, lists.denied)
+    trail = await read_trail(session, plan)
+    return AuditedAccount(session.account, to_second(generated), tuple(users), trail, denied)
+
+
+async def read_trail(session: AccountSession, plan: Plan) -> Trail | None:
+    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
+    if plan.events_since is None:
+        return None
+    events, since = [], plan.events_since(session.account.id)
+    try:
+        for name in plan.event_names:
+            events += await lookup_events(session, name, since)
+    except (StepFailed, KeyError, TypeError, AttributeError, ValueError) as error:
+        damaged = f"LookupEvents: DamagedEvent: {type(error).__name__}"  # not as AWS documents it
+        return Trail(error=str(error) if isinstance(error, StepFailed) else damaged)
+    return Trail(tuple(sorted(events)))
 
 
 # --- the credential report ---
 
-REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
-REPORT_LONGEST_PAUSE = 10.0  # seconds
-REPORT_PAUSE_GROWTH = 1.1
+# Seconds between two requests for a report; small reports take about two.
+REPORT_FIRST_PAUSE, REPORT_LONGEST_PAUSE, REPORT_PAUSE_GROWTH = 2.0, 10.0, 1.1
 # botocore retries none of these, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
 REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
-# fmt: off
-REPORT_COLUMNS = {
-    "user", "arn", "user_creation_time", "password_enabled", "password_last_used",
-    "password_last_changed", "mfa_active", "cert_1_active", "cert_1_last_rotated", "cert_2_active",
-    "cert_2_last_rotated", "access_key_1_active", "access_key_1_last_rotated",
-    "access_key_1_last_used_date", "access_key_1_last_used_service", "access_key_2_active",
-    "access_key_2_last_rotated", "access_key_2_last_used_date", "access_key_2_last_used_service",
-}
-# fmt: on
 ReportRow = Mapping[str, str]
 
 
 class CredentialReport(NamedTuple):
-    """When the report was generated, and its rows by user name."""
-
     generated: datetime
-    rows: Mapping[str, ReportRow]
+    rows: Mapping[str, ReportRow]  # by user name
 
 
 async def ask_for_report(session: AccountSession) -> CredentialReport | StepFailed:
@@ -1654,8 +1609,7 @@ async def wait_for_report(
     session: AccountSession, answer: CredentialReport | StepFailed, timeout: float
 ) -> CredentialReport:
     """Ask for the report until it is complete. Raises StepFailed after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    pause = REPORT_FIRST_PAUSE
+    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
     while isinstance(answer, StepFailed):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -1670,19 +1624,17 @@ async def wait_for_report(
 def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
     """The credential report's rows by user name; StepFailed if it is not one of this account."""
     try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-        rows = list(reader)
+        text = io.StringIO(content.decode("utf-8"), newline="")
+        rows = list(csv.DictReader(text, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise damaged_report(f"it is no CSV ({error})") from None
-    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
-        raise damaged_report(f"it lacks the columns {', '.join(sorted(missing))}")
+    if not rows or not {"user", "arn"} <= rows[0].keys():
+        raise damaged_report("it has no rows, or not the columns user and arn")
     by_user: dict[str, ReportRow] = {}
     for row in rows:
-        if None in row or None in row.values():
-            raise damaged_report(f"a row does not have as many cells as the header ({row['user']})")
+        if None in row or None in row.values() or row["user"] in by_user:
+            raise damaged_report(f"{row['user']} has two rows, or cells and columns do not match")
         check_account(row["arn"], account_id, "GetCredentialReport")
-        if row["user"] in by_user:
-            raise damaged_report("it has two rows of one user")
         by_user[row["user"]] = row
     return by_user
 
@@ -1693,56 +1645,46 @@ def damaged_report(why: str) -> StepFailed:
 
 
 def check_account(arn: str, account_id: str, step: str) -> None:
-    """Raise StepFailed if the ARN does not carry the ID of the account that was asked: all accounts
-    share one client, and this makes a mix-up impossible to miss."""
+    """Raise StepFailed for an ARN of another account: all accounts share one client."""
     if arn.split(":")[4:5] != [account_id]:
         raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
 
 
-def report_date(row: ReportRow, column: str) -> datetime | None:
-    text = row[column]
-    if text.lower() in REPORT_NO_DATE:
+def report_cell(row: ReportRow, column: str) -> Any:
+    """A flag as bool, where the column's name says so; else a date, None if there is none."""
+    text = row.get(column, "it lacks the column").lower()
+    if column.endswith(("_active", "_enabled")):
+        if text in {"true", "false", "not_supported"}:  # the last of root, who then has a password
+            return text != "false"
+    elif text in REPORT_NO_DATE:
         return None
-    try:
-        return to_second(parse_time(text))
-    except ValueError:
-        raise damaged_report(f"{column} of {row['user']} is {text!r}") from None
-
-
-def report_flag(row: ReportRow, column: str) -> bool:
-    text = row[column]
-    if text.lower() not in {"true", "false"}:
-        raise damaged_report(f"{column} of {row['user']} is {text!r}")
-    return text.lower() == "true"
+    else:
+        with contextlib.suppress(ValueError):
+            return to_second(parse_time(text))
+    raise damaged_report(f"{column} of {row['user']} is {text!r}")
 
 
 def report_password(row: ReportRow) -> tuple[bool, datetime | None, datetime | None]:
-    """Whether there is a password, when it was last used, and when it was last changed.
-
-    Older reports have `not_supported` for root, which then has a password.
-    """
-    unclear = row["password_enabled"].lower() == "not_supported"
-    if not unclear and not report_flag(row, "password_enabled"):
+    """Whether there is a password, when it was last used, and when it was last changed."""
+    if not report_cell(row, "password_enabled"):
         return False, None, None
-    return True, report_date(row, "password_last_used"), report_date(row, "password_last_changed")
+    return True, report_cell(row, "password_last_used"), report_cell(row, "password_last_changed")
 
 
-def report_credentials(row: ReportRow, kind: str) -> Iterator[Credential]:
-    """Root's access keys, or anybody's signing certificates: they have slots in place of IDs.
-
-    `active` is false for an empty slot too: only `last_rotated`, the creation date, tells.
-    """
-    is_key = kind == ACCESS_KEY
+def report_credentials(row: ReportRow, kind: str) -> tuple[Credential, ...]:
+    """Root's access keys, or anybody's signing certificates: they have slots in place of IDs."""
+    is_key, found = kind == ACCESS_KEY, []
     for slot, credential_id in enumerate(ROOT_ACCESS_KEYS if is_key else CERTIFICATES, 1):
         prefix = f"access_key_{slot}" if is_key else f"cert_{slot}"
-        status = "Active" if report_flag(row, f"{prefix}_active") else "Inactive"
-        created = report_date(row, f"{prefix}_last_rotated")
-        last_used = report_date(row, f"{prefix}_last_used_date") if is_key else None
+        status = "Active" if report_cell(row, f"{prefix}_active") else "Inactive"
+        created = report_cell(row, f"{prefix}_last_rotated")
+        last_used = report_cell(row, f"{prefix}_last_used_date") if is_key else None
         service = row[f"{prefix}_last_used_service"] if is_key else ""
-        if created is not None:
-            yield Credential(credential_id, status, created, last_used, service, kind)
+        if created is not None:  # an empty slot is not active either
+            found.append(Credential(credential_id, status, created, last_used, service, kind))
         elif status == "Active":
             raise damaged_report(f"{prefix} of {row['user']} is active and has no last_rotated")
+    return in_order(found)
 
 
 # --- users ---
@@ -1751,32 +1693,28 @@ CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger dif
 # NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
-Report = asyncio.Task[CredentialReport]
-LISTS = (list_users, list_service_specific_credentials, get_account_authorization_details)
+identity = itemgetter("UserName", "UserId")  # either may be another user's later
 
 
 class Lists(NamedTuple):
-    """What is listed of all users at once. `denied` becomes AuditedAccount.not_checked."""
-
     users: Sequence[Entry]
     credentials: Mapping[str, Sequence[Credential]]  # by user name
     details: Details
-    denied: Mapping[str, str]
+    denied: Mapping[str, str]  # AuditedAccount.not_checked
 
 
 async def read_users(
-    session: AccountSession, plan: Plan, report: Report
-) -> tuple[Lists, list[User]]:
-    """The users there are now, by name. Whoever is listed is read until all of it is there, under
-    their present name; whoever a later list lacks is gone."""
+    session: AccountSession, plan: Plan, report: asyncio.Task[CredentialReport]
+) -> tuple[list[User], Mapping[str, str]]:
+    """The users there are now, by name, and what was denied. Whoever is listed is read until all of
+    it is there, under their present name; whoever a later list lacks is gone."""
     read: dict[Any, User] = {}
     gone: StepFailed | None = None
 
     async def read_one(entry: Entry) -> None:
         nonlocal gone
         try:
-            user = await naming_the_step(session, read_user, entry, report)
-            read[entry["UserName"], entry["UserId"]] = user
+            read[identity(entry)] = await naming_step(session, read_user, entry, report)
         except StepFailed as failure:
             # AWS may also answer AccessDenied for a key that is gone.
             of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
@@ -1787,7 +1725,7 @@ async def read_users(
     for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
         asked, gone = utc_now(), None
         lists = await read_lists(session)
-        unread = [e for e in lists.users if (e["UserName"], e["UserId"]) not in read]
+        unread = [entry for entry in lists.users if identity(entry) not in read]
         await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
         if gone is None:
             name = unlisted_user(lists, await report, asked)
@@ -1799,32 +1737,28 @@ async def read_users(
         await asyncio.sleep(pause)
     users = []
     for entry in sorted(lists.users, key=itemgetter("UserName")):
-        user = read[entry["UserName"], entry["UserId"]]
-        users.append(complete(user, entry["UserId"], lists, plan.owner_tags))
-    return lists, users
+        users.append(complete(read[identity(entry)], entry["UserId"], lists, plan.owner_tags))
+    return users, lists.denied
 
 
 async def read_lists(session: AccountSession) -> Lists:
-    """List everything at once. Where the role may list no more than the users, that is enough."""
-    answers: dict[Any, Any] = {}
+    """What is listed of all users at once. A role that may list no more than the users will do."""
+    optional = (list_service_specific_credentials, get_account_authorization_details)
+    answers: list[Any] = [await list_users(session), {}, Details({}, {})]
     denied: dict[str, str] = {}
-
-    async def ask(operation: Callable[..., Awaitable[Any]]) -> None:
+    for place, operation in enumerate(optional, 1):
         try:
-            answers[operation] = await naming_the_step(session, operation)
+            answers[place] = await operation(session)
         except StepFailed as failure:
-            if operation is list_users or failure.code not in DENIED:
+            if failure.code not in DENIED:
                 raise
             denied[failure.step] = failure.code
-
-    await side_by_side(READERS_PER_ACCOUNT, LISTS, ask)
-    details = answers.get(get_account_authorization_details, Details({}, {}))
-    for entry in answers[list_users]:
+    lists = Lists(answers[0], answers[1], answers[2], denied)
+    for entry in lists.users:
         check_account(entry["Arn"], session.account.id, "ListUsers")
-    for entry in (*details.users.values(), *details.groups.values()):
+    for entry in (*lists.details.users.values(), *lists.details.groups.values()):
         check_account(entry["Arn"], session.account.id, "GetAccountAuthorizationDetails")
-    credentials = answers.get(list_service_specific_credentials, {})
-    return Lists(answers[list_users], credentials, details, denied)
+    return lists
 
 
 def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> str | None:
@@ -1836,40 +1770,34 @@ def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> st
             return name
     recent = asked - CLOCK_SKEW
     for name, row in report.rows.items():
-        moment = report_date(row, "user_creation_time")
+        moment = report_cell(row, "user_creation_time")
         replaced = moment is not None and moment >= recent and moment != created.get(name)
         if report.generated >= recent and name != ROOT and (name not in created or replaced):
             return name
     return None
 
 
-async def read_user(session: AccountSession, entry: Entry, report: Report) -> User:
+async def read_user(
+    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport]
+) -> User:
     """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
-    name, created = entry["UserName"], to_second(entry["CreateDate"])
-    keys = await read_access_keys(session, name)
+    name, keys, mfa = entry["UserName"], list[Credential](), set[str]()
+    for key in await list_access_keys(session, name):
+        key_id, created = key["AccessKeyId"], to_second(key["CreateDate"])
+        last_used, service = await get_access_key_last_used(session, key_id)
+        keys.append(Credential(key_id, key["Status"], created, last_used, service))
     row = (await report).rows.get(name)
-    certificates: tuple[Credential, ...] = ()
-    if row is not None and report_date(row, "user_creation_time") == created:
+    if row and report_cell(row, "user_creation_time") == to_second(entry["CreateDate"]):
         password, last_used, changed = report_password(row)
-        certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
-        may_have_mfa = report_flag(row, "mfa_active")
+        certificates = report_credentials(row, SIGNING_CERTIFICATE)
+        may_have_mfa = report_cell(row, "mfa_active")
     else:  # created or renamed since the report
-        password, may_have_mfa = await get_login_profile(session, name), True
+        password, may_have_mfa, certificates = await get_login_profile(session, name), True, ()
         last_used, changed = (entry.get("PasswordLastUsed") if password else None), None
-    mfa: set[str] = set()
     if password or may_have_mfa:
         mfa.update(map(mfa_kind, await list_mfa_devices(session, name)))
-    owner = session.account.email
-    return User(name, password, last_used, tuple(sorted(mfa)), keys, certificates, changed, owner)
-
-
-async def read_access_keys(session: AccountSession, user_name: str) -> tuple[Credential, ...]:
-    keys = []
-    for entry in await list_access_keys(session, user_name):
-        key_id, created = entry["AccessKeyId"], to_second(entry["CreateDate"])
-        last_used, service_name = await get_access_key_last_used(session, key_id)
-        keys.append(Credential(key_id, entry["Status"], created, last_used, service_name))
-    return in_order(keys)
+    who = (name, password, last_used, tuple(sorted(mfa)), in_order(keys), certificates, changed)
+    return User(*who, session.account.email)
 
 
 def in_order(credentials: Iterable[Credential]) -> tuple[Credential, ...]:
@@ -1885,29 +1813,23 @@ def mfa_kind(serial: str) -> str:
 
 
 async def read_root(session: AccountSession, row: ReportRow) -> User:
-    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA.
-
-    In AWS GovCloud (US), root can neither sign in to the console nor have MFA.
-    """
-    no_console = session.role.partition == "aws-us-gov"
+    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA."""
+    no_console = session.role.partition == "aws-us-gov"  # nor has root MFA there
     password, last_used, changed = (False, None, None) if no_console else report_password(row)
     mfa: tuple[str, ...] = ()
-    if report_flag(row, "mfa_active"):
+    if report_cell(row, "mfa_active"):
         # A role cannot list root's other devices: what is not virtual is a token or a security key.
         virtual = row["arn"] in await list_virtual_mfa_devices(session)
         mfa = ("Virtual",) if virtual else ("Hardware",)
-    keys = in_order(report_credentials(row, ACCESS_KEY))
-    certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
-    owner = session.account.email
-    return User(ROOT, password, last_used, mfa, keys, certificates, changed, owner, "true")
+    keys, others = report_credentials(row, ACCESS_KEY), report_credentials(row, SIGNING_CERTIFICATE)
+    email = session.account.email
+    return User(ROOT, password, last_used, mfa, keys, others, changed, email, "true")
 
 
 # --- who a user is ---
 
 FULL_ACCESS = {"policy/AdministratorAccess", "policy/IAMFullAccess"}  # AWS's own
-QUARANTINE = (
-    "AWSCompromisedKeyQuarantine"  # ...V2, ...V3: AWS attaches it to users with a public key
-)
+QUARANTINE = ":aws:policy/AWSCompromisedKeyQuarantine"  # ...V2, ...V3
 
 
 def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) -> User:
@@ -1918,71 +1840,48 @@ def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) 
         return replace(user, others=others)
     tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
     owner = next(filter(None, map(tags.get, owner_tags)), user.owner)
-    attached = map(itemgetter("PolicyName"), entry.get("AttachedManagedPolicies", ()))
-    exposed = any(name.startswith(QUARANTINE) for name in attached)
+    attached = map(itemgetter("PolicyArn"), entry.get("AttachedManagedPolicies", ()))
+    exposed = any(QUARANTINE in arn for arn in attached)
     rights = administrator(entry, lists.details.groups)
     return replace(user, others=others, owner=owner, administrator=rights, exposed=exposed)
 
 
 def administrator(user: Entry, groups: Mapping[str, Entry]) -> str:
-    """Whether an Allow lets the user do everything in IAM: true, false or unknown.
-
-    Conditions, Deny statements and boundaries do not count: they seldom stop an administrator.
-    """
-    verdicts, of_iam = set[str](), user["Arn"].partition("user/")[0]
+    """Whether an Allow lets the user do everything in IAM: true, false or unknown. Conditions, Deny
+    statements and boundaries do not count: they seldom stop an administrator."""
+    verdict, statements = "false", list[Entry]()
     for holder in (user, *map(groups.get, user.get("GroupList", ()))):
         if holder is None:  # a group that is younger than the answer's page of groups
-            verdicts.add(UNKNOWN)
+            verdict = UNKNOWN
             continue
         for policy in holder.get("AttachedManagedPolicies", ()):
             owner, name = policy["PolicyArn"].split(":")[4:6]
-            verdicts.add(UNKNOWN if owner != "aws" else str(name in FULL_ACCESS).lower())
+            if owner == "aws" and name in FULL_ACCESS:
+                return "true"
+            verdict = verdict if owner == "aws" else UNKNOWN
         for policy in (*holder.get("UserPolicyList", ()), *holder.get("GroupPolicyList", ())):
-            verdicts.add(allows_all_of_iam(policy["PolicyDocument"], of_iam))
-    for verdict in ("true", UNKNOWN):
-        if verdict in verdicts:
-            return verdict
-    return "false"
+            if isinstance(document := policy["PolicyDocument"], dict):
+                found = document["Statement"]
+                statements += found if isinstance(found, list) else [found]
+            else:  # botocore could not decode it
+                verdict = UNKNOWN
+    of_iam = user["Arn"].partition("user/")[0]
+    return "true" if any(allows_all_of_iam(one, of_iam) for one in statements) else verdict
 
 
-def allows_all_of_iam(document: Any, of_iam: str) -> str:
-    """What an inline policy says. `of_iam` is how the ARNs of all resources in IAM begin."""
-    if not isinstance(document, dict):  # botocore could not decode it
-        return UNKNOWN
-    statements = document["Statement"]
-    for statement in statements if isinstance(statements, list) else [statements]:
-        whole = includes_all(statement, "Action", "iam:")
-        whole = whole and includes_all(statement, "Resource", of_iam)
-        if whole and statement["Effect"] == "Allow":
-            return "true"
-    return "false"
-
-
-def includes_all(statement: Entry, element: str, beginning: str) -> bool:
-    """Whether Action or NotAction (Resource or NotResource) includes all that begins like this."""
-    negated = f"Not{element}" in statement
-    values = statement.get(f"Not{element}" if negated else element, ())
-    for value in [values] if isinstance(values, str) else values:
-        if not negated and fnmatchcase(beginning + "\0" * 99, value.lower().replace("[", "[[]")):
-            return True
-        fixed = re.split(r"[*?$]", value.lower())[0]  # up to a wildcard or variable
-        if negated and (beginning.startswith(fixed) or fixed.startswith(beginning)):
+def allows_all_of_iam(statement: Entry, of_iam: str) -> bool:
+    """`of_iam` is how the ARNs of all resources in IAM begin."""
+    for element, beginning in (("Action", "iam:"), ("Resource", of_iam)):
+        negated, applies = f"Not{element}" in statement, False
+        values = statement.get(f"Not{element}" if negated else element, ())
+        for value in [values] if isinstance(values, str) else values:
+            fixed = re.split(r"[*?$]", value.lower())[0]  # up to a wildcard or variable
+            overlaps = beginning.startswith(fixed) or fixed.startswith(beginning)
+            includes = fnmatchcase(beginning + "\0" * 99, value.lower().replace("[", "[[]"))
+            applies |= overlaps if negated else includes  # to exclude a part of IAM is enough
+        if applies == negated:
             return False
-    return negated
-
-
-async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
-    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
-    events = []
-    try:
-        for name in names:
-            events += await lookup_events(session, name, since)
-    except StepFailed as failure:
-        return Trail(error=str(failure))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        # a record that is not what AWS documents
-        return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")
-    return Trail(tuple(sorted(events)))
+    return bool(statement["Effect"] == "Allow")
 
 
 # === Files: rows, cells, atomic writing, reading a run back ======================================
@@ -3690,8 +3589,6 @@ def terminal_summary(
     blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
     text = "\n".join(laid_out(block, width) for block in blocks if block)
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
-    if summary["page"]:
-        text += f"Page: {printable(str(run.folder / summary['page']))}\n"
     for code, pattern in PAINT.items() if color else ():
         text = re.sub(pattern, f"\x1b[{code}m\\g<0>\x1b[0m", text)
     return text
@@ -4074,7 +3971,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
     document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
     document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
-    document.update(page="report.html" if plan.page else None, caller=vars(run.caller))
+    document.update(caller=vars(run.caller))
     document["organization"] = {**vars(run.organization), "management_account_included": included}
     document.update(ous_why_not=run.ous_why_not or None, **figures_document(run))
     document.update(changes=changes_document(run), **policies_and_events_document(run))
@@ -4219,346 +4116,6 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
             policies = [{"id": each, "name": policy} for each, policy in control.policies.items()]
             entry["controls"][name] = {**vars(control), "policies": policies}
     return sorted(entries, key=itemgetter("id"))
-
-
-# === Page: report.html, which loads nothing; values in, text out =================================
-
-FINDINGS_ON_PAGE, CHANGES_ON_PAGE = 2000, 200
-# Headings, those of numbers with a #, and in two tables how wide their columns are
-# fmt: off
-FINDINGS_HEADINGS = {
-    "#Priority": 6, "Finding": 14, "Account": 12, "User": 11, "Owner": 11, "Credential": 10,
-    "#Age in days": 6, "What to do": 23, "Controls": 7}
-ACCOUNTS_HEADINGS = {
-    "Account": 18, "OU": 14, "Phase 1": 8, "Phase 2": 8, "#Console users without MFA": 10,
-    "#Old active keys": 9, **dict.fromkeys(CONTROLS.values(), 8), "State": 9}
-# fmt: on
-OLDEST = "{access_key_id} of {username} in {account_id} {account_name}, {age_days:,} days"
-RUNS_HEADINGS = ("Run", "#Accounts audited", "#Without MFA", "#Active keys", "#Old keys")
-ROUND_NUMBERS = tuple(step * 10**power for power in range(9) for step in (2, 4, 6, 10))
-FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></label>{}<label>
-<input type="checkbox" value="p"> Production only</label>{}<output></output></div>"""
-WORDS = """<dl><dt>Phase 1, multi-factor authentication
-<dd>In Progress: console users (root, or IAM users with a password) lack MFA. Complete: none does.
-Advanced: a policy also keeps them from acting without MFA.<dt>Phase 2, use temporary credentials
-<dd>In Progress: access keys or API keys are older than the maximum age, or never expire. Complete:
-none is. Advanced: there are none.<dt>Not Started<dd>The account could not be audited.
-<dt>Baseline<dd>The newest earlier run that audited the account. What it does not have is new.
-<dt>Enforced, partial, absent<dd>A service control policy prevents it for all but those exempt; only
-under conditions; not at all.<dt>Witness<dd>What CloudTrail says about a change.</dl>"""
-STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;--line:#d5d8de;
---accent:#0062cc;--tint:#e6f0fc}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#0f151d;--soft:#19212c;--ink:#ebeef2;
---dim:#adb5c1;--line:#38424f;--accent:#5cb3ff;--tint:#15304d}}
-*{box-sizing:border-box} [hidden]{display:none!important} code{font:.75rem/1.4 Consolas,monospace}
-html{background:var(--bg);color:var(--ink);font:.875rem/1.45 "Segoe UI",Roboto,Arial,sans-serif}
-body{max-width:105rem;margin:0 auto;padding:2rem clamp(1rem,3vw,3rem);overflow-wrap:anywhere}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem} h3,dt{font-size:1rem;margin:0}
-h2{font-size:1.25rem;margin:2.5rem 0 1rem;padding-top:1rem;border-top:1px solid var(--line)}
-h1,h2,h3,th,dt,.big,.in0:has(+.in2){font-weight:600} .big{font-size:1.75rem} .in2{padding-left:1rem}
-p{margin:.125rem 0} dd{margin:0 0 .5rem} .in4{padding-left:2rem} .in6{padding-left:3rem}
-a,b,p,td,li,small,code{unicode-bidi:isolate} a,summary{color:var(--accent)}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px} small,dd{color:var(--dim)}
-small{display:block;font-size:.75rem} .warning h2{border:0;padding:0;margin:0 0 .5rem}
-.warning{border-left:.25rem solid var(--ink);background:var(--soft);padding:1rem;margin:1rem 0}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:2rem}
-.ladder{display:flex;align-items:end;gap:.25rem;list-style:none;margin:1rem 0;padding:0}
-.ladder li{flex:1;border-top:.25rem solid var(--line);background:var(--soft);padding:.5rem}
-.ladder li:nth-child(1){min-height:5rem} .ladder li:nth-child(2){min-height:6.25rem}
-.ladder li:nth-child(3){min-height:7.5rem} .ladder li:nth-child(4){min-height:8.75rem}
-.ladder .here{border-color:var(--accent);background:var(--tint)} svg line{stroke:var(--line)}
-svg{display:block;max-width:36rem;margin-top:.5rem;font-size:11px} svg text{fill:var(--dim)}
-svg circle{fill:var(--accent)} polyline{fill:none;stroke:var(--accent);stroke-width:2}
-.table{overflow:auto;max-height:44rem;border:1px solid var(--line);margin:.75rem 0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums} .end{text-anchor:end}
-th,td{padding:.5rem .625rem;vertical-align:top;border-bottom:1px solid var(--line)}
-th{text-align:left} .n,th.n{text-align:right}
-th{overflow-wrap:break-word;background:var(--soft);position:sticky;top:0;vertical-align:bottom}
-th button{all:unset;cursor:pointer} [aria-sort=ascending] button::after{content:" \\25B2"}
-[aria-sort=descending] button::after{content:" \\25BC"} .ages{max-width:60rem}
-i{display:block;height:.25rem;margin-top:.25rem;background:var(--accent)}
-.ages td{white-space:nowrap;padding-right:3rem} .ages th:first-child{width:9rem}
-.ages i{display:inline-block;height:.875rem;margin:0 .5rem 0 0;vertical-align:-.125rem}
-.filters{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1.25rem;margin-top:.75rem}
-input,select{font:inherit;color:inherit;background:var(--bg);border:1px solid;padding:.375rem}
-.cards :is(table,thead,tbody){display:block} .cards thead{position:sticky;top:0;z-index:1}
-.cards tr{display:grid} .cards tr:nth-child(n+31){content-visibility:auto;
-contain-intrinsic-size:auto 4rem} @media print,(min-width:60rem){.cards td::before{display:none}}
-@media screen and (max-width:60rem){.cards thead{display:none} .cards tr{padding:.5rem 0;
-grid-template-columns:1fr;border-top:1px solid var(--line)}
-.cards td{display:flow-root;padding:.125rem .75rem .125rem 9rem;border:0;text-align:left}
-.cards td::before{float:left;width:7.75rem;margin-left:-8.25rem;color:var(--dim)}
-.ladder{flex-direction:column-reverse;align-items:stretch} .ladder li:nth-child(n){min-height:0}}
-@media print{@page{size:A4;margin:12mm} html{font-size:8pt} body{padding:0}
-.filters,.cards tr:nth-child(n+61){display:none} *{print-color-adjust:exact}
-.table{overflow:visible;max-height:none;border:0} th{position:static} h2,h3{break-after:avoid}
-tr,li,.grid{break-inside:avoid}}
-"""
-SCRIPT = """
-const order = new Intl.Collator("en", {numeric: true});
-for (const box of document.querySelectorAll(".filters")) {
-  const rows = [...box.nextElementSibling.querySelectorAll("tbody tr")];
-  const words = rows.map(row => row.textContent.toLowerCase());
-  box.oninput = () => {
-    const wanted = box.querySelector("input").value.toLowerCase().split(/\\s+/);
-    const marks = [...box.querySelectorAll(":checked")].map(one => one.value).filter(Boolean);
-    rows.forEach((row, index) => {
-      row.hidden = !wanted.every(word => words[index].includes(word))
-        || !marks.every(mark => row.classList.contains(mark));
-    });
-    const shown = rows.filter(row => !row.hidden).length;
-    box.lastElementChild.textContent = `${shown} of ${rows.length} shown`;
-  };
-  box.oninput();
-  box.hidden = false;
-}
-for (const head of document.querySelectorAll(".cards th")) {
-  const button = document.createElement("button");
-  button.append(...head.childNodes);
-  head.append(button);
-  button.onclick = () => {
-    const up = head.ariaSort !== "ascending";
-    for (const other of head.parentNode.cells) other.ariaSort = null;
-    head.ariaSort = up ? "ascending" : "descending";
-    const body = head.closest("table").tBodies[0];
-    const key = row => row.cells[head.cellIndex].textContent.replaceAll(",", "");
-    const compare = (a, b) => order.compare(key(a), key(b)) * (up ? 1 : -1);
-    body.append(...[...body.rows].sort(compare));
-  };
-}
-"""
-
-
-def report_page(run: Run, summary: Summary) -> str:
-    """The page. By its policy a browser loads nothing, and runs no style or script but these."""
-    style, policy, body = page_style(), "default-src 'none'; base-uri 'none'", ""
-    for kind, content in (("style", style), ("script", SCRIPT)):
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        policy += f"; {kind}-src 'sha256-{digest}'"
-    for title, content in (
-        ("Maturity", maturity_part(summary)),
-        ("Trend", trend_part(summary)),
-        ("Age of the active access keys", ages_part(summary)),
-        ("What to fix first", findings_part(run, summary)),
-        ("Accounts", accounts_part(summary)),
-        ("What has changed", changes_part(run, summary)),
-        ("What policies enforce", outline(enforcement_lines(summary))),
-        ("About this page", about_part(summary)),
-    ):
-        body += f"<section><h2>{title}</h2>{content}</section>\n"
-    return f"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}; form-action 'none'">
-<meta name="referrer" content="no-referrer">
-<meta name="viewport" content="width=device-width"><title>IAM audit {summary["started"]}</title>
-<style>{style}</style><header>{heading_part(summary)}</header>
-<main>{body}</main><script>{SCRIPT}</script></html>
-"""
-
-
-def page_style() -> str:
-    """STYLE with the lengths of bars and, for narrow screens, the heading in each cell."""
-    style = STYLE + "".join(f".b{length}{{width:{length}%}}" for length in range(5, 101, 5))
-    for css, headings in (("findings", FINDINGS_HEADINGS), ("accounts", ACCOUNTS_HEADINGS)):
-        columns = "fr ".join(map(str, headings.values()))
-        style += f"@media print,(min-width:60rem){{.{css} tr{{grid-template-columns:{columns}fr}}}}"
-        for number, heading in enumerate(headings, 1):
-            style += f".{css} td:nth-child({number})::before{{content:{heading.strip('#')!r}}}"
-    return style
-
-
-def safe(value: Any) -> str:
-    """A value as text that is neither markup nor steers the display."""
-    return html.escape(printable(str(value)))
-
-
-def outline(lines: Iterable[str]) -> str:
-    """Lines of the terminal, as deep as they are indented there."""
-    text = ""
-    for line in lines:
-        text += f'<p class="in{len(line) - len(line.lstrip())}">{safe(line.strip())}'
-    return text
-
-
-def bar(part: int, whole: int) -> str:
-    """A bar, with its length in a class: the policy forbids style attributes."""
-    return f'<i class="b{-(-20 * part // whole) * 5}"></i>' if part else ""
-
-
-def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls, by keyboard too. Rows have their class, then their cells in HTML."""
-    head, starts, body = "", list[str](), list[str]()
-    for heading in headings:
-        mark, words = ' class="n"' if heading[0] == "#" else "", heading.strip("#")
-        head += f'<th scope="col"{mark}>{words[0].upper()}{words[1:]}</th>'
-        starts.append(f"\n<td{mark}>")
-    for marks, *cells in rows:
-        body.append(f'<tr class="{marks}">' if marks else "<tr>")
-        for start, cell in zip(starts, cells):
-            body += (start, cell)
-    region = f'<div class="table {css}" tabindex="0" role="region" aria-label="{title}">'
-    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f"{region}<table>{inside}</table></div>"
-
-
-def heading_part(summary: Summary) -> str:
-    """What was audited, and a warning of what was not."""
-    title, *facts = heading_lines(summary)
-    warnings = [*failed_lines(summary, quiet=True), *not_checked_lines(summary)]
-    if why_not := summary["enforcement"]["why_not_checked"]:
-        warnings.append(f"Service control policies were not checked: {why_not}")
-    text = f"<h1>{safe(title)}</h1>" + outline(facts)
-    if warnings:
-        title = "<h2>Warning: nothing is known of this</h2>"
-        text += f'<div class="warning">{title}{outline(warnings)}</div>'
-    return text
-
-
-def maturity_part(summary: Summary) -> str:
-    """For each phase what holds the organization on its rung, the ladder, and what has changed."""
-    text, changes = "", summary["changes"]
-    for phase, maturity in summary["maturity"].items():
-        title, *reasons, _accounts = phase_lines(summary, phase)
-        reason = "; ".join(map(str.strip, reasons))
-        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason))
-        text += f'<div><h3>{title}</h3>{reason}<ol class="ladder">'
-        for level, number in maturity["accounts"].items():
-            here = (' class="here" aria-current="step"', " &#9664; here")
-            mark, words = here if level == maturity["level"] else ("", "")
-            text += f"<li{mark}><b>{level}{words}</b><small>{count(number, 'account')}</small>"
-        change = level_in_words(**changes["maturity"][phase]) if changes else "this run is it"
-        text += f"</ol>Since the baseline: {change}</div>"
-    return f'<div class="grid">{text}</div>'
-
-
-def trend_part(summary: Summary) -> str:
-    """Charts of the finished runs of this scope, and their figures as a table."""
-    runs, rows, text = summary["runs"], [], ""
-    old = f"Active access keys older than {summary['max_key_age_days']} days"
-    titles = ("Console users without MFA", "Active access keys", old)
-    for name, title, unit in zip(RUN_GAPS, titles, ("users", "keys", "keys")):
-        text += chart(title, unit, [(parse_time(one["started"]), one[name]) for one in runs])
-    for one in runs:
-        numbers = map("{:,}".format, itemgetter("audited", *RUN_GAPS)(one))
-        rows.append(("", one["started"], *numbers))
-    figures = table("The figures of the charts", "runs", RUNS_HEADINGS, rows)
-    text = f'<div class="grid">{text}</div>{"" if rows[1:] else "This run is the baseline."}'
-    return f"{text}<details><summary>The figures as a table</summary>{figures}</details>"
-
-
-def chart(title: str, unit: str, points: Sequence[tuple[datetime, int]]) -> str:
-    """A line through the points over time, from 0 to a round number."""
-    (first, before), (last, now) = points[0], points[-1]
-    highest, span = max(map(itemgetter(1), points)), (last - first).total_seconds()
-    top = next(each for each in ROUND_NUMBERS if each >= highest)
-    text, line, told = "", "", f"{unit}, {before:,} on {first:%Y-%m-%d}" if span else unit
-    for number in (0, top // 2, top):
-        y = 140 - 120 * number // top
-        text += f'<line x1="44" x2="356" y1="{y}" y2="{y}"/>'
-        text += f'<text x="38" y="{y + 4}" class="end">{number:,}</text>'
-    for moment, number in points:
-        x = 50 + 300 * ((moment - first).total_seconds() / span if span else 0.5)
-        at = f"{x:.1f}", f"{140 - 120 * number / top:.1f}"
-        line += ",".join(at) + " "
-        text += '<circle cx="{}" cy="{}" r="3"/>'.format(*at)
-    text += f'<polyline points="{line}"/><text x="44" y="160">{first:%Y-%m-%d}</text>'
-    text += f'<text x="356" y="160" class="end">{last:%Y-%m-%d}</text>' if span else ""
-    caption = f'<h3>{title}</h3><b class="big">{now:,}</b> {told}'
-    image = f'<svg viewBox="0 0 360 165" role="img"><title>{title}: {now:,} {told}</title>'
-    return f'<div>{caption}{image}<text y="10">{unit}</text>{text}</svg></div>'
-
-
-def ages_part(summary: Summary) -> str:
-    """A histogram, with the production accounts apart, and the oldest key."""
-    rows, (whole, production) = [], map(itemgetter("active_key_ages"), summary["gaps"].values())
-    for name, *numbers in zip(KEY_AGES, whole, production):
-        rows.append(("", name, *(f"{bar(number, max(whole))}{number:,}" for number in numbers)))
-    text = table("Age of the active access keys", "ages", ("Age", "All", "In production"), rows)
-    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
-        text += f"<p>The oldest: {safe(OLDEST.format(**oldest))}"
-    return text
-
-
-def findings_part(run: Run, summary: Summary) -> str:
-    """The most urgent findings, and the exceptions that no longer serve."""
-    rows = []
-    for finding in run.findings[:FINDINGS_ON_PAGE]:
-        row = {name: safe(cell) for name, cell in zip(FINDINGS_COLUMNS, finding_row(finding, run))}
-        rows.append(finding_cells(row))
-    options = "".join(map("<option>{}</option>".format, summary["findings"]))
-    text = FILTERS.format(
-        f'<label>Priority <select><option value="">all</option>{options}</select></label>',
-        '<label><input type="checkbox" value="new"> New since the baseline</label>',
-    )
-    text += table("What to fix first", "cards findings", FINDINGS_HEADINGS, rows)
-    number = f"{len(rows):,} of {count(len(run.findings), 'finding')}"
-    text += f'<p>These are {number}; all are in <a href="findings.csv">findings.csv</a>'
-    return text + outline(exception_lines(summary, "expired") + exception_lines(summary, "unused"))
-
-
-def finding_cells(row: Mapping[str, str]) -> Sequence[str]:
-    """A finding's classes, for the filters, and cells; what belongs together is in one."""
-    production, new = row["production"] == "true", row["new"] == "true"
-    what = f"{row['finding']}{' <b>(new)</b>' * new}<small>{row['reasons']}</small>"
-    if row["exception"]:
-        what += f"<small>Exception until {row['until']}: {row['exception']}</small>"
-    account = f"{row['account_name']}<small>{row['account_id']}{', production' * production}"
-    account += f"</small><small>{row['ou']}</small>"
-    admin = "<small>administrator</small>" * (row["administrator"] == "true")
-    advice = re.sub("`(.*?)`", r"<code>\1</code>", row["recommendation"])
-    which = (account, row["username"] + admin, row["owner"], row["access_key_id"], row["age_days"])
-    marks = f"{row['priority']}{' p' * production}{' new' * new}"
-    return (marks, row["priority"], what, *which, advice, row["controls"])
-
-
-def accounts_part(summary: Summary) -> str:
-    """The accounts with the most gaps, then all in scope: first those that were not audited."""
-    entries = sorted(summary["accounts"], key=lambda one: bool(one["result"] == "audited"))
-    rows = table("Accounts", "cards accounts", ACCOUNTS_HEADINGS, map(account_cells, entries))
-    return f"{outline(most_gaps_lines(summary))}{FILTERS.format('', '')}{rows}"
-
-
-def account_cells(one: Summary) -> Sequence[str]:
-    """An account's class and cells. Of skipped and failed ones little or nothing is known."""
-    name, state, shares = safe(one["name"] or one["id"]), one["result"], ["", ""]
-    levels = [one["maturity"][phase] if "maturity" in one else "" for phase in PHASES]
-    verdicts = [one["controls"][each]["verdict"] if "controls" in one else "" for each in CONTROLS]
-    if state == "audited":
-        name, gaps = f'<a href="accounts/{safe(one["id"])}.csv">{name}</a>', one["gaps"]
-        users = (gaps["console_users_without_mfa"], gaps["console_users"])
-        keys = (gaps["active_keys_older_than_max_age"], gaps["active_keys"])
-        shares = [f"{part:,} of {whole:,}{bar(part, whole)}" for part, whole in (users, keys)]
-    elif state == "failed":
-        state += f" at {one['step']}: {one['error']['code']}"
-    else:
-        state += f": {one['state']}"
-    state += "".join(f", without {operation}" for operation in one["not_checked"])
-    production = one["result"] != "skipped" and one["production"]
-    name += f"<small>{safe(one['id'])}{', production' * production}</small>"
-    unit = f"{safe(one['ou'])}<small>{safe(one['email'])}</small>"
-    return ("p" * production, name, unit, *levels, *shares, *verdicts, safe(state))
-
-
-def changes_part(run: Run, summary: Summary) -> str:
-    """What is new, fixed and gone, with who did it as far as CloudTrail tells."""
-    text = outline(change_lines(run, summary) + witness_lines(summary))
-    if summary["changes"] is None:
-        return text
-    changes = run.tracking.changes[:CHANGES_ON_PAGE]
-    rows = [("", *map(safe, change_row(change))) for change in changes]
-    text += table("What has changed", "changes", CHANGES_COLUMNS, rows) if rows else ""
-    return f'{text}<p>All changes are in <a href="changes.csv">changes.csv</a>'
-
-
-def about_part(summary: Summary) -> str:
-    """The files, the options and thresholds, and what each word means."""
-    files = '<a href="summary.json">summary.json</a> <a href="credentials.csv">credentials.csv</a>'
-    settings = {**summary["scope"], **summary["options"]}
-    for name in ("version", "role", "max_key_age_days", "max_unused_days", "production_pattern"):
-        settings[name] = summary[name]
-    lines = map("{}: {}".format, settings, settings.values())
-    return f"<p>Files: {files}{outline(lines)}{WORDS}"
 
 
 # === Documents: what --print prints ==============================================================
@@ -4796,7 +4353,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="folder in which each run creates its own (default: %(default)s)")
-    add("--no-page", action="store_false", dest="page", help="do not write report.html")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
         help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
              f"priority N ({MOST_URGENT} to {LEAST_URGENT}) or more urgent, or new-keys (access or "
