@@ -678,7 +678,7 @@ def open_session(profile: str | None) -> boto3.Session:
 
 def parse_timestamp(value: Any) -> datetime:
     """IAM and STS send ISO 8601; botocore's parser guesses the format, ten times as slowly."""
-    with contextlib.suppress(AttributeError, ValueError):  # a number, another format
+    with contextlib.suppress(TypeError, ValueError):  # a number, another format
         return parse_time(value)
     return botocore.utils.parse_timestamp(value)
 
