@@ -39,7 +39,7 @@ credentials or puts them on a command line. An account that cannot be read in fu
 file: it is reported as failed, with the reason. What only one of the last two IAM actions tells is
 reported as not checked where the role lacks it.
 
-Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,550 lines.
+Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,400 lines.
 Nothing else opens a connection.
   run        the story, from the command line to the files, the summary and the exit code
   data       what several sections share: Account, User, Credential, the outcomes, Plan, Run
@@ -120,6 +120,7 @@ EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
 CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account that no earlier run can tell about
 FIRST_ACCOUNTS = 20  # a role that is denied in all of these probably has another name or trust
+SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # for Windows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_SIGNAL + received
     except Exception as error:
         if options.verbose:
-            complain(*frames_of(error))
+            complain("\n".join(frames_of(error)))
         complain(f"iam_audit.py: {printable(what_stopped_it(error))}")
         return EXIT_NOT_DONE
 
@@ -154,8 +155,8 @@ def run_audit(options: Any, started: datetime) -> int:
         organization = describe_organization(aws)
         history = History(finished_runs(folder.parent, started), organization.id)
         if options.retry_failed:
-            options.accounts = failed_before(history, options)
-        tracking = open_tracking(history, options.previous, scope_of(options), started)
+            options.scope = replace(options.scope, accounts=failed_before(history, options.quiet))
+        tracking = open_tracking(history, options.previous, options.scope, started)
         plan = plan_of(options, aws.caller, organization, tracking, started)
         run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
         asyncio.run(audit_into(run, aws, options))
@@ -171,7 +172,7 @@ def run_audit(options: Any, started: datetime) -> int:
     return exit_code(run, options.fail_on)
 
 
-def failed_before(history: History, options: Any) -> frozenset[str]:
+def failed_before(history: History, quiet: bool) -> frozenset[str]:
     """The accounts that failed in the newest finished run. If there are none, the program ends."""
     no_run = AuditError("--retry-failed: no finished run of this organization in --output-dir.")
     newest = next(iter(history), no_run)
@@ -179,8 +180,7 @@ def failed_before(history: History, options: Any) -> frozenset[str]:
         raise newest
     failed = [one for one, account in newest.accounts.items() if account.result == "failed"]
     if not failed:
-        if not options.quiet:
-            show(f"No account failed in {newest.folder}: there is nothing to retry.\n")
+        show("" if quiet else f"No account failed in {newest.folder}: there is nothing to retry.\n")
         raise SystemExit(EXIT_OK)
     return frozenset(failed)
 
@@ -189,53 +189,35 @@ def plan_of(
     options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
     """The options, resolved for this organization."""
+
+    def events_since(account_id: str) -> datetime:
+        """Find the account's baseline. CloudTrail is asked from --since on, else from that."""
+        baseline = tracking.baselines[account_id] = baseline_of(tracking, account_id)
+        wanted = options.since or baseline.since or started - CLOUDTRAIL_FIRST_LOOK
+        since = max(wanted, started - CLOUDTRAIL_KEEPS)
+        tracking.events_from = min(since, tracking.events_from or since)
+        tracking.events_out_of_reach |= wanted < since
+        return since
+
     own_account = caller.account if caller.account == organization.management_account else None
     policy = session_policy([*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())])
-    asked_since = functools.partial(events_since, tracking, options.since, started)
-    return Plan(
-        role=Role(options.role, caller.partition, policy, options.external_id, own_account),
-        scope=scope_of(options),
-        workers=options.workers,
-        report_timeout=options.report_timeout,
-        production=options.production,
-        max_key_age=options.max_key_age,
-        event_names=EVENT_NAMES,
-        events_since=asked_since if options.cloudtrail else None,
-        max_unused=options.max_unused,
-        owner_tags=options.owner_tag,
-        exceptions=options.exceptions,
-    )
-
-
-def events_since(
-    tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
-) -> datetime:
-    """Find the account's baseline, and say from when on CloudTrail is asked: --since, else that."""
-    baseline = tracking.baselines[account_id] = baseline_of(tracking, account_id)
-    wanted = asked or baseline.since or now - CLOUDTRAIL_FIRST_LOOK
-    since = max(wanted, now - CLOUDTRAIL_KEEPS)
-    tracking.events_from = min(since, tracking.events_from or since)
-    tracking.events_out_of_reach |= wanted < since
-    return since
-
-
-def scope_of(options: Any) -> Scope:
-    scope = Scope(options.accounts, options.exclude, options.ou, options.include_management)
-    return replace(scope, exclude_ous=options.exclude_ou, retry_failed=options.retry_failed)
+    role = Role(options.role, caller.partition, policy, options.external_id, own_account)
+    values = {**vars(options), "role": role, "event_names": EVENT_NAMES}
+    values["events_since"] = events_since if options.cloudtrail else None
+    return Plan(**{each.name: values[each.name] for each in fields(Plan)})
 
 
 async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     """Audit the accounts side by side while the service control policies are read."""
     progress = Progress()
-    status = Status(sys.stderr, progress, options.quiet, options.verbose)
+    status = Status(progress, options.quiet, options.verbose)
 
     def finish(outcome: Outcome) -> None:
         """Write the account's CSV file at once; nothing else keeps its users."""
         if isinstance(outcome, AuditedAccount):
             write_csv(account_csv(run.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
         keep(run, outcome)
-        progress.failed = len(run.failed)
-        progress.done = len(run.audited) + len(run.failed)
+        progress.failed, progress.done = len(run.failed), len(run.audited) + len(run.failed)
         status.log(outcome_line(outcome))
         if isinstance(outcome, FailedAccount):
             warn_of_role(run, status)
@@ -246,53 +228,43 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     run.enforcement = await enforcement
     await apply_enforcement(aws, run)
     drawing.cancel()
-    raise_phase1_levels(run)
 
 
 def keep(run: Run, outcome: Outcome) -> None:
     """Add an account's outcome to the run."""
-    if isinstance(outcome, AuditedAccount):
-        run.audited.append(assess(outcome, run.plan, run.started))
-        run.credentials = run.credentials or Spool(run.folder / "credentials.csv")
-        rows = credential_rows(outcome, run.plan, run.started)
-        run.credentials.add(outcome.account.id, rows)
-        findings = findings_of(outcome, run.plan, run.started)
-        run.findings += track_account(run.tracking, outcome, findings)
-        if outcome.trail is not None:
-            run.trails.append((outcome.account, outcome.trail))
-    elif isinstance(outcome, FailedAccount):
-        run.failed.append(outcome)
-    elif isinstance(outcome, SkippedAccount):
-        run.skipped.append(outcome)
-    else:
-        run.out_of_scope.append(outcome)
+    if not isinstance(outcome, AuditedAccount):
+        lists: dict[Any, list[Any]] = {FailedAccount: run.failed, SkippedAccount: run.skipped}
+        lists.get(type(outcome), run.out_of_scope).append(outcome)
+        return
+    run.audited.append(assess(outcome, run.plan, run.started))
+    run.credentials = run.credentials or Spool(run.folder / "credentials.csv")
+    run.credentials.add(outcome.account.id, credential_rows(outcome, run.plan, run.started))
+    findings = findings_of(outcome, run.plan, run.started)
+    run.findings += track_account(run.tracking, outcome, findings)
+    if outcome.trail is not None:
+        run.trails.append((outcome.account, outcome.trail))
 
 
 def warn_of_role(run: Run, status: Status) -> None:
     """If just now the first accounts have all failed with the same denial, say so at once."""
-    causes = {(one.step, one.code) for one in run.failed[:FIRST_ACCOUNTS]}
+    causes = set(map(attrgetter("step", "code"), run.failed))
     just_now = len(run.failed) == FIRST_ACCOUNTS and not run.audited
     if just_now and causes == {("AssumeRole", "AccessDenied")}:
         wrong = f"the name of role {run.plan.role.name} or its trust policy is probably wrong"
         status.warn(f"AssumeRole was denied in the first {FIRST_ACCOUNTS} accounts alike: {wrong}")
 
 
-def raise_phase1_levels(run: Run) -> None:
-    """Phase 1 is Advanced in an account only if a policy also requires MFA there."""
+def write_tables(run: Run) -> None:
+    """Once all accounts are done: the levels that depend on policies, the organization's tables."""
     for index, figures in enumerate(run.audited):
         enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
         level = phase1_level(figures.gaps, mfa_enforced=enforced)
         run.audited[index] = replace(figures, phase1=level)
-
-
-def write_tables(run: Run) -> None:
-    """Write the tables of the whole organization, once all accounts are done."""
-    tracking = run.tracking
-    run.findings.sort(key=most_urgent_first)
-    findings = (finding_row(finding, run) for finding in run.findings)
-    write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, findings)
-    spool = run.credentials or Spool(run.folder / "credentials.csv")
+    tracking, spool = run.tracking, run.credentials or Spool(run.folder / "credentials.csv")
     spool.write_csv(CREDENTIALS_COLUMNS)
+    run.findings.sort(key=most_urgent_first)
+    rows = (finding_row(finding, run) for finding in run.findings)
+    write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, rows)
     tracking.mfa_new.sort(key=change_order)
     tracking.urgent_new.sort(key=most_urgent_first)
     if tracking.earlier is not None:
@@ -324,11 +296,6 @@ def what_stopped_it(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {message} (--verbose shows where)"
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # Windows has none
-    SIGNALS.append(signal.SIGHUP)
-
-
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Turn a signal into KeyboardInterrupt with its number, after the event loop's tasks are
@@ -348,8 +315,7 @@ def interruptible() -> Iterator[None]:
 
     handlers = dict(zip(SIGNALS, map(signal.getsignal, SIGNALS)))
     for each, handler in handlers.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(each, interrupt)
+        signal.signal(each, interrupt if handler != signal.SIG_IGN else handler)
     try:
         yield
     except asyncio.CancelledError:
@@ -360,19 +326,9 @@ def interruptible() -> Iterator[None]:
                 signal.signal(each, handler)
 
 
-def complain(*lines: str) -> None:
-    """Print to stderr. If nobody can read it, the exit code stays what it is."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
 def width_and_color() -> dict[str, Any]:
     """What stdout can show: 80 to 120 columns of a terminal, else 100 without colors."""
-    width, terminal = 0, sys.stdout is not None and sys.stdout.isatty()
-    if terminal:
-        with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
-            width = os.get_terminal_size(sys.stdout.fileno()).columns
+    width, terminal = columns_of(sys.stdout), sys.stdout is not None and sys.stdout.isatty()
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     width = min(max(80, width), 120) if width else TERMINAL_WIDTH
     return {"width": width, "color": terminal and not plain}
@@ -399,7 +355,6 @@ NOT_APPLICABLE, UNKNOWN = "N/A", "unknown"
 KINDS = ("access-key", "api-key", "service-password", "signing-certificate")
 ACCESS_KEY, API_KEY, SERVICE_PASSWORD, SIGNING_CERTIFICATE = KINDS
 PASSWORD_SERVICES = {"codecommit.amazonaws.com", "cassandra.amazonaws.com"}  # the others: API keys
-
 CLOUDTRAIL_KEEPS = timedelta(days=90)
 
 T = TypeVar("T")
@@ -408,24 +363,18 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Account:
-    """An account. `path` is its place, `o-.../r-.../ou-.../ID/`; None if AWS did not give it. `ou`
-    has the names of its OUs from the root down, `Workloads/Prod`; an unread name is the OU's ID."""
-
     id: str
     name: str
     state: str
-    path: str | None = None
+    path: str | None = None  # o-.../r-.../ou-.../ID/, its place; None if AWS did not give it
     email: str = ""
-    ou: str = ""
+    ou: str = ""  # its OUs from the root down, Workloads/Prod; for a name that was not read, the ID
 
 
 @dataclass(frozen=True)
 class Credential:
-    """A long-term credential other than a password, of one of KINDS.
-
-    If an access key was never used, `last_used` is None and `service_name` is N/A. Of the other
-    kinds AWS does not tell the last use. Only API keys and passwords for services can expire.
-    """
+    """A long-term credential other than a password, of one of KINDS. AWS tells only of access keys
+    when they were last used: None and `service_name` N/A if never. Access keys do not expire."""
 
     id: str
     status: str
@@ -438,87 +387,71 @@ class Credential:
 
 @dataclass(frozen=True)
 class User:
-    """An IAM user, or root. `mfa` has the kinds of their MFA devices, `keys` the access keys.
-
-    `password_last_used` is None if there is no password or it was never used. `owner` is a tag of
-    the user or else the account's e-mail address; `administrator` is true, false or unknown.
-    `exposed`: AWS has found one of their keys in public.
-    """
+    """An IAM user, or root."""
 
     name: str
     password: bool
-    password_last_used: datetime | None
-    mfa: tuple[str, ...]
-    keys: tuple[Credential, ...]
+    password_last_used: datetime | None  # None: there is no password, or it was never used
+    mfa: tuple[str, ...]  # the kinds of their MFA devices
+    keys: tuple[Credential, ...]  # access keys
     others: tuple[Credential, ...] = ()
     password_changed: datetime | None = None
-    owner: str = ""
-    administrator: str = UNKNOWN
-    exposed: bool = False
+    owner: str = ""  # a tag of the user or else the account's e-mail address
+    administrator: str = UNKNOWN  # or true or false
+    exposed: bool = False  # AWS has found one of their keys in public
 
 
 class Event(NamedTuple):
-    """A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set,
-    `new_name` what UpdateUser did."""
+    """A successful IAM event: what `actor` did to `user`."""
 
     time: datetime
     name: str
     user: str
     key_id: str
-    status: str
+    status: str  # that UpdateAccessKey set
     actor: str
     source_ip: str
     user_agent: str
     id: str
-    new_name: str = ""
+    new_name: str = ""  # that UpdateUser set
     service_name: str = ""  # of a service-specific credential that was created
 
 
 @dataclass(frozen=True)
 class Trail:
-    """CloudTrail's events of one account, oldest first. If the lookup failed, `error` says why."""
-
-    events: tuple[Event, ...] = ()
-    error: str = ""
+    events: tuple[Event, ...] = ()  # CloudTrail's of one account, oldest first
+    error: str = ""  # why the lookup failed
 
 
 @dataclass(frozen=True)
 class AuditedAccount:
     """An account that was read in full: root first, if it is in the report, then the users by name.
-
-    `trail` is None if CloudTrail was not asked. `not_checked` has the error codes of the operations
-    that were denied without failing the account: nothing may be claimed of what they read.
-    """
+    `not_checked` has the error codes of the operations that were denied without failing the
+    account: nothing may be claimed of what they read."""
 
     account: Account
     report_generated: datetime
     users: tuple[User, ...]
-    trail: Trail | None = None
+    trail: Trail | None = None  # None: CloudTrail was not asked
     not_checked: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FailedAccount:
-    """An account that could not be read in full: the failed operation, AWS's code and message."""
-
-    account: Account
-    step: str
-    code: str
+    account: Account  # it could not be read in full
+    step: str  # the operation that failed
+    code: str  # AWS's, as is the message
     message: str
 
 
 @dataclass(frozen=True)
 class SkippedAccount:
-    """An account in scope that nobody can audit, because its state is not ACTIVE."""
-
-    account: Account
+    account: Account  # in scope, but nobody can audit it, because its state is not ACTIVE
 
 
 @dataclass(frozen=True)
 class OutOfScopeAccount:
-    """An account that the options leave out."""
-
-    account: Account
+    account: Account  # the options leave it out
 
 
 Outcome = Union[AuditedAccount, FailedAccount, SkippedAccount, OutOfScopeAccount]
@@ -526,12 +459,10 @@ Outcome = Union[AuditedAccount, FailedAccount, SkippedAccount, OutOfScopeAccount
 
 @dataclass(frozen=True)
 class Caller:
-    """The answer of GetCallerIdentity, and the Region it came from."""
-
     account: str
     arn: str
     partition: str
-    region: str
+    region: str  # that answered GetCallerIdentity
 
 
 @dataclass(frozen=True)
@@ -543,11 +474,9 @@ class Organization:
 
 @dataclass(frozen=True)
 class Scope:
-    """The accounts that the options select; an empty set selects all."""
-
-    accounts: frozenset[str] = frozenset()
+    accounts: frozenset[str] = frozenset()  # empty: all
     exclude: frozenset[str] = frozenset()
-    ous: frozenset[str] = frozenset()
+    ous: frozenset[str] = frozenset()  # empty: all
     include_management: bool = False
     exclude_ous: frozenset[str] = frozenset()
     retry_failed: bool = False  # some of `accounts` may have left the organization
@@ -555,14 +484,11 @@ class Scope:
 
 @dataclass(frozen=True)
 class Role:
-    """The role to assume. `own_account`, the management account if the profile belongs to it, is
-    read with the profile's own credentials instead."""
-
     name: str
     partition: str
     session_policy: str
     external_id: str | None = None
-    own_account: str | None = None
+    own_account: str | None = None  # read with the profile's own credentials instead
 
     def arn(self, account_id: str) -> str:
         return f"arn:{self.partition}:iam::{account_id}:role/{self.name}"
@@ -570,8 +496,6 @@ class Role:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the options ask of an audit."""
-
     role: Role
     scope: Scope
     workers: int
@@ -581,9 +505,9 @@ class Plan:
     event_names: tuple[str, ...]  # what CloudTrail is asked for
     # From when on CloudTrail is asked in the account of that ID; None: it is not asked
     events_since: Callable[[str], datetime] | None
-    max_unused: timedelta = timedelta(days=90)
-    owner_tags: tuple[str, ...] = ()
-    exceptions: tuple[KnownException, ...] = ()
+    max_unused: timedelta
+    owner_tags: tuple[str, ...]
+    exceptions: tuple[KnownException, ...]
 
 
 @dataclass
@@ -610,9 +534,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """How many accounts in scope have been listed so far, are done, and have failed."""
-
-    listed: int = 0
+    listed: int = 0  # accounts in scope so far
     done: int = 0
     failed: int = 0
     all_listed: bool = False
@@ -623,10 +545,8 @@ class AuditError(Exception):
 
 
 class StepFailed(Exception):
-    """A call failed: the operation (or PROFILE_STEP), AWS's code, the message.
-
-    `kind` is throttled (repeated at a slower pace), transient (repeated some times) or final.
-    """
+    """A call failed: the operation (or PROFILE_STEP), AWS's code, the message. `kind` is throttled
+    (repeated at a slower pace), transient (repeated some times) or final."""
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
         super().__init__(f"{step}: {code}: {message}")
@@ -635,11 +555,8 @@ class StepFailed(Exception):
 
 def parse_time(text: str) -> datetime:
     """An ISO 8601 time in UTC. AWS writes `Z` or `+00:00`; Python parses `Z` only from 3.11 on."""
-    if text.endswith(("Z", "z")):
-        text = text[:-1] + "+00:00"
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        return moment.replace(tzinfo=timezone.utc)
+    moment = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", text))
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
     try:
         return moment.astimezone(timezone.utc)
     except OverflowError as error:  # the calendar's first or last day, in another time zone
@@ -761,7 +678,7 @@ def open_session(profile: str | None) -> boto3.Session:
 
 def parse_timestamp(value: Any) -> datetime:
     """IAM and STS send ISO 8601; botocore's parser guesses the format, ten times as slowly."""
-    with contextlib.suppress(AttributeError, ValueError):  # a number, another format
+    with contextlib.suppress(TypeError, ValueError):  # a number, another format
         return parse_time(value)
     return botocore.utils.parse_timestamp(value)
 
@@ -3765,7 +3682,8 @@ def phase_lines(summary: Summary, phase: str) -> list[str]:
         whole = re.split("_(?:without|older)_", gap)[0]
         if gaps[whole]:
             number = f"{gaps[gap]:,}" if gap == whole else f"{gaps[gap]:,} of {gaps[whole]:,}"
-            told.append(f"{number} {in_words(gap, summary['max_key_age_days'])}")
+            words = in_words(gap, summary["max_key_age_days"])
+            told.append(f"{number} {words.removesuffix('s') if number == '1' else words}")
     if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
         told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
     accounts = f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}"
@@ -4106,11 +4024,9 @@ DOCUMENTS = {
 DEFAULT_ROLE = "IAMAuditRole"
 SCP_LONGEST = 10_240  # characters, including white space
 # The caller's reads that IAM can limit: the Sid of their statement, and the ARNs
-SCPS = "arn:*:organizations::*:policy/*service_control_policy/*"
-LIMITED_READS = {
-    **dict.fromkeys(POLICY_READS, ("ReadPolicies", SCPS)),
-    "organizations:DescribeOrganizationalUnit": ("ReadOUs", "arn:*:organizations::*:ou/*"),
-}
+SCPS, OUS = "arn:*:organizations::*:policy/*service_control_policy/*", "arn:*:organizations::*:ou/*"
+LIMITED_READS = dict.fromkeys(POLICY_READS, ("ReadPolicies", SCPS))
+LIMITED_READS["organizations:DescribeOrganizationalUnit"] = ("ReadOUs", OUS)
 NEW_KEYS = (
     "iam:CreateAccessKey", "iam:CreateServiceSpecificCredential",
     "iam:ResetServiceSpecificCredential", "iam:UploadSigningCertificate",
@@ -4120,28 +4036,21 @@ NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    reads = statement_of("Allow", "ReadIAM", ROLE_READS)
-    role_policy = policy_of(reads, statement_of("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
-    documents = {
-        "caller-policy": caller_policy(role),
-        "role-policy": role_policy,
-        "role-trust": policy_of(grant({"AWS": "111122223333"}, "sts:AssumeRole")),  # AWS's example
-        "role-template": role_template(role, role_policy),
-        "scp-require-mfa": scp_require_mfa(),
-        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
-        "alert-rule": alert_rule(),
-    }
-    return json.dumps(documents[name], indent=2) + "\n"
-
-
-def caller_policy(role: str) -> dict[str, Any]:
-    statements = dict[str, dict[str, Any]]()
+    callers = dict[str, dict[str, Any]]()
     for read in CALLER_READS:
         sid, arns = LIMITED_READS.get(read, ("ReadOrganization", "*"))
-        statements.setdefault(sid, statement_of("Allow", sid, (), arns))["Action"].append(read)
+        callers.setdefault(sid, statement_of("Allow", sid, (), arns))["Action"].append(read)
     role_arn = f"arn:*:iam::*:role/{role}"
     assume = statement_of("Allow", "AssumeAuditRole", ["sts:AssumeRole"], role_arn)
-    return policy_of(*statements.values(), assume)
+    reads = statement_of("Allow", "ReadIAM", ROLE_READS)
+    role_policy = policy_of(reads, statement_of("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
+    trust = {"Effect": "Allow", "Principal": {"AWS": "111122223333"}, "Action": "sts:AssumeRole"}
+    documents = (
+        *(policy_of(*callers.values(), assume), role_policy, policy_of(trust)),
+        *(role_template(role, role_policy), scp_require_mfa(), scp_deny_access_keys(exempt_roles)),
+        alert_rule(),
+    )
+    return json.dumps(dict(zip(DOCUMENTS, documents))[name], indent=2) + "\n"
 
 
 def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
@@ -4150,25 +4059,24 @@ def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
     account = {"AWS": {"Fn::Sub": "arn:${AWS::Partition}:iam::${AuditingAccountId}:root"}}
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
     condition = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    trust = policy_of(grant(account, "sts:AssumeRole", Condition=condition))
+    trust = {"Effect": "Allow", "Principal": account, "Action": "sts:AssumeRole"}
     properties = {
         "RoleName": {"Ref": "RoleName"},
         "Path": f"{path}/",
         "Description": "Read by iam_audit.py: users, their credentials and MFA devices",
-        "AssumeRolePolicyDocument": trust,
+        "AssumeRolePolicyDocument": policy_of({**trust, "Condition": condition}),
         "Policies": [{"PolicyName": "iam-audit", "PolicyDocument": role_policy}],
     }
+    no_external_id = {"Fn::Equals": [{"Ref": "ExternalId"}, ""]}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
             "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
             "AuditingAccountId": parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": parameter(
-                "--external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
-            ),
+            "ExternalId": parameter("If required", r"([\w+=,.@:/-]{2,1224})?", Default=""),
         },
-        "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
+        "Conditions": {"HasExternalId": {"Fn::Not": [no_external_id]}},
         "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
     }
 
@@ -4197,19 +4105,16 @@ def alert_rule() -> dict[str, Any]:
     """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each event."""
     topic, email = {"Ref": "Topic"}, {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
     # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
-    publish = grant({"Service": "events.amazonaws.com"}, "sns:Publish", Resource=topic)
+    events = {"Service": "events.amazonaws.com"}
+    publish = {"Effect": "Allow", "Principal": events, "Action": "sns:Publish", "Resource": topic}
     policy = {"Topics": [topic], "PolicyDocument": policy_of(publish)}
     actions = (*NEW_KEYS, *NEW_PASSWORDS, "iam:DeactivateMFADevice")
-    detail = {
-        "eventSource": ["iam.amazonaws.com"],
-        "eventName": [action.removeprefix("iam:") for action in actions],
-        "errorCode": [{"exists": False}],
-    }
-    pattern = {"source": ["aws.iam"], "detail-type": ["AWS API Call via CloudTrail"]}
-    rule = {
-        "EventPattern": {**pattern, "detail": detail},
-        "Targets": [{"Id": "Topic", "Arn": topic}],
-    }
+    names = [action.partition(":")[2] for action in actions]
+    iam, succeeded = ["iam.amazonaws.com"], [{"exists": False}]
+    detail = {"eventSource": iam, "eventName": names, "errorCode": succeeded}
+    kind = ["AWS API Call via CloudTrail"]
+    pattern = {"source": ["aws.iam"], "detail-type": kind, "detail": detail}
+    rule = {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "A message for each new credential or MFA deactivation (for us-east-1)",
@@ -4236,10 +4141,6 @@ def statement_of(effect: str, sid: str, actions: Iterable[str], arns: str = "*")
     return {"Sid": sid, "Effect": effect, "Action": list(actions), "Resource": arns}
 
 
-def grant(principal: Mapping[str, Any], action: str, **more: Any) -> dict[str, Any]:
-    return {"Effect": "Allow", "Principal": principal, "Action": action, **more}
-
-
 # === Options: the command line, its validators and help; the progress line =======================
 
 # prod, prd, production or live as a word of its own (prod2 too), but not after no, non, not or pre
@@ -4247,7 +4148,6 @@ DEFAULT_PRODUCTION = (
     r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
     r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
 )
-DEFAULT_OWNER_TAGS = "owner,Owner,team,Team,contact,email"
 DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
 HELP_EPILOG = f"""\
 examples:
@@ -4266,63 +4166,59 @@ exit codes:
   5    both 3 and 4
   130  interrupted (SIGINT); 143: terminated (SIGTERM); 129: hung up (SIGHUP)
 """
-
-
-class FailOn(NamedTuple):
-    """What ends with exit code 4 or 5: findings of `priority` or worse (0: none), new keys."""
-
-    priority: int = 0
-    new_keys: bool = False
+# What ends with exit code 4 or 5: findings of `priority` or worse (0: none), new keys
+FailOn = namedtuple("FailOn", "priority new_keys", defaults=(0, False))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argument_parser()
-    options = parser.parse_args(argv)
-    exempt, document = options.exempt_role, options.document
-    if not options.role and not document:
-        parser.error("the following arguments are required: --role")
-    if exempt and document != "scp-deny-access-keys":
-        parser.error("argument --exempt-role: use it with --print scp-deny-access-keys")
-    if document and re.search(r"[*?$]", "".join([*exempt, options.role or ""])):
-        parser.error("argument --print: in a policy, *, ? and $ would stand for other roles")
-    if len(print_document("scp-deny-access-keys", "", exempt)) > SCP_LONGEST:
-        parser.error(f"argument --exempt-role: too many; an SCP has {SCP_LONGEST:,} characters")
-    if both := options.accounts & options.exclude | options.ou & options.exclude_ou:
-        parser.error(f"cannot be both audited and left out: {', '.join(sorted(both))}")
-    if options.retry_failed and options.accounts:
-        parser.error("argument --retry-failed: not allowed with argument --accounts")
-    if options.since and not options.cloudtrail:
-        parser.error("argument --since: use it with --cloudtrail")
+    options = (parser := argument_parser()).parse_args(argv)
+    exempt, document, deny = options.exempt_role, options.document, "scp-deny-access-keys"
+    accounts, since, retry = options.accounts, options.since, options.retry_failed
+    pattern = document and re.search(r"[*?$]", "".join([*exempt, options.role or ""]))
+    too_long = len(print_document(deny, "", exempt)) > SCP_LONGEST
+    both = accounts & options.exclude | options.ou & options.exclude_ou
+    for wrong, message in (
+        (not options.role and not document, "the following arguments are required: --role"),
+        (exempt and document != deny, f"argument --exempt-role: use it with --print {deny}"),
+        (pattern, "argument --print: in a policy, *, ? and $ would stand for other roles"),
+        (too_long, f"argument --exempt-role: too many; an SCP has {SCP_LONGEST:,} characters"),
+        (both, f"cannot be both audited and left out: {', '.join(sorted(both))}"),
+        (retry and accounts, "argument --retry-failed: not allowed with argument --accounts"),
+        (since and not options.cloudtrail, "argument --since: use it with --cloudtrail"),
+        (since and since > utc_now(), f"argument --since: {since} is in the future"),
+    ):
+        if wrong:
+            parser.error(message)
+    limits = accounts, options.exclude, options.ou, options.include_management
+    options.scope = Scope(*limits, options.exclude_ou, retry)
     return options
 
 
 def argument_parser() -> argparse.ArgumentParser:
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH)
+    flag = {"action": "store_true"}
+    ids = {"metavar": "ID[,ID...]", "type": parse_ids, "default": frozenset()}
+    ous = {"metavar": "OU_ID[,OU_ID...]", "type": parse_ous, "default": frozenset()}
+    days = {"metavar": "DAYS", "type": parse_days, "default": "90"}
     # fmt: off
     parser = argparse.ArgumentParser(
         prog="iam_audit.py", epilog=HELP_EPILOG, formatter_class=layout, allow_abbrev=False,
         description="List the users and long-term credentials of an AWS organization.")
     parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
-    add = parser.add_argument_group("access").add_argument
+    add: Any = parser.add_argument_group("access").add_argument
     add("--profile", metavar="NAME", type=parse_name, help="AWS profile in the management account "
         "or a delegated administrator account (default: the SDK's default credential chain)")
     add("--role", metavar="NAME", type=parse_role, help="role to assume in each account, required "
         "for an audit: a name, or a path and a name, for example audit/IAMAuditRole")
-    add("--external-id", metavar="ID", type=parse_external_id,
-        help="external ID that the role's trust policy requires")
+    add("--external-id", metavar="ID", type=parse_external_id, help="external ID, if required")
     add = parser.add_argument_group("accounts").add_argument
-    add("--accounts", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
-        help="audit only these accounts; @FILE has one ID per line and # comments")
-    add("--exclude", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
-        help="leave these accounts out; also takes @FILE")
-    add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ous, default=frozenset(),
-        help="audit only accounts below these organizational units")
-    add("--exclude-ou", metavar="OU_ID[,OU_ID...]", type=parse_ous, default=frozenset(),
-        help="leave out accounts below these organizational units")
-    add("--include-management", action="store_true", help="also audit the management account: with "
-        "the profile's own credentials if the profile belongs to it, otherwise through the role")
-    add("--retry-failed", action="store_true",
-        help="audit only the accounts that failed in the newest finished run of the output folder")
+    add("--accounts", **ids, help="audit only these; @FILE has one ID per line and # comments")
+    add("--exclude", **ids, help="leave these accounts out; also takes @FILE")
+    add("--ou", **ous, help="audit only accounts below these organizational units")
+    add("--exclude-ou", **ous, help="leave out accounts below these organizational units")
+    add("--include-management", **flag, help="also audit the management account: with the "
+        "profile's own credentials if the profile belongs to it, otherwise through the role")
+    add("--retry-failed", **flag, help="audit only what failed in the folder's newest finished run")
     add = parser.add_argument_group("speed").add_argument
     add("--workers", metavar="N", type=parse_workers, default="auto",
         help="maximum number of API requests at a time, 1 to 256 (default: %(default)s)")
@@ -4332,32 +4228,29 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--production", metavar="REGEX", type=parse_pattern, default=DEFAULT_PRODUCTION,
         help="searched in each account's name, ID and organizational units, ignoring case, to find "
              "production (default: prod, prd, production or live as a separate word)")
-    add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
-        help="report active access keys older than this (default: %(default)s)")
-    add("--max-unused", metavar="DAYS", type=parse_days, default="90",
-        help="report passwords and active access keys not used for longer (default: %(default)s)")
-    add("--owner-tag", metavar="KEY[,KEY...]", type=parse_tag_keys, default=DEFAULT_OWNER_TAGS,
+    add("--max-key-age", **days, help="report active access keys older than this (default: 90)")
+    add("--max-unused", **days, help="report passwords and keys unused for longer (default: 90)")
+    add("--owner-tag", metavar="KEY[,KEY...]", type=parse_tag_keys, dest="owner_tags",
+        default="owner,Owner,team,Team,contact,email",
         help="tags that name a user's owner, the most important first (default: %(default)s)")
-    add("--exceptions", metavar="FILE", type=lambda path: from_file(parse_exceptions, path),
+    add("--exceptions", metavar="FILE", type=functools.partial(from_file, parse_exceptions),
         default=(), help="CSV file of accepted findings; README.md describes its columns")
     add = parser.add_argument_group("changes").add_argument
-    add("--previous", metavar="DIR|AGE", type=parse_previous,
-        help="compare with the run in this folder, or with each account's newest run that is at "
-             "least this old, for example 30d (default: each account's newest run)")
-    add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
-        "changes; the role then requires cloudtrail:LookupEvents")
-    add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on: "
+    add("--previous", metavar="DIR|AGE", type=parse_previous, help="compare with the run in this "
+        "folder, or each account's newest at least this old, for example 30d (default: its newest)")
+    add("--cloudtrail", **flag, help="ask CloudTrail in each account who made the changes; the "
+        "role then requires cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_date, help="ask CloudTrail from this date on: "
         "2026-01-31 or 2026-01-31T12:00:00Z (default: from the compared run, or for 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="folder in which each run creates its own (default: %(default)s)")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
         help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
-             f"priority N or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or new-keys: access or "
-             "API keys created since the account's last audit")
-    add("-q", "--quiet", action="store_true", help="print nothing unless something needs attention")
-    add("-v", "--verbose", action="store_true",
-        help="print one line per account and step, and tracebacks, to stderr")
+             f"priority N ({MOST_URGENT} to {LEAST_URGENT}) or more urgent, or new-keys (access or "
+             "API keys) since the account's last audit")
+    add("-q", "--quiet", **flag, help="print nothing unless something needs attention")
+    add("-v", "--verbose", **flag, help="print accounts, their steps and tracebacks to stderr")
     add = parser.add_argument_group("documents").add_argument
     add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
         help="print a document to deploy (see below) for the role in --role, and exit")
@@ -4369,9 +4262,13 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def matching(kind: Callable[[str], T], pattern: str, what: str, text: str) -> T:
     """The text as this kind of value, if it matches."""
-    if not re.fullmatch(pattern, text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return kind(text)
+    why = ""
+    try:
+        if re.fullmatch(pattern, text, re.ASCII):
+            return kind(text)
+    except (ValueError, re.error, OverflowError, RecursionError) as error:
+        why = f": {error}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}{why}")
 
 
 def parts_of(kind: Callable[[Iterable[str]], T], parse: Callable[[str], str], text: str) -> T:
@@ -4411,13 +4308,6 @@ def from_file(parse: Callable[[str], T], path: str) -> T:
         raise argparse.ArgumentTypeError(f"{path!r}: {why}") from None
 
 
-def parse_pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(parse_name(text), re.IGNORECASE)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
-
-
 def parse_previous(text: str) -> Path | timedelta:
     """A folder, or an age such as 30d; a folder of that name is ./30d."""
     if re.fullmatch(r"\d+d", text, re.ASCII):
@@ -4425,16 +4315,6 @@ def parse_previous(text: str) -> Path | timedelta:
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor an age such as 30d")
     return Path(text)
-
-
-def parse_past_date(text: str) -> datetime:
-    try:
-        moment = parse_time(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date such as 2026-01-31") from None
-    if moment > utc_now():
-        raise argparse.ArgumentTypeError(f"{text!r} is in the future")
-    return moment
 
 
 def parse_fail_on(text: str) -> FailOn:
@@ -4452,7 +4332,11 @@ OU = (r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", "the ID of an organizational unit (ou
 WORKERS = (r"auto|[1-9]\d?|1\d\d|2[0-4]\d|25[0-6]", "auto or a number from 1 to 256")
 DAYS = (r"(?=.*[1-9])\d{1,4}", "a number of days from 1 to 9999")
 SECONDS = (r"(?=.*[1-9])\d{1,6}(\.\d+)?", "a number of seconds above 0")
-parse_name = functools.partial(matching, str, r"(?s).+", "a name: it is empty")
+ANY = r"(?s).+"
+parse_name = functools.partial(matching, str, ANY, "a name: it is empty")
+ignoring_case = functools.partial(re.compile, flags=re.IGNORECASE)
+parse_pattern = functools.partial(matching, ignoring_case, ANY, "a regular expression")
+parse_date = functools.partial(matching, parse_time, ANY, "a date such as 2026-01-31")
 parse_external_id = functools.partial(matching, str, r"[\w+=,.@:/-]{2,1224}", AN_EXTERNAL_ID)
 parse_workers = functools.partial(matching, lambda text: int(text.replace("auto", "0")), *WORKERS)
 parse_days = functools.partial(matching, lambda text: timedelta(days=int(text)), *DAYS)
@@ -4462,58 +4346,56 @@ parse_ous = functools.partial(parts_of, frozenset, functools.partial(matching, s
 parse_tag_keys = functools.partial(parts_of, tuple, parse_name)
 
 
-class Status:
-    """stderr: the progress line on a terminal, and --verbose. The run goes on if it is closed."""
+def complain(text: str, end: str = "\n") -> None:
+    """Print to stderr. If nobody can read it, the run and its exit code stay what they are."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
-    def __init__(self, out: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
-        self._out, self._progress = out, progress
-        self._verbose = verbose and out is not None
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._draws = out is not None and out.isatty() and not dumb and not quiet
-        self._started = time.monotonic()
+
+def columns_of(stream: Any) -> int:
+    """The width of the stream's terminal; 0 if there is none or, as some do, it says 0."""
+    with contextlib.suppress(AttributeError, OSError):
+        return os.get_terminal_size(stream.fileno()).columns
+    return 0
+
+
+class Status:
+    """stderr: the progress line on a terminal, and --verbose."""
+
+    def __init__(self, progress: Progress, quiet: bool, verbose: bool) -> None:
+        self._progress, self._verbose, self._started = progress, verbose, time.monotonic()
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._draws = terminal and os.environ.get("TERM", "dumb") != "dumb" and not quiet
 
     def log(self, line: str) -> None:
         if self._verbose:
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
 
     def warn(self, line: str) -> None:
-        if self._out is not None:
-            self._write(f"iam_audit.py: {printable(line)}; the run goes on.\n")
+        self._write(f"iam_audit.py: {printable(line)}; the run goes on.\n")
 
     async def draw(self) -> None:
         """Keep the progress line up to date until the task is cancelled, and erase it then."""
         try:
-            while self._draws and self._out is not None:
-                columns = 80
-                with contextlib.suppress(OSError):  # some terminals do not know it and say 0
-                    columns = os.get_terminal_size(self._out.fileno()).columns or 80
-                elapsed = time.monotonic() - self._started
-                self._write(progress_line(self._progress, elapsed)[: columns - 1])
+            while self._draws:
+                self._write(self._progress_line()[: (columns_of(sys.stderr) or 80) - 1])
                 await asyncio.sleep(0.2)
         finally:
-            if self._draws:
-                self._write("")
+            self._write("")
+
+    def _progress_line(self) -> str:
+        now, elapsed = self._progress, time.monotonic() - self._started
+        line = f"{now.done:,} of {now.listed:,}{'' if now.all_listed else '+'} accounts"
+        line += f", {now.failed:,} failed" if now.failed else ""
+        line += f", {clock(timedelta(seconds=elapsed))}"
+        if now.done and now.all_listed:
+            left = elapsed / now.done * (now.listed - now.done)
+            line += f", about {clock(timedelta(seconds=left))} left"
+        return line
 
     def _write(self, text: str) -> None:
-        """Write the text where the progress line is, if it is drawn."""
-        if self._draws:
-            text = "\r\x1b[K" + text
-        try:
-            print(text, end="", file=self._out, flush=True)
-        except OSError:
-            self._draws = self._verbose = False
-
-
-def progress_line(progress: Progress, elapsed: float) -> str:
-    more = "" if progress.all_listed else "+"
-    parts = [f"{progress.done:,} of {progress.listed:,}{more} accounts"]
-    if progress.failed:
-        parts.append(f"{progress.failed:,} failed")
-    parts.append(clock(timedelta(seconds=elapsed)))
-    if progress.done and progress.all_listed:
-        left = elapsed / progress.done * (progress.listed - progress.done)
-        parts.append(f"about {clock(timedelta(seconds=left))} left")
-    return ", ".join(parts)
+        complain("\r\x1b[K" * self._draws + text, end="")  # in place of the progress line
 
 
 if __name__ == "__main__":
