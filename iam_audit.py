@@ -717,7 +717,7 @@ def connect(session: boto3.Session, workers: int) -> Aws:
 
 
 def frozen(credentials: Any) -> Credentials:
-    """The credentials as they are now. If a refresh is due, the SDK does it, which may take long."""
+    """The credentials as they are now. If a refresh is due, the SDK does it: it may take long."""
     now = credentials.get_frozen_credentials()
     return Credentials(now.access_key, now.secret_key, now.token)
 
