@@ -4151,8 +4151,8 @@ DEFAULT_PRODUCTION = (
 DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
 HELP_EPILOG = f"""\
 examples:
-  python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
-  python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
+  iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
+  iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
 
 documents of --print:
 {DOCUMENT_LIST}
