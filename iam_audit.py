@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
-"""iam-audit: who has which password, access key and MFA device in an AWS organization.
+"""iam-audit: every long-term credential of an AWS organization, and what to do about it.
 
 From a profile of the management account, or of a delegated administrator, it assumes a role in
-every member account, reads the IAM credential report and when each access key was last used, and
-writes one CSV file per account. It reads no secret values.
+every member account, reads the IAM credential report, users, access keys, API keys and policies,
+and writes tables and a summary. It reads no secret values.
 
 Reads   the AWS profile's credentials, as the SDK finds them;
-        in OUTPUT_DIR or --previous DIR, summaries of earlier runs and CSV files to compare with.
-Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, findings.csv, changes.csv (if there is an
-        earlier run), events.csv (with --cloudtrail) and, last, summary.json; files with mode 0600,
-        folders 0700. The summary goes to stdout. With --print, a document goes to stdout and
-        nothing else happens.
+        the files that --accounts @FILE, --exclude @FILE and --exceptions name;
+        in OUTPUT_DIR or --previous DIR, summaries and tables of earlier runs, to compare with.
+Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, credentials.csv, findings.csv, changes.csv (if
+        there is an earlier run), events.csv (with --cloudtrail) and, last, summary.json; files
+        with mode 0600, folders 0700; OUTPUT_DIR/latest, a link to the run. The summary goes to
+        stdout. With --print, a document goes to stdout and nothing else happens.
 
 Every AWS action that the program can call:
   with the profile's credentials
     sts:GetCallerIdentity                who runs the audit, and in which partition
     organizations:DescribeOrganization   which account is the management account
     organizations:ListAccounts           the accounts
+    organizations:DescribeOrganizationalUnit   the names of organizational units
     organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy, ListParents
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
@@ -24,7 +26,8 @@ Every AWS action that the program can call:
   with the assumed role; in the management account, if the profile belongs to it, with the
   profile's credentials
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
-    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile;
+    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile,
+    iam:ListServiceSpecificCredentials, iam:GetAccountAuthorizationDetails;
     with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; no other call changes anything in AWS. Every
@@ -33,16 +36,17 @@ role is read-only in the hands of this program. The profile's own credentials ar
 this way. To get and refresh them, the SDK may call other services, run a credential_process (which
 is ended if it hangs) and write its own token cache. The program itself never writes or logs
 credentials or puts them on a command line. An account that cannot be read in full gets no CSV
-file: it is reported as failed, with the reason.
+file: it is reported as failed, with the reason. What only one of the last two IAM actions tells is
+reported as not checked where the role lacks it.
 
-Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,500 lines.
+Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,400 lines.
 Nothing else opens a connection.
   run        the story, from the command line to the files, the summary and the exit code
   data       what several sections share: Account, User, Credential, the outcomes, Plan, Run
   AWS        permissions with their reasons; every network call, its credentials, pace and retries
   audit      one account, from AssumeRole to its users; all accounts concurrently
   files      rows, cells, atomic writing, reading a run back
-  assess     gaps, maturity levels, the table of finding rules
+  assess     gaps, maturity levels, the table of finding rules, exceptions
   track      what changed since an account's last audit, with CloudTrail as a witness
   enforce    what the organization's service control policies already prevent
   terminal   the summary as text and as summary.json
@@ -60,14 +64,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import asyncio
-import base64
 import bisect
 import contextlib
 import contextvars
 import csv
 import functools
-import hashlib
-import html
 import io
 import itertools
 import json
@@ -98,7 +99,7 @@ from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar, Union
+from typing import Any, NamedTuple, TypeVar, Union
 from urllib.request import getproxies
 
 import boto3
@@ -119,6 +120,7 @@ EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
 CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account that no earlier run can tell about
 FIRST_ACCOUNTS = 20  # a role that is denied in all of these probably has another name or trust
+SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # for Windows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_SIGNAL + received
     except Exception as error:
         if options.verbose:
-            complain(*frames_of(error))
+            complain("\n".join(frames_of(error)))
         complain(f"iam_audit.py: {printable(what_stopped_it(error))}")
         return EXIT_NOT_DONE
 
@@ -153,8 +155,8 @@ def run_audit(options: Any, started: datetime) -> int:
         organization = describe_organization(aws)
         history = History(finished_runs(folder.parent, started), organization.id)
         if options.retry_failed:
-            options.accounts = failed_before(history, options)
-        tracking = open_tracking(history, options.previous, scope_of(options), started)
+            options.scope = replace(options.scope, accounts=failed_before(history, options.quiet))
+        tracking = open_tracking(history, options.previous, options.scope, started)
         plan = plan_of(options, aws.caller, organization, tracking, started)
         run = Run(started, folder, plan, aws.caller, organization, tracking, Enforcement())
         asyncio.run(audit_into(run, aws, options))
@@ -165,8 +167,6 @@ def run_audit(options: Any, started: datetime) -> int:
         raise
     write_tables(run)
     summary = summary_document(run, utc_now())
-    if plan.page:
-        write_file(folder / "report.html", [report_page(run, summary)])
     write_file(folder / "summary.json", [json.dumps(summary, indent=2), "\n"])
     if (why_not := link_latest(folder)) and options.verbose:
         complain(f"iam_audit.py: {printable(why_not)}")
@@ -174,7 +174,7 @@ def run_audit(options: Any, started: datetime) -> int:
     return exit_code(run, options.fail_on)
 
 
-def failed_before(history: History, options: Any) -> frozenset[str]:
+def failed_before(history: History, quiet: bool) -> frozenset[str]:
     """The accounts that failed in the newest finished run. If there are none, the program ends."""
     no_run = AuditError("--retry-failed: no finished run of this organization in --output-dir.")
     newest = next(iter(history), no_run)
@@ -182,8 +182,7 @@ def failed_before(history: History, options: Any) -> frozenset[str]:
         raise newest
     failed = [one for one, account in newest.accounts.items() if account.result == "failed"]
     if not failed:
-        if not options.quiet:
-            show(f"No account failed in {newest.folder}: there is nothing to retry.\n")
+        show("" if quiet else f"No account failed in {newest.folder}: there is nothing to retry.\n")
         raise SystemExit(EXIT_OK)
     return frozenset(failed)
 
@@ -192,54 +191,35 @@ def plan_of(
     options: Any, caller: Caller, organization: Organization, tracking: Tracking, started: datetime
 ) -> Plan:
     """The options, resolved for this organization."""
+
+    def events_since(account_id: str) -> datetime:
+        """Find the account's baseline. CloudTrail is asked from --since on, else from that."""
+        baseline = tracking.baselines[account_id] = baseline_of(tracking, account_id)
+        wanted = options.since or baseline.since or started - CLOUDTRAIL_FIRST_LOOK
+        since = max(wanted, started - CLOUDTRAIL_KEEPS)
+        tracking.events_from = min(since, tracking.events_from or since)
+        tracking.events_out_of_reach |= wanted < since
+        return since
+
     own_account = caller.account if caller.account == organization.management_account else None
     policy = session_policy([*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())])
-    asked_since = functools.partial(events_since, tracking, options.since, started)
-    return Plan(
-        role=Role(options.role, caller.partition, policy, options.external_id, own_account),
-        scope=scope_of(options),
-        workers=options.workers,
-        report_timeout=options.report_timeout,
-        production=options.production,
-        max_key_age=options.max_key_age,
-        event_names=EVENT_NAMES,
-        events_since=asked_since if options.cloudtrail else None,
-        max_unused=options.max_unused,
-        owner_tags=options.owner_tag,
-        exceptions=options.exceptions,
-        page=options.page,
-    )
-
-
-def events_since(
-    tracking: Tracking, asked: datetime | None, now: datetime, account_id: str
-) -> datetime:
-    """Find the account's baseline, and say from when on CloudTrail is asked: --since, else that."""
-    baseline = tracking.baselines[account_id] = baseline_of(tracking, account_id)
-    wanted = asked or baseline.since or now - CLOUDTRAIL_FIRST_LOOK
-    since = max(wanted, now - CLOUDTRAIL_KEEPS)
-    tracking.events_from = min(since, tracking.events_from or since)
-    tracking.events_out_of_reach |= wanted < since
-    return since
-
-
-def scope_of(options: Any) -> Scope:
-    scope = Scope(options.accounts, options.exclude, options.ou, options.include_management)
-    return replace(scope, exclude_ous=options.exclude_ou, retry_failed=options.retry_failed)
+    role = Role(options.role, caller.partition, policy, options.external_id, own_account)
+    values = {**vars(options), "role": role, "event_names": EVENT_NAMES}
+    values["events_since"] = events_since if options.cloudtrail else None
+    return Plan(**{each.name: values[each.name] for each in fields(Plan)})
 
 
 async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     """Audit the accounts side by side while the service control policies are read."""
     progress = Progress()
-    status = Status(sys.stderr, progress, options.quiet, options.verbose)
+    status = Status(progress, options.quiet, options.verbose)
 
     def finish(outcome: Outcome) -> None:
         """Write the account's CSV file at once; nothing else keeps its users."""
         if isinstance(outcome, AuditedAccount):
             write_csv(account_csv(run.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
         keep(run, outcome)
-        progress.failed = len(run.failed)
-        progress.done = len(run.audited) + len(run.failed)
+        progress.failed, progress.done = len(run.failed), len(run.audited) + len(run.failed)
         status.log(outcome_line(outcome))
         if isinstance(outcome, FailedAccount):
             warn_of_role(run, status)
@@ -250,53 +230,43 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     run.enforcement = await enforcement
     await apply_enforcement(aws, run)
     drawing.cancel()
-    raise_phase1_levels(run)
 
 
 def keep(run: Run, outcome: Outcome) -> None:
     """Add an account's outcome to the run."""
-    if isinstance(outcome, AuditedAccount):
-        run.audited.append(assess(outcome, run.plan, run.started))
-        run.credentials = run.credentials or Spool(run.folder / "credentials.csv")
-        rows = credential_rows(outcome, run.plan, run.started)
-        run.credentials.add(outcome.account.id, rows)
-        findings = findings_of(outcome, run.plan, run.started)
-        run.findings += track_account(run.tracking, outcome, findings)
-        if outcome.trail is not None:
-            run.trails.append((outcome.account, outcome.trail))
-    elif isinstance(outcome, FailedAccount):
-        run.failed.append(outcome)
-    elif isinstance(outcome, SkippedAccount):
-        run.skipped.append(outcome)
-    else:
-        run.out_of_scope.append(outcome)
+    if not isinstance(outcome, AuditedAccount):
+        lists: dict[Any, list[Any]] = {FailedAccount: run.failed, SkippedAccount: run.skipped}
+        lists.get(type(outcome), run.out_of_scope).append(outcome)
+        return
+    run.audited.append(assess(outcome, run.plan, run.started))
+    run.credentials = run.credentials or Spool(run.folder / "credentials.csv")
+    run.credentials.add(outcome.account.id, credential_rows(outcome, run.plan, run.started))
+    findings = findings_of(outcome, run.plan, run.started)
+    run.findings += track_account(run.tracking, outcome, findings)
+    if outcome.trail is not None:
+        run.trails.append((outcome.account, outcome.trail))
 
 
 def warn_of_role(run: Run, status: Status) -> None:
     """If just now the first accounts have all failed with the same denial, say so at once."""
-    causes = {(one.step, one.code) for one in run.failed[:FIRST_ACCOUNTS]}
+    causes = set(map(attrgetter("step", "code"), run.failed))
     just_now = len(run.failed) == FIRST_ACCOUNTS and not run.audited
     if just_now and causes == {("AssumeRole", "AccessDenied")}:
         wrong = f"the name of role {run.plan.role.name} or its trust policy is probably wrong"
         status.warn(f"AssumeRole was denied in the first {FIRST_ACCOUNTS} accounts alike: {wrong}")
 
 
-def raise_phase1_levels(run: Run) -> None:
-    """Phase 1 is Advanced in an account only if a policy also requires MFA there."""
+def write_tables(run: Run) -> None:
+    """Once all accounts are done: the levels that depend on policies, the organization's tables."""
     for index, figures in enumerate(run.audited):
         enforced = run.controls[figures.account.id][MFA_REQUIRED].verdict == ENFORCED
         if enforced and figures.phase1 == COMPLETE:
             run.audited[index] = figures._replace(phase1=ADVANCED)
-
-
-def write_tables(run: Run) -> None:
-    """Write the tables of the whole organization, once all accounts are done."""
-    tracking = run.tracking
-    run.findings.sort(key=most_urgent_first)
-    findings = (finding_row(finding, run) for finding in run.findings)
-    write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, findings)
-    spool = run.credentials or Spool(run.folder / "credentials.csv")
+    tracking, spool = run.tracking, run.credentials or Spool(run.folder / "credentials.csv")
     write_file(run.folder / "credentials.csv", spool.lines(CREDENTIALS_COLUMNS))
+    run.findings.sort(key=most_urgent_first)
+    rows = (finding_row(finding, run) for finding in run.findings)
+    write_csv(run.folder / "findings.csv", FINDINGS_COLUMNS, rows)
     tracking.mfa_new.sort(key=change_order)
     tracking.urgent_new.sort(key=most_urgent_first)
     if tracking.earlier is not None:
@@ -328,11 +298,6 @@ def what_stopped_it(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {message} (--verbose shows where)"
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # Windows has none
-    SIGNALS.append(signal.SIGHUP)
-
-
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Turn a signal into KeyboardInterrupt with its number, after the event loop's tasks are
@@ -352,8 +317,7 @@ def interruptible() -> Iterator[None]:
 
     handlers = dict(zip(SIGNALS, map(signal.getsignal, SIGNALS)))
     for each, handler in handlers.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(each, interrupt)
+        signal.signal(each, interrupt if handler != signal.SIG_IGN else handler)
     try:
         yield
     except asyncio.CancelledError:
@@ -364,19 +328,9 @@ def interruptible() -> Iterator[None]:
                 signal.signal(each, handler)
 
 
-def complain(*lines: str) -> None:
-    """Print to stderr. If nobody can read it, the exit code stays what it is."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
 def width_and_color() -> dict[str, Any]:
     """What stdout can show: 80 to 120 columns of a terminal, else 100 without colors."""
-    width, terminal = 0, sys.stdout is not None and sys.stdout.isatty()
-    if terminal:
-        with contextlib.suppress(OSError):  # some terminals do not know their width and say 0
-            width = os.get_terminal_size(sys.stdout.fileno()).columns
+    width, terminal = columns_of(sys.stdout), sys.stdout is not None and sys.stdout.isatty()
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     width = min(max(80, width), 120) if width else TERMINAL_WIDTH
     return {"width": width, "color": terminal and not plain}
@@ -403,7 +357,6 @@ NOT_APPLICABLE, UNKNOWN = "N/A", "unknown"
 KINDS = ("access-key", "api-key", "service-password", "signing-certificate")
 ACCESS_KEY, API_KEY, SERVICE_PASSWORD, SIGNING_CERTIFICATE = KINDS
 PASSWORD_SERVICES = {"codecommit.amazonaws.com", "cassandra.amazonaws.com"}  # the others: API keys
-
 CLOUDTRAIL_KEEPS = timedelta(days=90)
 
 T = TypeVar("T")
@@ -412,24 +365,18 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Account:
-    """An account. `path` is its place, `o-.../r-.../ou-.../ID/`; None if AWS did not give it. `ou`
-    has the names of its OUs from the root down, `Workloads/Prod`; an unread name is the OU's ID."""
-
     id: str
     name: str
     state: str
-    path: str | None = None
+    path: str | None = None  # o-.../r-.../ou-.../ID/, its place; None if AWS did not give it
     email: str = ""
-    ou: str = ""
+    ou: str = ""  # its OUs from the root down, Workloads/Prod; for a name that was not read, the ID
 
 
 @dataclass(frozen=True)
 class Credential:
-    """A long-term credential other than a password, of one of KINDS.
-
-    If an access key was never used, `last_used` is None and `service_name` is N/A. Of the other
-    kinds AWS does not tell the last use. Only API keys and passwords for services can expire.
-    """
+    """A long-term credential other than a password, of one of KINDS. AWS tells only of access keys
+    when they were last used: None and `service_name` N/A if never. Access keys do not expire."""
 
     id: str
     status: str
@@ -442,87 +389,71 @@ class Credential:
 
 @dataclass(frozen=True)
 class User:
-    """An IAM user, or root. `mfa` has the kinds of their MFA devices, `keys` the access keys.
-
-    `password_last_used` is None if there is no password or it was never used. `owner` is a tag of
-    the user or else the account's e-mail address; `administrator` is true, false or unknown.
-    `exposed`: AWS has found one of their keys in public.
-    """
+    """An IAM user, or root."""
 
     name: str
     password: bool
-    password_last_used: datetime | None
-    mfa: tuple[str, ...]
-    keys: tuple[Credential, ...]
+    password_last_used: datetime | None  # None: there is no password, or it was never used
+    mfa: tuple[str, ...]  # the kinds of their MFA devices
+    keys: tuple[Credential, ...]  # access keys
     others: tuple[Credential, ...] = ()
     password_changed: datetime | None = None
-    owner: str = ""
-    administrator: str = UNKNOWN
-    exposed: bool = False
+    owner: str = ""  # a tag of the user or else the account's e-mail address
+    administrator: str = UNKNOWN  # or true or false
+    exposed: bool = False  # AWS has found one of their keys in public
 
 
 class Event(NamedTuple):
-    """A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set,
-    `new_name` what UpdateUser did."""
+    """A successful IAM event: what `actor` did to `user`."""
 
     time: datetime
     name: str
     user: str
     key_id: str
-    status: str
+    status: str  # that UpdateAccessKey set
     actor: str
     source_ip: str
     user_agent: str
     id: str
-    new_name: str = ""
+    new_name: str = ""  # that UpdateUser set
     service_name: str = ""  # of a service-specific credential that was created
 
 
 @dataclass(frozen=True)
 class Trail:
-    """CloudTrail's events of one account, oldest first. If the lookup failed, `error` says why."""
-
-    events: tuple[Event, ...] = ()
-    error: str = ""
+    events: tuple[Event, ...] = ()  # CloudTrail's of one account, oldest first
+    error: str = ""  # why the lookup failed
 
 
 @dataclass(frozen=True)
 class AuditedAccount:
     """An account that was read in full: root first, if it is in the report, then the users by name.
-
-    `trail` is None if CloudTrail was not asked. `not_checked` has the error codes of the operations
-    that were denied without failing the account: nothing may be claimed of what they read.
-    """
+    `not_checked` has the error codes of the operations that were denied without failing the
+    account: nothing may be claimed of what they read."""
 
     account: Account
     report_generated: datetime
     users: tuple[User, ...]
-    trail: Trail | None = None
+    trail: Trail | None = None  # None: CloudTrail was not asked
     not_checked: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FailedAccount:
-    """An account that could not be read in full: the failed operation, AWS's code and message."""
-
-    account: Account
-    step: str
-    code: str
+    account: Account  # it could not be read in full
+    step: str  # the operation that failed
+    code: str  # AWS's, as is the message
     message: str
 
 
 @dataclass(frozen=True)
 class SkippedAccount:
-    """An account in scope that nobody can audit, because its state is not ACTIVE."""
-
-    account: Account
+    account: Account  # in scope, but nobody can audit it, because its state is not ACTIVE
 
 
 @dataclass(frozen=True)
 class OutOfScopeAccount:
-    """An account that the options leave out."""
-
-    account: Account
+    account: Account  # the options leave it out
 
 
 Outcome = Union[AuditedAccount, FailedAccount, SkippedAccount, OutOfScopeAccount]
@@ -530,12 +461,10 @@ Outcome = Union[AuditedAccount, FailedAccount, SkippedAccount, OutOfScopeAccount
 
 @dataclass(frozen=True)
 class Caller:
-    """The answer of GetCallerIdentity, and the Region it came from."""
-
     account: str
     arn: str
     partition: str
-    region: str
+    region: str  # that answered GetCallerIdentity
 
 
 @dataclass(frozen=True)
@@ -547,11 +476,9 @@ class Organization:
 
 @dataclass(frozen=True)
 class Scope:
-    """The accounts that the options select; an empty set selects all."""
-
-    accounts: frozenset[str] = frozenset()
+    accounts: frozenset[str] = frozenset()  # empty: all
     exclude: frozenset[str] = frozenset()
-    ous: frozenset[str] = frozenset()
+    ous: frozenset[str] = frozenset()  # empty: all
     include_management: bool = False
     exclude_ous: frozenset[str] = frozenset()
     retry_failed: bool = False  # some of `accounts` may have left the organization
@@ -559,14 +486,11 @@ class Scope:
 
 @dataclass(frozen=True)
 class Role:
-    """The role to assume. `own_account`, the management account if the profile belongs to it, is
-    read with the profile's own credentials instead."""
-
     name: str
     partition: str
     session_policy: str
     external_id: str | None = None
-    own_account: str | None = None
+    own_account: str | None = None  # read with the profile's own credentials instead
 
     def arn(self, account_id: str) -> str:
         return f"arn:{self.partition}:iam::{account_id}:role/{self.name}"
@@ -574,8 +498,6 @@ class Role:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the options ask of an audit."""
-
     role: Role
     scope: Scope
     workers: int
@@ -585,10 +507,9 @@ class Plan:
     event_names: tuple[str, ...]  # what CloudTrail is asked for
     # From when on CloudTrail is asked in the account of that ID; None: it is not asked
     events_since: Callable[[str], datetime] | None
-    max_unused: timedelta = timedelta(days=90)
-    owner_tags: tuple[str, ...] = ()
-    exceptions: tuple[KnownException, ...] = ()
-    page: bool = True
+    max_unused: timedelta
+    owner_tags: tuple[str, ...]
+    exceptions: tuple[KnownException, ...]
 
 
 @dataclass
@@ -615,9 +536,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """How many accounts in scope have been listed so far, are done, and have failed."""
-
-    listed: int = 0
+    listed: int = 0  # accounts in scope so far
     done: int = 0
     failed: int = 0
     all_listed: bool = False
@@ -628,10 +547,8 @@ class AuditError(Exception):
 
 
 class StepFailed(Exception):
-    """A call failed: the operation (or PROFILE_STEP), AWS's code, the message.
-
-    `kind` is throttled (repeated at a slower pace), transient (repeated some times) or final.
-    """
+    """A call failed: the operation (or PROFILE_STEP), AWS's code, the message. `kind` is throttled
+    (repeated at a slower pace), transient (repeated some times) or final."""
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
         super().__init__(f"{step}: {code}: {message}")
@@ -640,11 +557,8 @@ class StepFailed(Exception):
 
 def parse_time(text: str) -> datetime:
     """An ISO 8601 time in UTC. AWS writes `Z` or `+00:00`; Python parses `Z` only from 3.11 on."""
-    if text.endswith(("Z", "z")):
-        text = text[:-1] + "+00:00"
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        return moment.replace(tzinfo=timezone.utc)
+    moment = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", text))
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
     try:
         return moment.astimezone(timezone.utc)
     except OverflowError as error:  # the calendar's first or last day, in another time zone
@@ -719,27 +633,19 @@ CALLER_READS = {
     "iam:ListOrganizationsFeatures": "whether root credentials are managed centrally",
 }
 POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # on one SCP
-# What a user without MFA needs to set it up: the actions that AWS's example policy for self-managed
-# MFA devices leaves out of its Deny, and the change of password that the first sign-in may demand.
-MFA_SETUP = {
-    "iam:ChangePassword": "a first sign-in may demand it",
-    "iam:GetAccountPasswordPolicy": "the console shows the rules for the new password",
-    "iam:GetUser": "the page of one's own security credentials",
-    "iam:ListMFADevices": "the same page",
-    "iam:GetMFADevice": "the same page",
-    "iam:ListVirtualMFADevices": "the console looks for a free name",
-    "iam:CreateVirtualMFADevice": "an authenticator app",
-    "iam:EnableMFADevice": "assign the app, security key or token",
-    "iam:ResyncMFADevice": "a token whose clock is off",
-    "sts:GetSessionToken": "an MFA session for access keys, where Bool becomes BoolIfExists",
-}
-
+# What a user without MFA needs to set it up: what AWS's example policy for self-managed MFA devices
+# leaves out of its Deny, a new password at the first sign-in, an MFA session for access keys.
+MFA_SETUP = (
+    "iam:ChangePassword", "iam:GetAccountPasswordPolicy", "iam:GetUser", "iam:ListMFADevices",
+    "iam:GetMFADevice", "iam:ListVirtualMFADevices", "iam:CreateVirtualMFADevice",
+    "iam:EnableMFADevice", "iam:ResyncMFADevice", "sts:GetSessionToken")  # fmt: skip
 # Each partition's Region for IAM, where STS knows its credentials and CloudTrail records IAM
 IAM_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-north-1"}
 
 # --- the profile, its partition, the clients ---
 
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
+TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}  # seconds
+GUESS_TIMEOUT = 3  # seconds to connect to a guessed partition: a firewall may drop the packets
 REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
 PARENTS_AT_ONCE = 4
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
@@ -755,12 +661,10 @@ def open_session(profile: str | None) -> boto3.Session:
         credentials = core.get_credentials()
         if credentials is None:
             raise botocore.exceptions.NoCredentialsError
-        terminal = any(map(os.isatty, (0, 1, 2)))  # where not, botocore might wait forever
-        if credentials.method == "assume-role" and asks_for_mfa_code(core) and not terminal:
-            raise AuditError(
-                f"Profile {name} asks for an MFA code (mfa_serial), and there is no terminal to "
-                "type it on: run it from a terminal, or give cron a profile without mfa_serial."
-            )
+        if credentials.method == "assume-role" and not any(map(os.isatty, (0, 1, 2))):
+            refuse_mfa_code(
+                core.full_config["profiles"], name
+            )  # botocore might wait for it forever
         credentials.get_frozen_credentials()
     except (OSError, json.JSONDecodeError, KeyError) as error:  # a credential_process; a proxy
         why = {"provider": f"profile {name}", "error_msg": f"{type(error).__name__}: {error}"}
@@ -776,100 +680,86 @@ def open_session(profile: str | None) -> boto3.Session:
 
 def parse_timestamp(value: Any) -> datetime:
     """IAM and STS send ISO 8601; botocore's parser guesses the format, ten times as slowly."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return parse_time(value)
+    with contextlib.suppress(TypeError, ValueError):  # a number, another format
+        return parse_time(value)
     return botocore.utils.parse_timestamp(value)
 
 
-def asks_for_mfa_code(core: botocore.session.Session) -> bool:
-    """Whether the profile, or one that it takes credentials from, is a role with an mfa_serial."""
-    profiles: dict[str, dict[str, str]] = core.full_config["profiles"]
-    name = core.profile or "default"
+def refuse_mfa_code(profiles: Mapping[str, Any], name: str) -> None:
+    """Raise AuditError if the profile, or one that it takes credentials from, asks for a code."""
+    source = name
     for _ in profiles:  # none is its own source
-        found = profiles.get(name, {})
+        found = profiles.get(source, {})
         if {"role_arn", "mfa_serial"} <= found.keys():
-            return True
-        name = found.get("source_profile", "")
-    return False
+            raise AuditError(
+                f"Profile {name} asks for an MFA code (mfa_serial), and there is no terminal to "
+                "type it on: run it from a terminal, or give cron a profile without mfa_serial."
+            )
+        source = found.get("source_profile", "")
 
 
 def connect(session: boto3.Session, workers: int) -> Aws:
     """Identify the caller and create the clients for their partition."""
     # Without a Region, each partition is asked until one knows the access key.
     regions = [session.region_name] if session.region_name else list(IAM_REGIONS.values())
-    credentials = frozen_credentials(session)
-    refusals: list[Exception] = []
+    credentials: Any = session.get_credentials()  # open_session has found some
+    refusals, guess = list[Exception](), {"retries": 0, "connect_timeout": GUESS_TIMEOUT}
     for region in regions:
-        sts = signed_client(session, "sts", region, connections=1, attempts=1 if refusals else 3)
+        sts = signed_client(session, "sts", region, **(guess if refusals else {"retries": 2}))
         try:
             identity = call_as(credentials, sts.get_caller_identity, {})
             account, arn = identity["Account"], identity["Arn"]
             return Aws(session, Caller(account, arn, arn.split(":")[1], region), workers)
-        except KeyError as error:
-            raise ResponseParserError from error
         except SDK_ERRORS as error:
-            known = isinstance(error, ClientError) and error_code(error) not in UNKNOWN_KEY
-            if known or not (refusals or isinstance(error, ClientError)):
+            answered = isinstance(error, ClientError)
+            if step_failed("", error).code not in UNKNOWN_KEY and (answered or not refusals):
                 raise
             refusals.append(error)
     raise refusals[0]
 
 
-def frozen_credentials(session: boto3.Session) -> Credentials:
-    """The profile's own credentials. If necessary the SDK refreshes them, which may take long."""
-    found: Any = session.get_credentials()  # open_session has found some
-    frozen = found.get_frozen_credentials()
-    return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+def frozen(credentials: Any) -> Credentials:
+    """The credentials as they are now. If a refresh is due, the SDK does it: it may take long."""
+    now = credentials.get_frozen_credentials()
+    return Credentials(now.access_key, now.secret_key, now.token)
 
 
-def signed_client(
-    session: boto3.Session, service: Any, region: Any, *, connections: int, attempts: int = 1
-) -> Any:
+def signed_client(session: Any, service: Any, region: Any, retries: int = 0, **options: Any) -> Any:
     """A client without credentials: it can make calls only inside `call_as`, which signs them."""
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT,
-        read_timeout=READ_TIMEOUT,
-        max_pool_connections=connections,
-        retries={"mode": "standard", "total_max_attempts": attempts},
-    )
-    client: Any = session.client(
-        service, region, config=config, aws_access_key_id="none", aws_secret_access_key="none"
-    )
+    standard: Any = {"mode": "standard", "total_max_attempts": 1 + retries}
+    config = Config(retries=standard, **{**TIMEOUTS, **options})
+    none: Any = dict.fromkeys(("aws_access_key_id", "aws_secret_access_key"), "none")
+    client: Any = session.client(service, region, config=config, **none)
     client.meta.events.register(f"before-sign.{service}", sign_as_set)
     return client
 
 
 class Aws:
-    """The SDK's clients, created once for all accounts, and the threads that make their calls.
-
-    All accounts share one IAM client: a client and TLS connections for each would cost more than
-    the calls. AccountSession retries the calls for an account; botocore does not, because its
-    retry quota belongs to the client, and one account would use up another's.
-    """
+    """The SDK's clients, created once for all accounts, and the threads that make their calls."""
 
     def __init__(self, session: boto3.Session, caller: Caller, workers: int) -> None:
         self.session, self.caller, self.threads = session, caller, Threads(workers)
         home, iam_home = caller.region, IAM_REGIONS.get(caller.partition, caller.region)
-        most = workers or MOST_THREADS  # connections, each opened when a thread first needs it
-        self.sts = signed_client(session, "sts", home, connections=most)
-        self.iam = signed_client(session, "iam", home, connections=most)
-        self.cloudtrail = signed_client(session, "cloudtrail", iam_home, connections=most)
-        few: Any = {"connections": PARENTS_AT_ONCE, "attempts": 10}
+        # AccountSession retries what is called for an account: botocore has one quota per client.
+        most: Any = {"max_pool_connections": workers or MOST_THREADS}
+        few: Any = {"max_pool_connections": PARENTS_AT_ONCE, "retries": 9}
+        self.sts = signed_client(session, "sts", home, **most)
+        self.iam = signed_client(session, "iam", home, **most)
+        self.cloudtrail = signed_client(session, "cloudtrail", iam_home, **most)
         self.organizations = signed_client(session, "organizations", home, **few)
         self._refresh_failure = ""
 
     async def profile_credentials(self) -> Credentials:
         """The profile's own credentials. Raises StepFailed if they cannot be refreshed."""
-        found = self.session.get_credentials()
-        get = functools.partial(frozen_credentials, self.session)
+        found: Any = self.session.get_credentials()
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
-            return get()
-        answer: Future[Credentials] = Future()
+            return frozen(found)
         # A refresh may hang, for example if a credential_process waits for a person: it runs in a
         # thread of its own, and what has hung once is not tried again.
         if not self._refresh_failure:
-            threading.Thread(target=settle, args=(answer, get), daemon=True).start()
+            answer: Future[Credentials] = Future()
+            work = (answer, functools.partial(frozen, found))
+            threading.Thread(target=settle, args=work, daemon=True).start()
             try:
                 return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
             except SDK_ERRORS as error:
@@ -921,7 +811,6 @@ async def side_by_side(most: int, items: Sequence[T], work: Callable[[T], Awaita
 SIGNING: contextvars.ContextVar[Credentials] = contextvars.ContextVar("SIGNING")
 # The operation that the current task began last: the step that failed if its answer is unexpected
 STEP: contextvars.ContextVar[str] = contextvars.ContextVar("STEP", default="AssumeRole")
-
 FIRST = (False, 0)  # the rank of what goes first: see `_retry`
 # Steps that jump the queue, so that all reports are generated in parallel
 URGENT_STEPS = {"AssumeRole", "GenerateCredentialReport", "GetCredentialReport"}
@@ -936,11 +825,9 @@ class AccountSession:
     """The calls for one account, which was begun as number `turn`: credentials, pace, retries."""
 
     def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
-        self.aws, self.account, self.role = aws, account, role
-        self.log, self._turn = log, turn
-        self._logged = set[str]()
-        self._pace = Pace()
-        self._cloudtrail_pace = Pace(least_gap=CLOUDTRAIL_GAP)
+        self.aws, self.iam, self.account, self.role = aws, aws.iam, account, role
+        self.log, self._turn, self._logged = log, turn, set[str]()
+        self._pace, self._cloudtrail_pace = Pace(), Pace(least_gap=CLOUDTRAIL_GAP)
         self._renewal = asyncio.Lock()
         self._credentials: Credentials  # after sign_in
 
@@ -950,49 +837,44 @@ class AccountSession:
         credentials = await self.aws.profile_credentials()
         if self.role.own_account != self.account.id:
             arguments = {"aws": self.aws, "role": self.role, "account_id": self.account.id}
-            assume = functools.partial(call_as, credentials, assume_role, arguments)
-            gate = self.aws.threads.assume_role_gate
-            credentials = await self._retry("AssumeRole", assume, self._pace, gate)
+            credentials = await self._retry("AssumeRole", credentials, assume_role, arguments)
         self._credentials = credentials
 
-    async def call(self, operation: Callable[..., T], **parameters: Any) -> T:
+    async def call(self, operation: Any, **parameters: Any) -> Any:
         """Call an operation of a shared client in this account; renew an expired session once."""
-        client = operation.__self__  # type: ignore[attr-defined]
-        step = client.meta.method_to_api_mapping[operation.__name__]
-        pace = self._pace if client is self.aws.iam else self._cloudtrail_pace
+        step = operation.__self__.meta.method_to_api_mapping[operation.__name__]
         used = self._credentials
         try:
-            request = functools.partial(call_as, used, operation, parameters)
-            return await self._retry(step, request, pace)
+            return await self._retry(step, used, operation, parameters)
         except StepFailed as failure:
             if failure.code not in SESSION_EXPIRED:
                 raise
         async with self._renewal:
             if self._credentials is used:  # no other call of this account has renewed it meanwhile
                 await self.sign_in()
-        request = functools.partial(call_as, self._credentials, operation, parameters)
-        return await self._retry(step, request, pace)
+        return await self._retry(step, self._credentials, operation, parameters)
 
-    async def _retry(
-        self, step: str, request: Callable[[], T], pace: Pace, gate: asyncio.Semaphore | None = None
-    ) -> T:
-        """Make a request in a thread until it is answered or a retry cannot help."""
+    async def _retry(self, step: str, credentials: Any, operation: Any, parameters: Any) -> Any:
+        """Make a call in a thread until it is answered or a retry cannot help."""
         STEP.set(step)
         if step not in self._logged:
             self._logged.add(step)
             self.log(f"{self.account.id} {self.account.name}: {step}")
         rank, attempts = (step not in URGENT_STEPS, self._turn), 0
+        request = functools.partial(call_as, credentials, operation, parameters)
+        pace = self._cloudtrail_pace if step == "LookupEvents" else self._pace
+        gates: Any = {"AssumeRole": self.aws.threads.assume_role_gate}
+        gate = gates.get(step, contextlib.AsyncExitStack())  # which lets everything pass
         while True:
             await pace.wait()
             try:
                 # Only attempts pass the gate, not pauses: a throttled account holds up no other.
-                async with gate or contextlib.AsyncExitStack():
+                async with gate:
                     answer = await self.aws.threads.run(rank, request)
-            except SDK_ERRORS as error:
-                failure = step_failed(step, error)
-            else:
                 pace.answered()
                 return answer
+            except SDK_ERRORS as error:
+                failure = step_failed(step, error)
             if failure.kind == "throttled" and pace.throttled():
                 continue
             attempts += 1
@@ -1001,13 +883,13 @@ class AccountSession:
             await asyncio.sleep(random.uniform(*FIRST_PAUSE) * 2 ** (attempts - 1))
 
 
-def call_as(
-    credentials: Credentials, operation: Callable[..., T], parameters: Mapping[str, Any]
-) -> T:
+def call_as(credentials: Any, operation: Callable[..., T], parameters: Any) -> T:
     """Call an operation with these credentials, in this thread."""
     before = SIGNING.set(credentials)
     try:
         return operation(**parameters)
+    except KeyError as error:  # a part is missing: a proxy's page with status 200, for example
+        raise ResponseParserError from error
     finally:
         SIGNING.reset(before)
 
@@ -1019,21 +901,16 @@ def sign_as_set(request: Any, **_: Any) -> None:
 
 
 class Pace:
-    """Spaces one account's calls as its throttling demands, in the event loop's thread.
+    """Spaces one account's calls as its throttling demands, in the event loop's thread."""
 
-    A throttled call widens the gap by a quarter, an answered one narrows it by 3 %. They balance
-    where about one call in eight is throttled: just above the account's limit, to use all of it.
-    """
-
+    # These balance where one call in eight is throttled, which uses all that the account allows.
     WIDEN, NARROW = 1.25, 0.97
     FIRST_GAP, LONGEST_GAP = 0.02, 5.0  # seconds
-    NO_GAP = 0.005  # seconds; what is shorter is none
     PATIENCE = 900.0  # seconds without any answer but throttling
 
     def __init__(self, least_gap: float = 0.0) -> None:
         self._least_gap = self._gap = least_gap
-        self._next = 0.0
-        self._throttled_since: float | None = None
+        self._next = self._throttled_since = 0.0
 
     async def wait(self) -> None:
         """Wait until this account may be called again."""
@@ -1043,9 +920,8 @@ class Pace:
             await asyncio.sleep(pause)
 
     def answered(self) -> None:
-        self._throttled_since = None
-        narrowed = self._gap * self.NARROW if self._gap > self.NO_GAP else 0.0
-        self._gap = max(narrowed, self._least_gap)
+        self._throttled_since = 0.0
+        self._gap = max(self._gap * self.NARROW, self._least_gap)
 
     def throttled(self) -> bool:
         """Slow down; False if the account has only throttled for too long."""
@@ -1059,28 +935,22 @@ class Pace:
 # process used less than BUSY of one CPU meanwhile, it adds threads: up to as many as the CPU can
 # feed at that rate and to GROWTH times those there are (new connections cost CPU too), and never
 # more than there are calls waiting. A throttled account's pauses hold no thread: refusals add none.
-FIRST_THREADS, MOST_THREADS, GROWTH, BUSY = 16, 256, 2, 0.85
+FIRST_THREADS, MOST_THREADS, GROWTH, BUSY = 16, 128, 2, 0.85
 # One call per account needs few connections: so many, and one more for every 16 threads added
 ASSUME_ROLE_AT_ONCE, THREADS_PER_ASSUME_ROLE = 4, 16
 
 
 class Threads:
-    """Threads that make the calls, the most urgent first; a size of 0 is `--workers auto`.
-
-    The standard library's executor has no priorities, and at exit it waits for its threads: one
-    that hangs in a read would keep an interrupted program alive. These are daemons.
-    """
+    """Threads that make the calls, the most urgent first; a size of 0 is `--workers auto`."""
 
     def __init__(self, size: int) -> None:
-        self._calls: queue.PriorityQueue[tuple[Any, int, Callable[[], Any], Future[Any]]]
-        self._calls = queue.PriorityQueue()
-        self._order = itertools.count()
+        # The standard library's executor has no priorities, and at exit it waits for what hangs.
+        self._calls, self._order = queue.PriorityQueue[Any](), itertools.count()
         self._automatic, self.size, self._unanswered = size == 0, 0, 0
         self._measured = time.monotonic(), time.process_time()
         # Python runs one thread at a time: on several CPUs a run costs a fifth more CPU and time.
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # some containers do not allow it
-                os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
+        with contextlib.suppress(AttributeError, OSError):  # not on Linux; in some containers
+            os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
         self._start(size or FIRST_THREADS)
 
     @functools.cached_property
@@ -1108,16 +978,15 @@ class Threads:
         if waiting > 0 and seconds < 1:
             return
         self._measured = now, cpu
-        if waiting > 0:
-            of_use = int(self.size * min(BUSY * seconds / max(used, 0.01), GROWTH))
-            more = max(0, min(of_use, MOST_THREADS, self.size + waiting) - self.size)
-            self._start(more)
-            for _ in range(more // THREADS_PER_ASSUME_ROLE):
-                self.assume_role_gate.release()
+        of_use = int(self.size * min(BUSY * seconds / max(used, 0.01), GROWTH))
+        more = min(of_use, MOST_THREADS, self.size + waiting) - self.size  # none if negative
+        self._start(more)
+        for _ in range(more // THREADS_PER_ASSUME_ROLE):
+            self.assume_role_gate.release()
 
     def _start(self, number: int) -> None:
-        self.size += number
         for _ in range(number):
+            self.size += 1
             threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
@@ -1140,23 +1009,20 @@ def settle(answer: Future[T], call: Callable[[], T]) -> None:
 
 def describe_organization(aws: Aws) -> Organization:
     describe = aws.organizations.describe_organization
-    organization = call_as(frozen_credentials(aws.session), describe, {})["Organization"]
-    feature_set = organization.get("FeatureSet", "ALL")
-    return Organization(organization["Id"], organization["MasterAccountId"], feature_set)
+    found = call_as(aws.session.get_credentials(), lambda: describe()["Organization"], {})
+    return Organization(found["Id"], found["MasterAccountId"], found.get("FeatureSet", "ALL"))
 
 
 async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
     """All accounts, page by page as they arrive; a page may be empty."""
-    pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
-    seen = set[str]()
-    read_page = functools.partial(next, pages, None)
+    pages = map(itemgetter("Accounts"), aws.organizations.get_paginator("list_accounts").paginate())
+    seen, read_page = set[str](), functools.partial(next, pages, None)
     while True:
-        credentials = await aws.profile_credentials()
-        read = functools.partial(call_as, credentials, read_page, {})
-        page: Any = await aws.threads.run(FIRST, read)
-        if page is None:
+        request = functools.partial(call_as, await aws.profile_credentials(), read_page, {})
+        entries = await aws.threads.run(FIRST, request)
+        if entries is None:
             return
-        for entry in page["Accounts"]:
+        for entry in entries:
             # An account that joins meanwhile may shift another to the next page.
             if entry["Id"] not in seen:
                 seen.add(entry["Id"])
@@ -1175,15 +1041,14 @@ def account_of(entry: Mapping[str, Any]) -> Account:
 
 
 def sdk_too_old(what: str) -> AuditError:
-    upgrade = "may be too old. Upgrade boto3 and botocore."
-    return AuditError(f"ListAccounts gave no {what}: botocore {botocore.__version__} {upgrade}")
+    return AuditError(f"ListAccounts gave no {what}: upgrade botocore {botocore.__version__}.")
 
 
 def list_policies(aws: Aws) -> list[tuple[str, str]]:
     """The ID and name of each service control policy."""
     pages = aws.organizations.get_paginator("list_policies")
     found = pages.paginate(Filter="SERVICE_CONTROL_POLICY").build_full_result()
-    return [(policy["Id"], policy["Name"]) for policy in found["Policies"]]
+    return list(map(itemgetter("Id", "Name"), found["Policies"]))
 
 
 def describe_policy(aws: Aws, policy_id: str) -> str:
@@ -1195,7 +1060,7 @@ def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
     """The IDs of the root, organizational units and accounts that the policy is attached to."""
     pages = aws.organizations.get_paginator("list_targets_for_policy")
     found = pages.paginate(PolicyId=policy_id).build_full_result()
-    return frozenset(target["TargetId"] for target in found["Targets"])
+    return frozenset(map(itemgetter("TargetId"), found["Targets"]))
 
 
 def list_parents(aws: Aws, child_id: str) -> str:
@@ -1216,11 +1081,9 @@ def list_organizations_features(aws: Aws) -> bool:
     """Whether root credentials of member accounts are managed centrally."""
     try:
         features = aws.iam.list_organizations_features()
-    except ClientError as error:
-        if error_code(error) == "ServiceAccessNotEnabledException":
-            return False  # IAM has never had trusted access in this organization
-        raise
-    return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
+        return "RootCredentialsManagement" in features.get("EnabledFeatures", [])
+    except aws.iam.exceptions.ServiceAccessNotEnabledException:
+        return False  # IAM has never had trusted access in this organization
 
 
 def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
@@ -1240,65 +1103,70 @@ def session_policy(actions: Sequence[str]) -> str:
 # --- operations in one account ---
 
 Entry = Mapping[str, Any]  # of a list, in AWS's words
-# What CreateServiceSpecificCredential makes for these is a password, for all others an API key.
 
 
-class Details(NamedTuple):
-    """GetAccountAuthorizationDetails: tags and policies, which botocore has decoded."""
-
-    users: dict[str, Entry]  # by ID
-    groups: dict[str, Entry]  # by name
+async def list_all(session: AccountSession, call: Any, *lists: str, **request: Any) -> list[Entry]:
+    """All entries of a list, or of several. botocore's paginators cannot go on after throttling."""
+    marker = "NextToken" if call.__self__ is session.aws.cloudtrail else "Marker"
+    entries: list[Entry] = []
+    while True:
+        page = await session.call(call, **request)
+        for name in lists:
+            entries += page[name] if name == lists[0] else page.get(name, ())
+        if not page.get(marker):
+            return entries
+        request[marker] = page[marker]
 
 
 async def generate_credential_report(session: AccountSession) -> str:
-    """The state of the report, which is then COMPLETE or not."""
-    answer: Any = await session.call(session.aws.iam.generate_credential_report)
+    answer: Any = await session.call(session.iam.generate_credential_report)
     return str(answer["State"])
 
 
 async def get_credential_report(session: AccountSession) -> tuple[bytes, datetime]:
     """The report's CSV, and when it was generated."""
-    answer = await session.call(session.aws.iam.get_credential_report)
+    answer = await session.call(session.iam.get_credential_report)
     return answer["Content"], answer["GeneratedTime"]
 
 
 async def list_users(session: AccountSession) -> list[Entry]:
-    return await list_all(session, session.aws.iam.list_users, "Users", MaxItems=1000)
+    return await list_all(session, session.iam.list_users, "Users", MaxItems=1000)
 
 
 async def list_service_specific_credentials(session: AccountSession) -> dict[str, list[Credential]]:
     """The API keys and passwords for services of all users, by the user's name."""
-    operation = session.aws.iam.list_service_specific_credentials
-    request = {"AllUsers": True, "MaxItems": 1000}
+    operation, name = session.iam.list_service_specific_credentials, "ServiceSpecificCredentials"
     found: dict[str, list[Credential]] = {}
-    for entry in await list_all(session, operation, "ServiceSpecificCredentials", **request):
+    for entry in await list_all(session, operation, name, AllUsers=True, MaxItems=1000):
         service, expires = entry["ServiceName"], entry.get("ExpirationDate")
         kind = SERVICE_PASSWORD if service in PASSWORD_SERVICES else API_KEY
-        credential_id, created = (
-            entry["ServiceSpecificCredentialId"],
-            to_second(entry["CreateDate"]),
-        )
-        made = Credential(credential_id, entry["Status"], created, None, service, kind)
-        made = replace(made, expires=to_second(expires)) if expires else made
+        created, expires = to_second(entry["CreateDate"]), expires and to_second(expires)
+        known = (entry["ServiceSpecificCredentialId"], entry["Status"], created, None)
+        made = Credential(*known, service, kind, expires)
         found.setdefault(entry["UserName"], []).append(made)
     return found
 
 
+class Details(NamedTuple):  # tags and policies, which botocore has decoded
+    users: dict[str, Entry]  # by ID
+    groups: dict[str, Entry]  # by name
+
+
 async def get_account_authorization_details(session: AccountSession) -> Details:
-    found = Details({}, {})
-    operation = session.aws.iam.get_account_authorization_details
-    async for page in pages(session, operation, Filter=["User", "Group"], MaxItems=1000):
-        for user in page.get("UserDetailList", ()):
-            found.users[user["UserId"]] = user
-        for group in page.get("GroupDetailList", ()):
-            found.groups[group["GroupName"]] = group
+    found, lists = Details({}, {}), ("UserDetailList", "GroupDetailList")
+    read, both = session.iam.get_account_authorization_details, ["User", "Group"]
+    for entry in await list_all(session, read, *lists, Filter=both, MaxItems=1000):
+        if "UserId" in entry:
+            found.users[entry["UserId"]] = entry
+        else:
+            found.groups[entry["GroupName"]] = entry
     return found
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
     """Whether the user has a password. A deleted user has none; ListMFADevices then says so."""
     try:
-        await session.call(session.aws.iam.get_login_profile, UserName=user_name)
+        await session.call(session.iam.get_login_profile, UserName=user_name)
         return True
     except StepFailed as failure:
         if failure.code == NO_SUCH_ENTITY:
@@ -1306,131 +1174,82 @@ async def get_login_profile(session: AccountSession, user_name: str) -> bool:
         raise
 
 
-async def list_access_keys(session: AccountSession, user_name: str) -> list[Entry]:
-    operation = session.aws.iam.list_access_keys
-    return await list_all(session, operation, "AccessKeyMetadata", UserName=user_name)
+async def list_access_keys(session: AccountSession, name: str) -> list[Entry]:
+    return await list_all(session, session.iam.list_access_keys, "AccessKeyMetadata", UserName=name)
 
 
-async def get_access_key_last_used(
-    session: AccountSession, key_id: str
-) -> tuple[datetime | None, str]:
+async def get_access_key_last_used(session: AccountSession, key: str) -> tuple[Any, str]:
     """When the key was last used (None: never) and for which service (N/A: none)."""
-    answer = await session.call(session.aws.iam.get_access_key_last_used, AccessKeyId=key_id)
+    answer = await session.call(session.iam.get_access_key_last_used, AccessKeyId=key)
     last_used = answer["AccessKeyLastUsed"]
     if "LastUsedDate" not in last_used:
         return None, NOT_APPLICABLE
     return to_second(last_used["LastUsedDate"]), last_used["ServiceName"]
 
 
-async def list_mfa_devices(session: AccountSession, user_name: str) -> list[str]:
+async def list_mfa_devices(session: AccountSession, name: str) -> list[str]:
     """The serial numbers of the user's MFA devices."""
-    operation = session.aws.iam.list_mfa_devices
-    devices = await list_all(session, operation, "MFADevices", UserName=user_name)
-    return [device["SerialNumber"] for device in devices]
+    devices = await list_all(session, session.iam.list_mfa_devices, "MFADevices", UserName=name)
+    return list(map(itemgetter("SerialNumber"), devices))
 
 
 async def list_virtual_mfa_devices(session: AccountSession) -> list[str]:
     """The ARNs of the users, root included, to whom a virtual MFA device is assigned."""
-    operation = session.aws.iam.list_virtual_mfa_devices
+    operation = session.iam.list_virtual_mfa_devices
     devices = await list_all(session, operation, "VirtualMFADevices", AssignmentStatus="Assigned")
     return [device.get("User", {}).get("Arn", "") for device in devices]
-
-
-async def list_all(
-    session: AccountSession, operation: Callable[..., Any], member: str, **parameters: Any
-) -> list[Any]:
-    """All items of an IAM list."""
-    items: list[Any] = []
-    async for page in pages(session, operation, **parameters):
-        items += page[member]
-    return items
-
-
-async def pages(
-    session: AccountSession, operation: Callable[..., Any], marker: str = "Marker", **request: Any
-) -> AsyncIterator[Any]:
-    """The pages of a list. botocore's paginators cannot go on after a throttled page."""
-    while True:
-        page = await session.call(operation, **request)
-        yield page
-        if not page.get(marker):
-            return
-        request[marker] = page[marker]
 
 
 async def lookup_events(session: AccountSession, name: str, since: datetime) -> list[Event]:
     """The account's successful IAM events of that name."""
     by_name = [{"AttributeKey": "EventName", "AttributeValue": name}]
-    request = {"LookupAttributes": by_name, "StartTime": since, "MaxResults": 50}
+    request: Any = {"LookupAttributes": by_name, "StartTime": since, "MaxResults": 50}
     found = []
-    async for page in pages(session, session.aws.cloudtrail.lookup_events, "NextToken", **request):
-        for entry in page["Events"]:
-            record = json.loads(entry["CloudTrailEvent"])
-            if record.get("recipientAccountId", session.account.id) != session.account.id:
-                raise StepFailed("LookupEvents", "WrongAccount", "an event is of another account")
-            event = event_of(record)
-            if event is not None and event.time >= since:
-                found.append(event)
+    for entry in await list_all(session, session.aws.cloudtrail.lookup_events, "Events", **request):
+        record = json.loads(entry["CloudTrailEvent"])
+        if record.get("recipientAccountId", session.account.id) != session.account.id:
+            raise StepFailed("LookupEvents", "WrongAccount", "an event is of another account")
+        event = event_of(record)
+        if event is not None and event.time >= since:
+            found.append(event)
     return found
 
 
-# Somebody in the management account who uses AssumeRoot; the record does not say who.
-ASSUMED_ROOT = "root session (AssumeRoot)"
-CREDENTIAL_IDS = ("accessKeyId", "serviceSpecificCredentialId", "certificateId")
-
-
 def event_of(record: Mapping[str, Any]) -> Event | None:
-    """The event of a CloudTrail record; None if the call failed or was not IAM's.
-
-    The attributes that LookupEvents itself gives are the caller's: what was acted on is in the
-    request and the response. See "CloudTrail record contents" in the CloudTrail User Guide.
-    """
+    """The event of a CloudTrail record; None if the call failed or was not IAM's."""
+    # See "CloudTrail record contents" in the CloudTrail User Guide. What LookupEvents itself names
+    # is the caller's: what was acted on is in the request and the response.
     if record.get("errorCode") or not str(record.get("eventSource", "")).startswith("iam."):
         return None
-    identity = record.get("userIdentity") or {}
-    request = record.get("requestParameters") or {}
-    response = record.get("responseElements") or {}
+    parts = ("userIdentity", "requestParameters", "responseElements")
+    identity, request, response = (record.get(part) or {} for part in parts)
     key, certificate = response.get("accessKey"), response.get("certificate")
     created = key or response.get("serviceSpecificCredential") or certificate or {}
     told = {**created, **request}
+    ids = ("accessKeyId", "serviceSpecificCredentialId", "certificateId")
+    credential_id = next(filter(None, map(told.get, ids)), "")
     named = ROOT if request.get("userName") == "AWS ROOT USER" else request.get("userName")
-    actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
-    context = identity.get("sessionContext") or {}
-    if str(context.get("assumedRoot")).lower() == "true":
-        actor = ASSUMED_ROOT
     the_caller = ROOT if identity.get("type") == "Root" else identity.get("userName")
-    return Event(
-        time=to_second(parse_time(record["eventTime"])),
-        name=str(record["eventName"]),
-        user=str(named or the_caller or created.get("userName") or ""),
-        key_id=str(next(filter(None, map(told.get, CREDENTIAL_IDS)), "")),
-        status=str(request.get("status") or ""),
-        actor=str(actor or ""),
-        source_ip=str(record.get("sourceIPAddress") or ""),
-        user_agent=str(record.get("userAgent") or ""),
-        id=str(record.get("eventID") or ""),
-        new_name=str(request.get("newUserName") or ""),
-        service_name=str(told.get("serviceName") or ""),
-    )
+    user = named or the_caller or created.get("userName")
+    actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
+    if str((identity.get("sessionContext") or {}).get("assumedRoot")).lower() == "true":
+        actor = "root session (AssumeRoot)"  # by whom in the management account, it does not say
+    what = (record["eventName"], user, credential_id, request.get("status"))
+    who = (actor, record.get("sourceIPAddress"), record.get("userAgent"), record.get("eventID"))
+    more = (request.get("newUserName"), told.get("serviceName"))
+    texts = (str(text or "") for text in (*what, *who, *more))  # in the order of Event
+    return Event(to_second(parse_time(record["eventTime"])), *texts)
 
 
 # --- errors ---
 
 SDK_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
 TRANSIENT_ERRORS = (ResponseParserError, HTTPClientError, botocore.exceptions.ConnectionError)
-# fmt: off
-THROTTLED = {
-    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "SlowDown",
-    "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException",
-}
-# fmt: on
+THROTTLED = {"SlowDown", "RequestLimitExceeded", "TooManyRequestsException"}  # and *Throttl*, 429
 DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 NO_SUCH_ENTITY = "NoSuchEntity"
-# As is every HTTP status from 500
-TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
-NOT_UNDERSTOOD = "AWS's answer could not be understood"
+TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}  # and 5xx
 # What to do about an error at the start, by AWS's code, if need be with its operation, or the SDK's
-# fmt: off
 CANNOT_START = {
     "This is the profile's own role, not the audit role: its trust policy must trust the caller, "
     "who needs sts:AssumeRole.": {"AssumeRole: AccessDenied"},
@@ -1439,71 +1258,53 @@ CANNOT_START = {
     "The profile's account must be in an organization.": {"AWSOrganizationsNotInUseException"},
     "Sign in again, for example with `aws sso login --profile {profile}`.": {
         "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError",
-        "UnauthorizedException", "LoginRefreshRequired", *SESSION_EXPIRED,
-    },
+        "UnauthorizedException", "LoginRefreshRequired", *SESSION_EXPIRED},
     "AWS does not know this access key. It may be deleted, inactive or of another partition than "
     "the profile's Region, or aws_session_token may be missing.": UNKNOWN_KEY,
     "Name a profile with --profile, or set AWS_PROFILE.": {"NoCredentialsError"},
     "`aws configure list-profiles` shows the ones there are.": {"ProfileNotFound"},
     "Correct profile {profile}; check with `aws sts get-caller-identity --profile {profile}`.": {
         "PartialCredentialsError", "InvalidConfigError", "ConfigParseError",
-        "CredentialRetrievalError",
-    },
+        "CredentialRetrievalError"},
     "Check the network, HTTPS_PROXY and, if a proxy replaces certificates, AWS_CA_BUNDLE.": {
         "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "HTTPClientError",
-        "ConnectionClosedError", "ProxyConnectionError", "SSLError", "ResponseParserError",
-    },
-}
-# fmt: on
+        "ConnectionClosedError", "ProxyConnectionError", "SSLError", "ResponseParserError"},
+}  # fmt: skip
 
 
 def step_failed(step: str, error: Exception) -> StepFailed:
-    """What an error of the SDK means for the account that the call was made for."""
-    code, message = code_and_message(error)
-    status, kind = 0, "final"
+    """What an error of the SDK means: AWS's code and message, or the SDK's name for it and text."""
+    code, message, status, kind = type(error).__name__, str(error), 0, "final"
     if isinstance(error, ClientError):
+        told = error.response.get("Error", {})
+        code, message = str(told.get("Code", "")), str(told.get("Message", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in THROTTLED or status == 429:
+    if not code or code.isdecimal() or isinstance(error, ResponseParserError):
+        # A proxy's page, for example. botocore's text quotes it, which may hold credentials.
+        code, message = "ResponseParserError", "AWS's answer could not be understood"
+    if "Throttl" in code or code in THROTTLED or status == 429:
         kind = "throttled"
     elif code in TRANSIENT or status >= 500 or isinstance(error, TRANSIENT_ERRORS):
         kind = "transient"
-    return StepFailed(step, code, message, kind)
-
-
-def error_code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def code_and_message(error: Exception) -> tuple[str, str]:
-    """AWS's code and message, or the SDK's name for the error and its text."""
-    if isinstance(error, ClientError):
-        message = str(error.response.get("Error", {}).get("Message", ""))
-        return error_code(error), without_secrets(message)
-    # botocore's own text quotes an answer that it cannot parse, which may hold credentials.
-    message = NOT_UNDERSTOOD if isinstance(error, ResponseParserError) else str(error)
-    return type(error).__name__, without_secrets(message)
+    return StepFailed(step, code, without_secrets(message), kind)
 
 
 def sdk_error_in_words(error: Exception) -> str:
     """What an error of the SDK means for somebody who cannot start; empty for any other error."""
     if not isinstance(error, SDK_ERRORS):
         return ""
-    code, message = code_and_message(error)
-    operation = f"{error.operation_name}: " if isinstance(error, ClientError) else ""
-    if not code or code.isdecimal():  # an HTTP status: a proxy's page, and no answer of AWS
-        code, message = "ResponseParserError", NOT_UNDERSTOOD
-    words = f"{operation}{code}: {message}"
+    step = error.operation_name if isinstance(error, ClientError) else ""
+    failure = step_failed(step, error)
+    words = str(failure).removeprefix(": ")
     for advice, codes in CANNOT_START.items():
-        if not codes.isdisjoint({code, operation + code}):
+        if not codes.isdisjoint({failure.code, f"{step}: {failure.code}"}):
             return f"{words.rstrip(': .')}. {advice.format(profile=PROFILE.get())}"
     return words
 
 
 def without_secrets(message: str) -> str:
-    """An error message's first line without what looks like a signature or a session token.
-
-    SignatureDoesNotMatch goes on to quote the signed request with the token.
-    """
+    """An error message's first line without what looks like a signature or a session token."""
+    # SignatureDoesNotMatch goes on to quote the signed request with the token.
     first_line = message.strip().split("\n", 1)[0]
     for proxy in getproxies().values():  # urllib3 may quote a part of a URL that it cannot parse
         for part in re.split("[#/?]", proxy.rpartition("@")[0].rpartition("://")[2]):
@@ -1522,146 +1323,109 @@ def frames_of(error: BaseException) -> list[str]:
 ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
 # IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
 READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
-OUS_AT_ONCE = 2  # with ListAccounts and the policies, as many as PARENTS_AT_ONCE has connections
 
 
 async def audit_organization(
     aws: Aws, run: Run, progress: Progress, finish: Callable[[Outcome], None], log: Log
 ) -> None:
-    """Audit the accounts, the first of them while others are still being listed.
-
-    `finish` gets each outcome as soon as there is one. If it raises, the audit ends with its error.
-    """
-    organization, plan, place = run.organization, run.plan, naming_ous(aws, run)
+    """Audit the accounts, the first of them while others are still being listed. `finish` gets each
+    outcome as soon as there is one; if it raises, the audit ends with its error."""
+    organization, plan, scope = run.organization, run.plan, run.plan.scope
     slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or MOST_THREADS)
-    tasks: list[asyncio.Task[None]] = []
+    listed, tasks = list[Account](), list[asyncio.Task[None]]()
+    names, naming, checked = dict[str, str](), asyncio.Lock(), asyncio.Event()
+    if scope == Scope(include_management=scope.include_management):
+        checked.set()  # otherwise all accounts must be known before the first is audited
 
     async def audit(account: Account, turn: int) -> None:
+        await checked.wait()
         async with slots:
             session = AccountSession(aws, account, plan.role, turn, log)
-            placed, outcome = await asyncio.gather(place(account), audit_account(session, plan))
-            finish(replace(outcome, account=placed))
+            place = name_ous(aws, run, account, names, naming)
+            ou, outcome = await asyncio.gather(place, audit_account(session, plan))
+            finish(replace(outcome, account=replace(account, ou=ou)))
 
-    async def skip(account: Account) -> None:
-        finish(SkippedAccount(await place(account)))
-
-    async for account in accounts_to_consider(aws, organization, plan.scope, progress):
-        left_out = left_out_outcome(account, organization, plan.scope)
+    async for account in list_accounts(aws):
+        listed.append(account)
+        left_out = left_out_outcome(account, organization, scope)
         if left_out is None:
+            progress.listed += 1
             tasks.append(asyncio.create_task(audit(account, len(tasks))))
-        elif isinstance(left_out, SkippedAccount):
-            tasks.append(asyncio.create_task(skip(account)))
         else:
             finish(left_out)
-    await asyncio.gather(*tasks)
-
-
-async def accounts_to_consider(
-    aws: Aws, organization: Organization, scope: Scope, progress: Progress
-) -> AsyncIterator[Account]:
-    """The accounts as they are listed; all at the end if the scope must be checked first."""
-    listed, must_check = [], scope != Scope(include_management=scope.include_management)
-    async for account in list_accounts(aws):
-        if left_out_outcome(account, organization, scope) is None:
-            progress.listed += 1
-        if must_check:
-            listed.append(account)
-        else:
-            yield account
     progress.all_listed = True
-    if must_check:
-        check_scope(scope, organization, listed)
-    for account in listed:
-        yield account
+    check_scope(scope, organization, listed)
+    checked.set()
+    await asyncio.gather(*tasks)
 
 
 def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Account]) -> None:
     """Raise AuditError for what does not exist: without it, the audit would look complete."""
-    by_id, places = {account.id: account for account in accounts}, set[str]()
+    known, named = set[str](), scope.accounts - scope.exclude
     for account in accounts:
         if account.path is None and (scope.ous or scope.exclude_ous):
             raise sdk_too_old("Paths for --ou and --exclude-ou")
-        places.update((account.path or "").split("/"))
-    nowhere = f"not in organization {organization.id}"
-    must_exist = frozenset() if scope.retry_failed else scope.accounts
-    unknown = {
-        f"--accounts: {nowhere}": must_exist - by_id.keys(),
-        f"--exclude: {nowhere}": scope.exclude - by_id.keys(),
-        f"--ou: {nowhere}, or without accounts": scope.ous - places,
-        f"--exclude-ou: {nowhere}, or without accounts": scope.exclude_ous - places,
-    }
-    for what, ids in unknown.items():
-        if ids:
-            raise AuditError(f"{what}: {', '.join(sorted(ids))}")
-    for account_id in sorted((scope.accounts - scope.exclude) & by_id.keys()):
-        if account_id == organization.management_account and not scope.include_management:
-            option = "--retry-failed" if scope.retry_failed else "--accounts"
-            hint = "is the management account: add --include-management."
-            raise AuditError(f"{option}: {account_id} {hint}")
-        left_out = left_out_outcome(by_id[account_id], organization, scope)
-        if isinstance(left_out, OutOfScopeAccount) and not scope.retry_failed:
-            raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account_id}")
+        known.update((account.id, *(account.path or "").split("/")))
+        out = isinstance(left_out_outcome(account, organization, scope), OutOfScopeAccount)
+        if account.id in named and out:
+            if account.id == organization.management_account and not scope.include_management:
+                option = "--retry-failed" if scope.retry_failed else "--accounts"
+                hint = "is the management account: add --include-management."
+                raise AuditError(f"{option}: {account.id} {hint}")
+            if not scope.retry_failed:
+                raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account.id}")
+    asked = {"--exclude": scope.exclude, "--ou": scope.ous, "--exclude-ou": scope.exclude_ous}
+    if not scope.retry_failed:
+        asked["--accounts"] = scope.accounts
+    for option, ids in asked.items():
+        if unknown := ", ".join(sorted(ids - known)):
+            nobody = f"no account in organization {organization.id} has this ID or is below it"
+            raise AuditError(f"{option}: {nobody}: {unknown}")
 
 
-def is_below(account: Account, ous: frozenset[str]) -> bool:
-    return not ous.isdisjoint((account.path or "").split("/"))
-
-
-def left_out_outcome(
-    account: Account, organization: Organization, scope: Scope
-) -> SkippedAccount | OutOfScopeAccount | None:
+def left_out_outcome(account: Account, organization: Organization, scope: Scope) -> Outcome | None:
     """The outcome of an account that is not audited; None if it is."""
+    places = set((account.path or "").split("/"))
     in_scope = (
         (scope.include_management or account.id != organization.management_account)
         and (not scope.accounts or account.id in scope.accounts)
-        and (not scope.ous or is_below(account, scope.ous))
+        and (not scope.ous or scope.ous & places)
         and account.id not in scope.exclude
-        and not is_below(account, scope.exclude_ous)
+        and not scope.exclude_ous & places
     )
     if not in_scope:
         return OutOfScopeAccount(account)
     return None if account.state == "ACTIVE" else SkippedAccount(account)
 
 
-def naming_ous(aws: Aws, run: Run) -> Callable[[Account], Awaitable[Account]]:
-    """What adds the names of its OUs to an account. Each OU is asked about once, and none after a
-    failure: then their IDs stand in, and no account fails."""
-    gate = asyncio.Semaphore(OUS_AT_ONCE)
-
-    async def ask(ou_id: str) -> str:
-        async with gate:
+async def name_ous(
+    aws: Aws, run: Run, account: Account, names: dict[str, str], naming: asyncio.Lock
+) -> str:
+    """The names of the account's OUs. Each OU is asked about once, and none after a failure: then
+    their IDs stand in, and no account fails."""
+    ou_ids = re.findall("ou-[^/]+", account.path or "")
+    for ou_id in ou_ids:
+        async with naming:
             try:
-                if not run.ous_why_not:
-                    return await aws.ask(describe_organizational_unit, ou_id)
+                if ou_id not in names and not run.ous_why_not:
+                    names[ou_id] = await aws.ask(describe_organizational_unit, ou_id)
             except StepFailed as failure:
                 run.ous_why_not = str(failure)
-            return ou_id
-
-    @functools.cache
-    def name(ou_id: str) -> asyncio.Task[str]:
-        return asyncio.create_task(ask(ou_id))
-
-    async def place(account: Account) -> Account:
-        names = await asyncio.gather(*map(name, re.findall("ou-[^/]+", account.path or "")))
-        return replace(account, ou="/".join(names))
-
-    return place
+    return "/".join(names.get(ou_id, ou_id) for ou_id in ou_ids)
 
 
 async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
     """Read one account in full, or say why not. No error here stops the other accounts."""
     try:
-        return await naming_the_step(session, read_account, plan)
+        return await naming_step(session, read_account, plan)
     except StepFailed as failure:
         return FailedAccount(session.account, failure.step, failure.code, failure.message)
 
 
-async def naming_the_step(
-    session: AccountSession, work: Callable[..., Awaitable[T]], *arguments: Any
-) -> T:
+async def naming_step(session: AccountSession, work: Callable[..., Awaitable[T]], *more: Any) -> T:
     """The result of the work. Any error becomes a StepFailed of the task's last operation."""
     try:
-        return await work(session, *arguments)
+        return await work(session, *more)
     except StepFailed:
         raise
     except Exception as error:
@@ -1677,48 +1441,47 @@ async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
     # Nothing else is asked until IAM has accepted this: a role that may read nothing fails here.
     answer = await ask_for_report(session)
     # The users are read while IAM generates the report: only their passwords and MFA wait for it.
-    waiting = naming_the_step(session, wait_for_report, answer, plan.report_timeout)
+    waiting = naming_step(session, wait_for_report, answer, plan.report_timeout)
     report = asyncio.create_task(waiting)
     try:
-        lists, users = await read_users(session, plan, report)
+        users, denied = await read_users(session, plan, report)
         generated, rows = await report
     finally:
         report.cancel()
         await asyncio.gather(report, return_exceptions=True)  # an earlier error takes precedence
     if ROOT in rows:
         users.insert(0, await read_root(session, rows[ROOT]))
-    trail = None
-    if plan.events_since is not None:
-        since = plan.events_since(session.account.id)
-        trail = await read_trail(session, plan.event_names, since)
-    return AuditedAccount(session.account, to_second(generated), tuple(users), trail, lists.denied)
+    trail = await read_trail(session, plan)
+    return AuditedAccount(session.account, to_second(generated), tuple(users), trail, denied)
+
+
+async def read_trail(session: AccountSession, plan: Plan) -> Trail | None:
+    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
+    if plan.events_since is None:
+        return None
+    events, since = [], plan.events_since(session.account.id)
+    try:
+        for name in plan.event_names:
+            events += await lookup_events(session, name, since)
+    except (StepFailed, KeyError, TypeError, AttributeError, ValueError) as error:
+        damaged = f"LookupEvents: DamagedEvent: {type(error).__name__}"  # not as AWS documents it
+        return Trail(error=str(error) if isinstance(error, StepFailed) else damaged)
+    return Trail(tuple(sorted(events)))
 
 
 # --- the credential report ---
 
-REPORT_FIRST_PAUSE = 2.0  # seconds; small reports take about that
-REPORT_LONGEST_PAUSE = 10.0  # seconds
-REPORT_PAUSE_GROWTH = 1.1
+# Seconds between two requests for a report; small reports take about two.
+REPORT_FIRST_PAUSE, REPORT_LONGEST_PAUSE, REPORT_PAUSE_GROWTH = 2.0, 10.0, 1.1
 # botocore retries none of these, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
 REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
-# fmt: off
-REPORT_COLUMNS = {
-    "user", "arn", "user_creation_time", "password_enabled", "password_last_used",
-    "password_last_changed", "mfa_active", "cert_1_active", "cert_1_last_rotated", "cert_2_active",
-    "cert_2_last_rotated", "access_key_1_active", "access_key_1_last_rotated",
-    "access_key_1_last_used_date", "access_key_1_last_used_service", "access_key_2_active",
-    "access_key_2_last_rotated", "access_key_2_last_used_date", "access_key_2_last_used_service",
-}
-# fmt: on
 ReportRow = Mapping[str, str]
 
 
 class CredentialReport(NamedTuple):
-    """When the report was generated, and its rows by user name."""
-
     generated: datetime
-    rows: Mapping[str, ReportRow]
+    rows: Mapping[str, ReportRow]  # by user name
 
 
 async def ask_for_report(session: AccountSession) -> CredentialReport | StepFailed:
@@ -1739,8 +1502,7 @@ async def wait_for_report(
     session: AccountSession, answer: CredentialReport | StepFailed, timeout: float
 ) -> CredentialReport:
     """Ask for the report until it is complete. Raises StepFailed after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    pause = REPORT_FIRST_PAUSE
+    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
     while isinstance(answer, StepFailed):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -1755,19 +1517,17 @@ async def wait_for_report(
 def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
     """The credential report's rows by user name; StepFailed if it is not one of this account."""
     try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-        rows = list(reader)
+        text = io.StringIO(content.decode("utf-8"), newline="")
+        rows = list(csv.DictReader(text, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise damaged_report(f"it is no CSV ({error})") from None
-    if missing := REPORT_COLUMNS.difference(reader.fieldnames or ()):
-        raise damaged_report(f"it lacks the columns {', '.join(sorted(missing))}")
+    if not rows or not {"user", "arn"} <= rows[0].keys():
+        raise damaged_report("it has no rows, or not the columns user and arn")
     by_user: dict[str, ReportRow] = {}
     for row in rows:
-        if None in row or None in row.values():
-            raise damaged_report(f"a row does not have as many cells as the header ({row['user']})")
+        if None in row or None in row.values() or row["user"] in by_user:
+            raise damaged_report(f"{row['user']} has two rows, or cells and columns do not match")
         check_account(row["arn"], account_id, "GetCredentialReport")
-        if row["user"] in by_user:
-            raise damaged_report("it has two rows of one user")
         by_user[row["user"]] = row
     return by_user
 
@@ -1778,56 +1538,46 @@ def damaged_report(why: str) -> StepFailed:
 
 
 def check_account(arn: str, account_id: str, step: str) -> None:
-    """Raise StepFailed if the ARN does not carry the ID of the account that was asked: all accounts
-    share one client, and this makes a mix-up impossible to miss."""
+    """Raise StepFailed for an ARN of another account: all accounts share one client."""
     if arn.split(":")[4:5] != [account_id]:
         raise StepFailed(step, "WrongAccount", f"the answer is about another account: {arn}")
 
 
-def report_date(row: ReportRow, column: str) -> datetime | None:
-    text = row[column]
-    if text.lower() in REPORT_NO_DATE:
+def report_cell(row: ReportRow, column: str) -> Any:
+    """A flag as bool, where the column's name says so; else a date, None if there is none."""
+    text = row.get(column, "it lacks the column").lower()
+    if column.endswith(("_active", "_enabled")):
+        if text in {"true", "false", "not_supported"}:  # the last of root, who then has a password
+            return text != "false"
+    elif text in REPORT_NO_DATE:
         return None
-    try:
-        return to_second(parse_time(text))
-    except ValueError:
-        raise damaged_report(f"{column} of {row['user']} is {text!r}") from None
-
-
-def report_flag(row: ReportRow, column: str) -> bool:
-    text = row[column]
-    if text.lower() not in {"true", "false"}:
-        raise damaged_report(f"{column} of {row['user']} is {text!r}")
-    return text.lower() == "true"
+    else:
+        with contextlib.suppress(ValueError):
+            return to_second(parse_time(text))
+    raise damaged_report(f"{column} of {row['user']} is {text!r}")
 
 
 def report_password(row: ReportRow) -> tuple[bool, datetime | None, datetime | None]:
-    """Whether there is a password, when it was last used, and when it was last changed.
-
-    Older reports have `not_supported` for root, which then has a password.
-    """
-    unclear = row["password_enabled"].lower() == "not_supported"
-    if not unclear and not report_flag(row, "password_enabled"):
+    """Whether there is a password, when it was last used, and when it was last changed."""
+    if not report_cell(row, "password_enabled"):
         return False, None, None
-    return True, report_date(row, "password_last_used"), report_date(row, "password_last_changed")
+    return True, report_cell(row, "password_last_used"), report_cell(row, "password_last_changed")
 
 
-def report_credentials(row: ReportRow, kind: str) -> Iterator[Credential]:
-    """Root's access keys, or anybody's signing certificates: they have slots in place of IDs.
-
-    `active` is false for an empty slot too: only `last_rotated`, the creation date, tells.
-    """
-    is_key = kind == ACCESS_KEY
+def report_credentials(row: ReportRow, kind: str) -> tuple[Credential, ...]:
+    """Root's access keys, or anybody's signing certificates: they have slots in place of IDs."""
+    is_key, found = kind == ACCESS_KEY, []
     for slot, credential_id in enumerate(ROOT_ACCESS_KEYS if is_key else CERTIFICATES, 1):
         prefix = f"access_key_{slot}" if is_key else f"cert_{slot}"
-        status = "Active" if report_flag(row, f"{prefix}_active") else "Inactive"
-        created = report_date(row, f"{prefix}_last_rotated")
-        last_used = report_date(row, f"{prefix}_last_used_date") if is_key else None
+        status = "Active" if report_cell(row, f"{prefix}_active") else "Inactive"
+        created = report_cell(row, f"{prefix}_last_rotated")
+        last_used = report_cell(row, f"{prefix}_last_used_date") if is_key else None
         service = row[f"{prefix}_last_used_service"] if is_key else ""
-        if created is not None:
-            yield Credential(credential_id, status, created, last_used, service, kind)
+        if created is not None:  # an empty slot is not active either
+            found.append(Credential(credential_id, status, created, last_used, service, kind))
         elif status == "Active":
             raise damaged_report(f"{prefix} of {row['user']} is active and has no last_rotated")
+    return in_order(found)
 
 
 # --- users ---
@@ -1836,32 +1586,28 @@ CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger dif
 # NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
-Report = asyncio.Task[CredentialReport]
-LISTS = (list_users, list_service_specific_credentials, get_account_authorization_details)
+name_and_id = itemgetter("UserName", "UserId")  # either may be another user's later
 
 
 class Lists(NamedTuple):
-    """What is listed of all users at once. `denied` becomes AuditedAccount.not_checked."""
-
     users: Sequence[Entry]
     credentials: Mapping[str, Sequence[Credential]]  # by user name
     details: Details
-    denied: Mapping[str, str]
+    denied: Mapping[str, str]  # AuditedAccount.not_checked
 
 
 async def read_users(
-    session: AccountSession, plan: Plan, report: Report
-) -> tuple[Lists, list[User]]:
-    """The users there are now, by name. Whoever is listed is read until all of it is there, under
-    their present name; whoever a later list lacks is gone."""
+    session: AccountSession, plan: Plan, report: asyncio.Task[CredentialReport]
+) -> tuple[list[User], Mapping[str, str]]:
+    """The users there are now, by name, and what was denied. Whoever is listed is read until all of
+    it is there, under their present name; whoever a later list lacks is gone."""
     read: dict[Any, User] = {}
     gone: StepFailed | None = None
 
     async def read_one(entry: Entry) -> None:
         nonlocal gone
         try:
-            user = await naming_the_step(session, read_user, entry, report)
-            read[entry["UserName"], entry["UserId"]] = user
+            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report)
         except StepFailed as failure:
             # AWS may also answer AccessDenied for a key that is gone.
             of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
@@ -1872,7 +1618,7 @@ async def read_users(
     for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
         asked, gone = utc_now(), None
         lists = await read_lists(session)
-        unread = [e for e in lists.users if (e["UserName"], e["UserId"]) not in read]
+        unread = [entry for entry in lists.users if name_and_id(entry) not in read]
         await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
         if gone is None:
             name = unlisted_user(lists, await report, asked)
@@ -1884,32 +1630,28 @@ async def read_users(
         await asyncio.sleep(pause)
     users = []
     for entry in sorted(lists.users, key=itemgetter("UserName")):
-        user = read[entry["UserName"], entry["UserId"]]
-        users.append(complete(user, entry["UserId"], lists, plan.owner_tags))
-    return lists, users
+        users.append(complete(read[name_and_id(entry)], entry["UserId"], lists, plan.owner_tags))
+    return users, lists.denied
 
 
 async def read_lists(session: AccountSession) -> Lists:
-    """List everything at once. Where the role may list no more than the users, that is enough."""
-    answers: dict[Any, Any] = {}
+    """What is listed of all users at once. A role that may list no more than the users will do."""
+    optional = (list_service_specific_credentials, get_account_authorization_details)
+    answers: list[Any] = [await list_users(session), {}, Details({}, {})]
     denied: dict[str, str] = {}
-
-    async def ask(operation: Callable[..., Awaitable[Any]]) -> None:
+    for place, operation in enumerate(optional, 1):
         try:
-            answers[operation] = await naming_the_step(session, operation)
+            answers[place] = await operation(session)
         except StepFailed as failure:
-            if operation is list_users or failure.code not in DENIED:
+            if failure.code not in DENIED:
                 raise
             denied[failure.step] = failure.code
-
-    await side_by_side(READERS_PER_ACCOUNT, LISTS, ask)
-    details = answers.get(get_account_authorization_details, Details({}, {}))
-    for entry in answers[list_users]:
+    lists = Lists(answers[0], answers[1], answers[2], denied)
+    for entry in lists.users:
         check_account(entry["Arn"], session.account.id, "ListUsers")
-    for entry in (*details.users.values(), *details.groups.values()):
+    for entry in (*lists.details.users.values(), *lists.details.groups.values()):
         check_account(entry["Arn"], session.account.id, "GetAccountAuthorizationDetails")
-    credentials = answers.get(list_service_specific_credentials, {})
-    return Lists(answers[list_users], credentials, details, denied)
+    return lists
 
 
 def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> str | None:
@@ -1921,40 +1663,34 @@ def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> st
             return name
     recent = asked - CLOCK_SKEW
     for name, row in report.rows.items():
-        moment = report_date(row, "user_creation_time")
+        moment = report_cell(row, "user_creation_time")
         replaced = moment is not None and moment >= recent and moment != created.get(name)
         if report.generated >= recent and name != ROOT and (name not in created or replaced):
             return name
     return None
 
 
-async def read_user(session: AccountSession, entry: Entry, report: Report) -> User:
+async def read_user(
+    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport]
+) -> User:
     """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
-    name, created = entry["UserName"], to_second(entry["CreateDate"])
-    keys = await read_access_keys(session, name)
+    name, keys, mfa = entry["UserName"], list[Credential](), set[str]()
+    for key in await list_access_keys(session, name):
+        key_id, created = key["AccessKeyId"], to_second(key["CreateDate"])
+        last_used, service = await get_access_key_last_used(session, key_id)
+        keys.append(Credential(key_id, key["Status"], created, last_used, service))
     row = (await report).rows.get(name)
-    certificates: tuple[Credential, ...] = ()
-    if row is not None and report_date(row, "user_creation_time") == created:
+    if row and report_cell(row, "user_creation_time") == to_second(entry["CreateDate"]):
         password, last_used, changed = report_password(row)
-        certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
-        may_have_mfa = report_flag(row, "mfa_active")
+        certificates = report_credentials(row, SIGNING_CERTIFICATE)
+        may_have_mfa = report_cell(row, "mfa_active")
     else:  # created or renamed since the report
-        password, may_have_mfa = await get_login_profile(session, name), True
+        password, may_have_mfa, certificates = await get_login_profile(session, name), True, ()
         last_used, changed = (entry.get("PasswordLastUsed") if password else None), None
-    mfa: set[str] = set()
     if password or may_have_mfa:
         mfa.update(map(mfa_kind, await list_mfa_devices(session, name)))
-    owner = session.account.email
-    return User(name, password, last_used, tuple(sorted(mfa)), keys, certificates, changed, owner)
-
-
-async def read_access_keys(session: AccountSession, user_name: str) -> tuple[Credential, ...]:
-    keys = []
-    for entry in await list_access_keys(session, user_name):
-        key_id, created = entry["AccessKeyId"], to_second(entry["CreateDate"])
-        last_used, service_name = await get_access_key_last_used(session, key_id)
-        keys.append(Credential(key_id, entry["Status"], created, last_used, service_name))
-    return in_order(keys)
+    who = (name, password, last_used, tuple(sorted(mfa)), in_order(keys), certificates, changed)
+    return User(*who, session.account.email)
 
 
 def in_order(credentials: Iterable[Credential]) -> tuple[Credential, ...]:
@@ -1970,29 +1706,23 @@ def mfa_kind(serial: str) -> str:
 
 
 async def read_root(session: AccountSession, row: ReportRow) -> User:
-    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA.
-
-    In AWS GovCloud (US), root can neither sign in to the console nor have MFA.
-    """
-    no_console = session.role.partition == "aws-us-gov"
+    """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA."""
+    no_console = session.role.partition == "aws-us-gov"  # nor has root MFA there
     password, last_used, changed = (False, None, None) if no_console else report_password(row)
     mfa: tuple[str, ...] = ()
-    if report_flag(row, "mfa_active"):
+    if report_cell(row, "mfa_active"):
         # A role cannot list root's other devices: what is not virtual is a token or a security key.
         virtual = row["arn"] in await list_virtual_mfa_devices(session)
         mfa = ("Virtual",) if virtual else ("Hardware",)
-    keys = in_order(report_credentials(row, ACCESS_KEY))
-    certificates = in_order(report_credentials(row, SIGNING_CERTIFICATE))
-    owner = session.account.email
-    return User(ROOT, password, last_used, mfa, keys, certificates, changed, owner, "true")
+    keys, others = report_credentials(row, ACCESS_KEY), report_credentials(row, SIGNING_CERTIFICATE)
+    email = session.account.email
+    return User(ROOT, password, last_used, mfa, keys, others, changed, email, "true")
 
 
 # --- who a user is ---
 
 FULL_ACCESS = {"policy/AdministratorAccess", "policy/IAMFullAccess"}  # AWS's own
-QUARANTINE = (
-    "AWSCompromisedKeyQuarantine"  # ...V2, ...V3: AWS attaches it to users with a public key
-)
+QUARANTINE = ":aws:policy/AWSCompromisedKeyQuarantine"  # ...V2, ...V3
 
 
 def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) -> User:
@@ -2003,71 +1733,48 @@ def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) 
         return replace(user, others=others)
     tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
     owner = next(filter(None, map(tags.get, owner_tags)), user.owner)
-    attached = map(itemgetter("PolicyName"), entry.get("AttachedManagedPolicies", ()))
-    exposed = any(name.startswith(QUARANTINE) for name in attached)
+    attached = map(itemgetter("PolicyArn"), entry.get("AttachedManagedPolicies", ()))
+    exposed = any(QUARANTINE in arn for arn in attached)
     rights = administrator(entry, lists.details.groups)
     return replace(user, others=others, owner=owner, administrator=rights, exposed=exposed)
 
 
 def administrator(user: Entry, groups: Mapping[str, Entry]) -> str:
-    """Whether an Allow lets the user do everything in IAM: true, false or unknown.
-
-    Conditions, Deny statements and boundaries do not count: they seldom stop an administrator.
-    """
-    verdicts, of_iam = set[str](), user["Arn"].partition("user/")[0]
+    """Whether an Allow lets the user do everything in IAM: true, false or unknown. Conditions, Deny
+    statements and boundaries do not count: they seldom stop an administrator."""
+    verdict, statements = "false", list[Entry]()
     for holder in (user, *map(groups.get, user.get("GroupList", ()))):
         if holder is None:  # a group that is younger than the answer's page of groups
-            verdicts.add(UNKNOWN)
+            verdict = UNKNOWN
             continue
         for policy in holder.get("AttachedManagedPolicies", ()):
             owner, name = policy["PolicyArn"].split(":")[4:6]
-            verdicts.add(UNKNOWN if owner != "aws" else str(name in FULL_ACCESS).lower())
+            if owner == "aws" and name in FULL_ACCESS:
+                return "true"
+            verdict = verdict if owner == "aws" else UNKNOWN
         for policy in (*holder.get("UserPolicyList", ()), *holder.get("GroupPolicyList", ())):
-            verdicts.add(allows_all_of_iam(policy["PolicyDocument"], of_iam))
-    for verdict in ("true", UNKNOWN):
-        if verdict in verdicts:
-            return verdict
-    return "false"
+            if isinstance(document := policy["PolicyDocument"], dict):
+                found = document["Statement"]
+                statements += found if isinstance(found, list) else [found]
+            else:  # botocore could not decode it
+                verdict = UNKNOWN
+    of_iam = user["Arn"].partition("user/")[0]
+    return "true" if any(allows_all_of_iam(one, of_iam) for one in statements) else verdict
 
 
-def allows_all_of_iam(document: Any, of_iam: str) -> str:
-    """What an inline policy says. `of_iam` is how the ARNs of all resources in IAM begin."""
-    if not isinstance(document, dict):  # botocore could not decode it
-        return UNKNOWN
-    statements = document["Statement"]
-    for statement in statements if isinstance(statements, list) else [statements]:
-        whole = includes_all(statement, "Action", "iam:")
-        whole = whole and includes_all(statement, "Resource", of_iam)
-        if whole and statement["Effect"] == "Allow":
-            return "true"
-    return "false"
-
-
-def includes_all(statement: Entry, element: str, beginning: str) -> bool:
-    """Whether Action or NotAction (Resource or NotResource) includes all that begins like this."""
-    negated = f"Not{element}" in statement
-    values = statement.get(f"Not{element}" if negated else element, ())
-    for value in [values] if isinstance(values, str) else values:
-        if not negated and fnmatchcase(beginning + "\0" * 99, value.lower().replace("[", "[[]")):
-            return True
-        fixed = re.split(r"[*?$]", value.lower())[0]  # up to a wildcard or variable
-        if negated and (beginning.startswith(fixed) or fixed.startswith(beginning)):
+def allows_all_of_iam(statement: Entry, of_iam: str) -> bool:
+    """`of_iam` is how the ARNs of all resources in IAM begin."""
+    for element, beginning in (("Action", "iam:"), ("Resource", of_iam)):
+        negated, applies = f"Not{element}" in statement, False
+        values = statement.get(f"Not{element}" if negated else element, ())
+        for value in [values] if isinstance(values, str) else values:
+            fixed = re.split(r"[*?$]", value.lower())[0]  # up to a wildcard or variable
+            overlaps = beginning.startswith(fixed) or fixed.startswith(beginning)
+            includes = fnmatchcase(beginning + "\0" * 99, value.lower().replace("[", "[[]"))
+            applies |= overlaps if negated else includes  # to exclude a part of IAM is enough
+        if applies == negated:
             return False
-    return negated
-
-
-async def read_trail(session: AccountSession, names: Sequence[str], since: datetime) -> Trail:
-    """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
-    events = []
-    try:
-        for name in names:
-            events += await lookup_events(session, name, since)
-    except StepFailed as failure:
-        return Trail(error=str(failure))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        # a record that is not what AWS documents
-        return Trail(error=f"LookupEvents: DamagedEvent: {type(error).__name__}")
-    return Trail(tuple(sorted(events)))
+    return bool(statement["Effect"] == "Allow")
 
 
 # === Files: rows, cells, atomic writing, reading a run back ======================================
@@ -2581,10 +2288,12 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
-    """What no exception covers, by priority; production, then administrators, then the oldest."""
+    """What no exception covers, by priority; production, then administrators, then the oldest. Keys
+    that were found in public have no age, and go before what has."""
     rank = (finding.exception is not None, finding.priority, not finding.production)
-    oldest = (finding.administrator != "true", -finding.age, finding.account.id, finding.user)
-    return (*rank, *oldest, finding.key.id if finding.key else "", finding.finding)
+    hidden = finding.finding != "exposed-credential"
+    oldest = (finding.administrator != "true", hidden, -finding.age, finding.account.id)
+    return (*rank, *oldest, finding.user, finding.key.id if finding.key else "", finding.finding)
 
 
 def finding_row(finding: Finding, run: Run) -> tuple[str, ...]:
@@ -3216,8 +2925,7 @@ MFA_REQUIRED, NEW_KEYS_PREVENTED, NEW_API_KEYS_PREVENTED = CONTROLS
 # What the other controls prevent. To reset an API key is to get a new one.
 API_KEYS = "iam:CreateServiceSpecificCredential", "iam:ResetServiceSpecificCredential"
 ACTIONS = {NEW_KEYS_PREVENTED: ("iam:CreateAccessKey",), NEW_API_KEYS_PREVENTED: API_KEYS}
-VERDICTS = ("enforced", "not checked", "partial", "absent")  # of several the first one counts
-ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = VERDICTS
+VERDICTS = ENFORCED, NOT_CHECKED, PARTIAL, ABSENT = "enforced", "not checked", "partial", "absent"
 
 
 @dataclass(frozen=True)
@@ -3232,7 +2940,7 @@ class Control:
 class Policy(NamedTuple):
     names: Mapping[str, str]  # its own, by its ID
     targets: frozenset[str]  # the IDs that it is attached to
-    denials: Mapping[str, Any]  # what each Deny statement does, by control: see judge_policy
+    denials: Mapping[str, Any]  # by control, pairs: a Control, the statement if it denies in full
     allowed: set[str]  # the actions that an Allow without a condition lets everybody do
 
 
@@ -3268,8 +2976,8 @@ async def read_policies(aws: Aws, organization: str) -> list[Policy]:
         try:
             content = await aws.ask(describe_policy, policy_id)
             if targets := await aws.ask(list_targets_for_policy, policy_id):
-                judged = judge_policy(content, aws.caller.partition, organization)
-                policies.append(Policy({policy_id: name}, targets, *judged))
+                denials, allowed = judge_policy(content, aws.caller.partition, organization)
+                policies.append(Policy({policy_id: name}, targets, denials, allowed))
         except StepFailed as failure:
             if failure.code != "PolicyNotFoundException":  # deleted since it was listed
                 raise
@@ -3282,43 +2990,63 @@ async def apply_enforcement(aws: Aws, run: Run) -> None:
     paths = {one.account.id: one.account.path for one in everyone}
     if run.organization.management_account in paths:
         paths[run.organization.management_account] = ""  # no service control policy applies to it
-    why_not = run.enforcement.why_not
-    if not why_not:
+    if not run.enforcement.why_not:
         _, why_not = await best_effort(read_paths(aws, paths), None)
-    run.enforcement = run.enforcement._replace(why_not=why_not)
+        run.enforcement = run.enforcement._replace(why_not=why_not)
     for account_id, path in paths.items():
-        ids = None if why_not or path is None else path.split("/")
+        ids = None if run.enforcement.why_not or path is None else path.split("/")
         run.controls[account_id] = controls_of_account(ids, run.enforcement.policies)
 
 
 async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
     """Add the paths that ListAccounts did not give; each account and OU is asked about once."""
-    parents = dict[str, str]()
+    parent = functools.cache(lambda child: asyncio.create_task(aws.ask(list_parents, child)))
 
-    async def read(child_id: str) -> None:
-        parents[child_id] = await aws.ask(list_parents, child_id)
+    async def read(account_id: str) -> None:
+        if paths[account_id] is None:
+            ids = [account_id, await parent(account_id)]
+            while ids[-1].startswith("ou-"):
+                ids.append(await parent(ids[-1]))
+            paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
 
-    level = unknown = [account_id for account_id, path in paths.items() if path is None]
-    while level:
-        await side_by_side(PARENTS_AT_ONCE, level, read)
-        level = sorted({up for up in parents.values() if up.startswith("ou-")} - parents.keys())
-    for account_id in unknown:
-        ids = [account_id]
-        while ids[-1] in parents:
-            ids.append(parents[ids[-1]])
-        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
+    await side_by_side(PARENTS_AT_ONCE, list(paths), read)
 
 
-def controls_of_account(path: Sequence[str] | None, judged: Iterable[Policy]) -> dict[str, Control]:
+def controls_of_account(path: Sequence[str] | None, listed: Iterable[Policy]) -> dict[str, Control]:
     """The controls of the account with this path; not checked if the path is None."""
     if path is None:
         return dict.fromkeys(CONTROLS, Control(NOT_CHECKED))
-    applying = [policy for policy in judged if not policy.targets.isdisjoint(path)]
-    controls = {}
-    for control in CONTROLS:
-        denied, closed = strongest(control, applying), without_allow(control, path, applying)
-        controls[control] = denied if denied.verdict == NOT_CHECKED else stronger(denied, closed)
-    return controls
+    applying = [policy for policy in listed if not policy.targets.isdisjoint(path)]
+    return {control: judge_together(control, path, applying) for control in CONTROLS}
+
+
+def judge_together(control: str, path: Sequence[str], policies: Iterable[Policy]) -> Control:
+    """What holds where all of these apply. Full denials of a part of the actions may add up to all
+    actions: of one policy or of several."""
+    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
+    for policy in policies:
+        for judgement, statement in policy.denials.get(control, ()):
+            denial = replace(judgement, policies=policy.names)
+            whole = stronger(whole, denial)
+            if statement:
+                in_full.append(statement)
+                added_up = stronger(added_up, denial)
+    if whole.verdict != ENFORCED and not undenied(control, in_full):
+        return replace(added_up, verdict=ENFORCED, conditions=())
+    closed = without_allow(control, path, policies)
+    return whole if whole.verdict == NOT_CHECKED else stronger(whole, closed)
+
+
+def stronger(one: Control, other: Control) -> Control:
+    """What holds where both apply: the first of VERDICTS. A principal is free only if every
+    enforcing statement exempts it, so the one with the fewest exemptions tells most."""
+    if one.verdict != other.verdict:
+        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
+    exemptions, policies = one.exemptions + other.exemptions, {**one.policies, **other.policies}
+    if one.verdict == ENFORCED:
+        exemptions = min(one.exemptions, other.exemptions, key=len)
+    conditions = dict.fromkeys(one.conditions + other.conditions)
+    return Control(one.verdict, policies, tuple(dict.fromkeys(exemptions)), tuple(conditions))
 
 
 def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy]) -> Control:
@@ -3336,72 +3064,28 @@ def without_allow(control: str, path: Sequence[str], applying: Iterable[Policy])
     return Control(ABSENT)
 
 
-def strongest(control: str, policies: Iterable[Policy]) -> Control:
-    """What holds where all of these apply. Full denials of a part of the actions may add up to all
-    actions: of one policy or of several."""
-    whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
-    for policy in policies:
-        for judgement, statement in policy.denials.get(control, ()):
-            denial = replace(judgement, policies=policy.names)
-            whole = stronger(whole, denial)
-            if statement:
-                in_full.append(statement)
-                added_up = stronger(added_up, denial)
-    if whole.verdict == ENFORCED or undenied(control, in_full):
-        return whole
-    return replace(added_up, verdict=ENFORCED, conditions=())
-
-
-def stronger(one: Control, other: Control) -> Control:
-    """What holds where both apply. A principal is free only if every enforcing statement exempts
-    it, so the one with the fewest exemptions tells most. Partial ones add up, to partial."""
-    if one.verdict != other.verdict:
-        return min(one, other, key=lambda each: VERDICTS.index(each.verdict))
-    exemptions = tuple(dict.fromkeys(one.exemptions + other.exemptions))
-    if one.verdict == ENFORCED:
-        exemptions = min(one.exemptions, other.exemptions, key=len)
-    conditions = dict.fromkeys(one.conditions + other.conditions)
-    policies = {**one.policies, **other.policies}
-    return Control(one.verdict, policies, exemptions, tuple(conditions))
-
-
-# What an MFA requirement may leave out: setting up MFA, reading IAM and signing in. Not iam:* or
-# sts:*, with which a stolen password creates an access key or assumes a role, and nothing that
-# deactivates an MFA device (iam:DeleteVirtualMFADevice deletes only devices that nobody has).
+# What may work without MFA: its setup, reading IAM and signing in. Not iam:* or sts:*, which create
+# keys and assume roles. iam:DeleteVirtualMFADevice deletes only devices that nobody has.
 MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
 Known = Mapping[str, str]  # what every request has of a condition's key, as a pattern
-# A condition holds for console users without MFA, for everybody whom the control is about, for none
-# of them, for all but those whom it names, or it is not known for whom.
-TESTS_MFA, ALWAYS_HOLDS, NEVER_HOLDS = "tests MFA", "always holds", "never holds"
-EXEMPTS, NARROWS = "exempts", "narrows"
-
-
-class Condition(NamedTuple):
-    operator: str  # in lower case, as the key
-    key: str
-    values: tuple[str, ...]  # without those that match nobody
-    text: str  # the whole condition as it is written
-
-
-class Statement(NamedTuple):
-    effect: str  # Deny or Allow
-    action: str  # Action or NotAction
-    actions: tuple[str, ...]
-    resource: str  # Resource or NotResource
-    resources: tuple[str, ...]
-    conditions: tuple[Condition, ...]
+# For whom a condition holds, of those whom the control is about. NARROWS also if it is not known.
+TESTS_MFA, HOLDS, FAILS, EXEMPTS, NARROWS = "without MFA", "all", "none", "all but", "some"
+# operator and key are in lower case, values lack those that match nobody, text is all as written.
+Condition = namedtuple("Condition", "operator key values text")
+# effect is Deny or Allow, action is Action or NotAction, resource is Resource or NotResource.
+Statement = namedtuple("Statement", "effect action actions resource resources conditions")
 
 
 def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, set[str]]:
-    """By control what each Deny statement does, with the statement if it denies in full what it
-    names; and the actions that an Allow without a condition lets everybody do."""
+    """The `denials` and `allowed` of a Policy with this content."""
     known = {ARN: f"arn:{partition}:iam::*:user/*", ORGANIZATION: organization}
     known[REGION] = IAM_REGIONS.get(partition, "")
     denials, allowed = dict[str, Any](), set[str]()
     try:
-        statements = parse_policy(content)
+        listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
+        statements = list(map(parse_statement, listed if isinstance(listed, list) else [listed]))
     except (ValueError, AttributeError, RecursionError):  # the last: JSON nested too deep
         return dict.fromkeys(CONTROLS, ((Control(NOT_CHECKED), None),)), allowed
     for statement, control in itertools.product(statements, CONTROLS):
@@ -3416,33 +3100,36 @@ def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, 
 def judge_statement(statement: Statement, control: str, known: Known) -> tuple[Control, bool]:
     """What a statement does for a control: enforced, unless an element or a condition narrows it;
     and whether at least all actions that it names are denied in full."""
-    of_mfa, negated = control == MFA_REQUIRED, statement.action == "NotAction"
-    left = undenied(control, [statement])
-    named_none = left == [*ACTIONS.get(control, ())]
-    if of_mfa and negated:
-        named_none = any_covers(statement.actions, "*:*")
-    elif of_mfa:
-        named_none = all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
-    everywhere, somewhere = reach(statement, ALL if of_mfa else known[ARN])
+    effects = {each: effect_of(each, control, known) for each in statement.conditions}
+    everywhere, somewhere = reach(statement, ALL if control == MFA_REQUIRED else known[ARN])
+    if not somewhere or FAILS in effects.values() or not concerns(statement, control, effects):
+        return Control(ABSENT), False
     of_root, _ = reach(statement, known[ARN].replace("user/*", "root"))
     exempt = ["root"] if control == NEW_KEYS_PREVENTED and not of_root else []  # has no API keys
     narrowed = [] if everywhere else [f"{statement.resource} {', '.join(statement.resources)}"]
-    about = not of_mfa
-    for condition in statement.conditions:
-        effect = effect_of(condition, control, known)
-        somewhere &= effect != NEVER_HOLDS
-        about |= effect in (TESTS_MFA, NARROWS) and condition.key.startswith("aws:multifactorauth")
+    for condition, effect in effects.items():
         exempt += condition.values if effect == EXEMPTS else ()
         narrowed += [condition.text] if effect == NARROWS else ()
-    if named_none or not somewhere or not about:
-        return Control(ABSENT), False
     in_full = not narrowed
-    if left and of_mfa and not negated:
-        narrowed.insert(0, f"Action {', '.join(statement.actions)}")
-    elif left:
-        narrowed.insert(0, f"NotAction {', '.join(left)}")
+    if left := undenied(control, [statement]):
+        element = f"NotAction {', '.join(left)}"
+        if control == MFA_REQUIRED and statement.action == "Action":
+            element = f"Action {', '.join(statement.actions)}"
+        narrowed.insert(0, element)
     conditions = (" and ".join(narrowed),) if narrowed else ()
     return Control(PARTIAL if narrowed else ENFORCED, {}, tuple(exempt), conditions), in_full
+
+
+def concerns(statement: Statement, control: str, effects: Mapping[Condition, str]) -> bool:
+    """Whether it names some of the control's actions and, for MFA, depends on MFA."""
+    if control != MFA_REQUIRED:
+        return undenied(control, [statement]) != [*ACTIONS[control]]
+    for condition, effect in effects.items():
+        if effect != HOLDS and condition.key.startswith("aws:multifactorauth"):
+            if statement.action == "NotAction":
+                return not any_covers(statement.actions, "*:*")
+            return not all(map(functools.partial(any_covers, MFA_BASICS), statement.actions))
+    return False
 
 
 def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
@@ -3510,20 +3197,18 @@ def covers(pattern: str, other: str) -> bool:
 
 
 # Where every request has the key, ForAnyValue and IfExists change nothing.
-BOOL, EQUALS = r"(for\w+:)?bool(ifexists)?", r"(foranyvalue:)?string(equals|like)(ifexists)?"
+BOOL, UNEQUAL = r"(for\w+:)?bool(ifexists)?", r"stringnot(equals|like)(ifexists)?"
+EQUALS = r"(foranyvalue:)?string(equals|like)(ifexists)?"
 LIKE_ARN = r"(foranyvalue:)?(arn(like|equals)|stringlike)(ifexists)?"
-UNEQUAL = r"stringnot(equals|like)(ifexists)?"
 UNLIKE_ARN = r"(arn|string)not(equals|like)(ifexists)?"
 IF_PRESENT = r"(foranyvalue:)?(?!null|for|.*not|.*ifexists)\w+"
-AGED, AGED_OR_ABSENT = r"numeric(less|greater)than(equals)?", r"numericgreaterthan(equals)?ifexists"
 FALSE, TRUE, ANYTHING, ALL = "(?ai)false", "(?ai)true", "(?s).*", "*"
 MFA_PRESENT, MFA_AGE = "aws:multifactorauthpresent", "aws:multifactorauthage"
 ARN, TYPE, REGION = "aws:principalarn", "aws:principaltype", "aws:requestedregion"
 ORGANIZATION, BY_AWS = "aws:principalorgid", "aws:principalisawsservice"
-# Roles are not console users: any may be exempt from MFA, but from new-keys-prevented only those
-# that are named. A name may end in * after - or _ (stacksets-exec-*) or eight characters or more
-# (AWSAccelerator*), but not include AWS's own roles, except those of one permission set
-# (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
+# Roles are not console users: any may be exempt from MFA, but only named ones from new keys. A name
+# may end in * after -, _ or at least eight characters (AWSAccelerator*), but not include AWS's own
+# roles, except those of one permission set (AWSReservedSSO_Admin_*). A variable ($) can be anybody.
 ANY_USER, IAM_PRINCIPAL = "arn:*:iam::*:user/*", r"arn:[^:]*:iam::[^:]*:(root|user/[^*?$]+|"
 ONE_ROLE = r"role/([^$]*/)?([^*?$/]+|AWSReservedSSO_[^*?$/]+_\*)"
 OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})\*"
@@ -3536,63 +3221,43 @@ NEVER_SENT = (
     r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))")  # fmt: skip
 CONDITION_RULES = (
     # operator, key, whether any or all values must fit, value; effect on MFA and on new keys.
-    # Access keys send no aws:MultiFactorAuthPresent, console sessions without MFA send false. So
-    # Null true of that key stops the first and not the second: it narrows.
+    # Null true of aws:MultiFactorAuthPresent narrows: access keys send none, consoles send false.
     (BOOL, MFA_PRESENT, all, FALSE, TESTS_MFA, NARROWS),
-    (BOOL, MFA_PRESENT, all, TRUE, NEVER_HOLDS, NARROWS),
-    ("null", MFA_PRESENT, all, FALSE, ALWAYS_HOLDS, NARROWS),
+    (BOOL, MFA_PRESENT, all, TRUE, FAILS, NARROWS),
+    ("null", MFA_PRESENT, all, FALSE, HOLDS, NARROWS),
     ("null", MFA_AGE, all, TRUE, TESTS_MFA, NARROWS),
-    ("null", MFA_AGE, all, FALSE, NEVER_HOLDS, NARROWS),
-    (AGED, MFA_AGE, all, ANYTHING, NEVER_HOLDS, NARROWS),
-    (AGED_OR_ABSENT, MFA_AGE, all, ANYTHING, TESTS_MFA, NARROWS),
+    ("null", MFA_AGE, all, FALSE, FAILS, NARROWS),
+    (r"numeric(less|greater)than(equals)?", MFA_AGE, all, ANYTHING, FAILS, NARROWS),
+    (r"numericgreaterthan(equals)?ifexists", MFA_AGE, all, ANYTHING, TESTS_MFA, NARROWS),
     # A service's requests for a caller say MFA false even for a key. The caller's own come first.
-    (BOOL, "aws:viaawsservice", all, FALSE, ALWAYS_HOLDS, NARROWS),
-    (BOOL, BY_AWS, all, FALSE, ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (BOOL, BY_AWS, all, TRUE, NEVER_HOLDS, NEVER_HOLDS),
-    # This organization's; does an ARN operator take *?
-    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (UNEQUAL, ORGANIZATION, any, re.escape(ALL), NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, any, "User", ALWAYS_HOLDS, NARROWS),
-    (EQUALS, TYPE, all, "Account|FederatedUser|Service", NEVER_HOLDS, NEVER_HOLDS),
-    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", NEVER_HOLDS, NARROWS),
-    (UNEQUAL, TYPE, any, "User", NEVER_HOLDS, NARROWS),
-    (UNEQUAL, TYPE, all, "Service", ALWAYS_HOLDS, ALWAYS_HOLDS),
-    (LIKE_ARN, ARN, any, re.escape(ANY_USER), ALWAYS_HOLDS, NARROWS),
-    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, NEVER_HOLDS, NEVER_HOLDS),
-    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, NEVER_HOLDS, NARROWS),
-    (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), NEVER_HOLDS, NARROWS),
+    (BOOL, "aws:viaawsservice", all, FALSE, HOLDS, NARROWS),
+    (BOOL, BY_AWS, all, FALSE, HOLDS, HOLDS),
+    (BOOL, BY_AWS, all, TRUE, FAILS, FAILS),
+    (EQUALS, f"{ORGANIZATION}|{ARN}", any, re.escape(ALL), HOLDS, HOLDS),  # a bare * is no ARN
+    (UNEQUAL, ORGANIZATION, any, re.escape(ALL), FAILS, FAILS),
+    (EQUALS, TYPE, any, "User", HOLDS, NARROWS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service", FAILS, FAILS),
+    (EQUALS, TYPE, all, "Account|FederatedUser|Service|AssumedRole", FAILS, NARROWS),
+    (UNEQUAL, TYPE, any, "User", FAILS, NARROWS),
+    (UNEQUAL, TYPE, all, "Service", HOLDS, HOLDS),
+    (LIKE_ARN, ARN, any, re.escape(ANY_USER), HOLDS, NARROWS),
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NEITHER, FAILS, FAILS),
+    (f"{EQUALS}|{LIKE_ARN}", ARN, all, NO_USER, FAILS, NARROWS),
+    (UNLIKE_ARN, ARN, any, re.escape(ANY_USER), FAILS, NARROWS),
     (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}{ONE_ROLE}|{OPEN_END})", NARROWS, EXEMPTS),
     (UNLIKE_ARN, ARN, all, f"{IAM_PRINCIPAL}role/.+)", EXEMPTS, NARROWS),
     (UNEQUAL, "aws:username", all, r"[^*?$]*", EXEMPTS, EXEMPTS),
     # "IAM calls are always made to the us-east-1 Region", as AWS's guide to global keys has it.
-    (EQUALS, REGION, all, r"[^*?$]+\*?", NARROWS, NEVER_HOLDS),
-    (UNEQUAL, REGION, any, re.escape(ALL), NARROWS, NEVER_HOLDS),
-    (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, NEVER_HOLDS),
-    ("null", NEVER_SENT, all, FALSE, NARROWS, NEVER_HOLDS),
+    (EQUALS, REGION, all, r"[^*?$]+\*?", NARROWS, FAILS),
+    (UNEQUAL, REGION, any, re.escape(ALL), NARROWS, FAILS),
+    (IF_PRESENT, NEVER_SENT, all, ANYTHING, NARROWS, FAILS),
+    ("null", NEVER_SENT, all, FALSE, NARROWS, FAILS),
 )
 # Without Like, * and ? stand for themselves. An assumed role's aws:PrincipalArn is the role's.
 MATCHES_NOBODY = re.compile(
     r"(?s)\S*string(not)?equals(ifexists)? \S* [^$]*[*?][^$]*|"
     rf"{UNLIKE_ARN} {ARN} arn:[^:]*:sts::[^:]*:assumed-role/.*")  # fmt: skip
 ELEMENTS = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}
-
-
-def parse_policy(content: str) -> list[Statement]:
-    """The statements. ValueError or AttributeError for anything but a service control policy."""
-    listed = json.loads(content, object_pairs_hook=without_repetition).get("Statement")
-    statements = []
-    for members in listed if isinstance(listed, list) else [listed]:
-        if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
-            raise ValueError("not a statement of a service control policy")
-        elements: Any = [members["Effect"]]
-        for name, negated in (("Action", "NotAction"), ("Resource", "NotResource")):
-            given = [each for each in (name, negated) if members.get(each, []) != []]
-            if len(given) != 1:
-                raise ValueError(f"not exactly one of {name} and {negated}")
-            elements += given[0], texts(members[given[0]])
-        conditions = parse_conditions(members.get("Condition", {}))
-        statements.append(Statement._make((*elements, conditions)))
-    return statements
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3602,25 +3267,29 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parse_conditions(block: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
-    conditions = []
-    for operator, keys in block.items():
+def parse_statement(members: Mapping[str, Any]) -> Statement:
+    """ValueError or AttributeError for anything that is not of a service control policy."""
+    if members.keys() - ELEMENTS or members.get("Effect") not in ("Allow", "Deny"):
+        raise ValueError("not a statement of a service control policy")
+    elements, conditions = list[Any](), list[Condition]()
+    for names in (("Action", "NotAction"), ("Resource", "NotResource")):
+        [name] = [each for each in names if members.get(each, []) != []]  # ValueError: not just one
+        elements += name, texts(members[name])
+    for operator, keys in members.get("Condition", {}).items():
         for key, value in keys.items():
-            values, names = texts(value), f"{operator} {key}".lower()
-            somebody = [each for each in values if not MATCHES_NOBODY.fullmatch(f"{names} {each}")]
+            values, about = texts(value), f"{operator} {key}".lower()
+            somebody = [each for each in values if not MATCHES_NOBODY.fullmatch(f"{about} {each}")]
             text = f"{operator} {key} {', '.join(values)}"
             conditions.append(Condition(operator.lower(), key.lower(), tuple(somebody), text))
-    return tuple(conditions)
+    return Statement._make((members["Effect"], *elements, tuple(conditions)))
 
 
 def texts(value: Any) -> tuple[str, ...]:
     """A string, boolean or number, or a list of them, as JSON writes them: false is "false"."""
-    found = []
-    for each in value or [None] if isinstance(value, list) else [value]:
-        if not isinstance(each, (str, int, float)):
-            raise ValueError("not a string, boolean or number, nor a list of them")
-        found.append(each if isinstance(each, str) else json.dumps(each))
-    return tuple(found)
+    values = value if isinstance(value, list) else [value]
+    if not values or {*map(type, values)} - {str, bool, int, float}:
+        raise ValueError("not a string, boolean or number, nor a list of them")
+    return tuple(each if isinstance(each, str) else json.dumps(each) for each in values)
 
 
 # === Terminal: the summary for stdout and for mail, summary.json; values in, text out ============
@@ -3658,7 +3327,7 @@ NEXT_STEPS = {
         "something else uses up the account's IAM request rate: run the audit again later.",
 }
 # fmt: on
-# For each phase: its title, what is said if there is nothing to count, the gaps that decide its level
+# For each phase: its title, what is said if nothing can be counted, the gaps that decide it
 PHASE_WORDS = {
     "phase1": ("Phase 1, multi-factor authentication", "no console users", "console_.*_mfa"),
     "phase2": (
@@ -3686,8 +3355,6 @@ def terminal_summary(
     blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
     text = "\n".join(laid_out(block, width) for block in blocks if block)
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
-    if summary["page"]:
-        text += f"Page: {printable(str(run.folder / summary['page']))}\n"
     for code, pattern in PAINT.items() if color else ():
         text = re.sub(pattern, f"\x1b[{code}m\\g<0>\x1b[0m", text)
     return text
@@ -3747,16 +3414,15 @@ def heading_lines(summary: Summary) -> list[str]:
 
 
 def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
-    """The failed accounts by cause, with the next step for each; skipped ones; root where unseen."""
+    """The failed accounts by cause, with the next steps; skipped ones; root where unseen."""
     failed, causes, lines = accounts_of(summary, "failed"), dict[str, list[str]](), list[str]()
     for one in failed:
         told = causes.setdefault(f"{one['step']}: {one['error']['code']}", [])
         told.append(f"{one['id']} {one['name']}: {one['error']['message']}")
     for cause, told in causes.items():
         lines += titled(cause, told, LINES_SHOWN) + next_step(cause, summary)
-    production = sum(one["production"] for one in failed)
-    number = f"{count(len(failed), 'account')} could not be audited"
-    lines = titled(f"{number} ({production:,} production)", lines)
+    production = f"({sum(map(itemgetter('production'), failed)):,} production)"
+    lines = titled(f"{count(len(failed), 'account')} could not be audited {production}", lines)
     if not quiet or summary["scope"]["accounts"]:
         skipped = accounts_of(summary, "skipped")
         title = f"Skipped (not ACTIVE): {count(len(skipped), 'account')}"
@@ -3779,16 +3445,20 @@ def next_step(cause: str, summary: Summary) -> list[str]:
 
 def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
     """What was denied without failing an account, once for each cause."""
-    causes, lines = Counter[str](), list[str]()
-    for error in (summary["cloudtrail"] or {"unavailable": {}})["unavailable"].values():
-        causes[": ".join(error.split(": ")[:2])] += 1
-    for operation, codes in () if quiet else summary["not_checked"].items():
-        for code, number in codes.items():
-            causes[f"{operation}: {code}"] = number
-    for cause, number in causes.items():
+    causes, lines = dict[str, list[str]](), list[str]()
+    for account_id, error in (summary["cloudtrail"] or {}).get("unavailable", {}).items():
+        causes.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
+    for one in () if quiet else accounts_of(summary, "audited"):
+        for cause in map(": ".join, one["not_checked"].items()):
+            causes.setdefault(cause, []).append(one["id"])
+    for cause, ids in causes.items():
         what = NOT_CHECKED_WORDS.get(cause.partition(":")[0], "CloudTrail could not be asked")
-        lines.append(f"{what} in {count(number, 'account')}: {cause}")
-        lines += next_step(cause, summary)
+        lines.append(f"{what} in {count(len(ids), 'account')}: {cause}")
+        others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
+        lines += [
+            f"  {', '.join(sorted(ids)[:ACCOUNTS_SHOWN])}{others}",
+            *next_step(cause, summary),
+        ]
     if not quiet and (why_not := summary["ous_why_not"]):
         lines += [f"OU names were not read: {why_not}", *next_step(why_not, summary)]
     return lines
@@ -3887,7 +3557,8 @@ def phase_lines(summary: Summary, phase: str) -> list[str]:
         whole = re.split("_(?:without|older)_", gap)[0]
         if gaps[whole]:
             number = f"{gaps[gap]:,}" if gap == whole else f"{gaps[gap]:,} of {gaps[whole]:,}"
-            told.append(f"{number} {in_words(gap, summary['max_key_age_days'])}")
+            words = in_words(gap, summary["max_key_age_days"])
+            told.append(f"{number} {words.removesuffix('s') if number == '1' else words}")
     if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
         told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
     accounts = f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}"
@@ -4067,7 +3738,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
     document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
     document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
-    document.update(page="report.html" if plan.page else None, caller=vars(run.caller))
+    document.update(caller=vars(run.caller))
     document["organization"] = {**vars(run.organization), "management_account_included": included}
     document.update(ous_why_not=run.ous_why_not or None, **figures_document(run))
     document.update(changes=changes_document(run), **policies_and_events_document(run))
@@ -4140,18 +3811,20 @@ def level_changes(run: Run, phase: str) -> dict[str, Any]:
     then, compared_now = [], []
     for figures in run.audited:
         if earlier := run.tracking.compared.get(figures.account.id):
-            index = earlier.accounts[figures.account.id].levels[PHASES.index(phase)]
-            then.append(LEVELS[index])
+            levels = earlier.accounts[figures.account.id].levels
+            then.append(LEVELS[levels[PHASES.index(phase)]])
             compared_now.append(getattr(figures, phase))
     now = organization_level(map(attrgetter(phase), run.audited), len(run.failed))
-    levels = [organization_level(some, 0) if some else None for some in (then, compared_now)]
-    return {"then": levels[0], "now": now, "compared_now": levels[1]}
+    if not then:
+        return {"then": None, "now": now, "compared_now": None}
+    lowest = organization_level(compared_now, failed=0)
+    return {"then": organization_level(then, failed=0), "now": now, "compared_now": lowest}
 
 
 def policies_and_events_document(run: Run) -> dict[str, Any]:
     """How many accounts in scope have each verdict of each control; how many events CloudTrail
     returned, and where it failed and why: None if it was not asked."""
-    accounts, found, events, unavailable = {}, run.enforcement, 0, {}
+    accounts, found, tracking, unavailable = {}, run.enforcement, run.tracking, {}
     for control in CONTROLS:
         verdicts = Counter(each[control].verdict for each in run.controls.values())
         accounts[control] = {**dict.fromkeys(VERDICTS, 0), **verdicts}
@@ -4160,15 +3833,13 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
     enforcement["root_credentials_why_not_checked"] = found.root_why_not or None
     if run.plan.events_since is None:
         return {"enforcement": enforcement, "cloudtrail": None}
-    for account, trail in run.trails:
-        events += len(trail.events)
-        if trail.error:
-            unavailable[account.id] = trail.error
-    since = iso(run.tracking.events_from) if run.tracking.events_from else None
-    out_of_reach = run.tracking.events_out_of_reach
-    cloudtrail: dict[str, Any] = {"since": since, "out_of_reach": out_of_reach}
-    cloudtrail.update(events=events, unavailable=unavailable)
-    return {"enforcement": enforcement, "cloudtrail": cloudtrail}
+    trail: dict[str, Any] = {"events": 0, "out_of_reach": tracking.events_out_of_reach}
+    trail["since"] = iso(tracking.events_from) if tracking.events_from else None
+    for account, found_there in run.trails:
+        trail["events"] += len(found_there.events)
+        if found_there.error:
+            unavailable[account.id] = found_there.error
+    return {"enforcement": enforcement, "cloudtrail": {**trail, "unavailable": unavailable}}
 
 
 def exceptions_document(run: Run) -> dict[str, Any]:
@@ -4214,346 +3885,6 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
     return sorted(entries, key=itemgetter("id"))
 
 
-# === Page: report.html, which loads nothing; values in, text out =================================
-
-FINDINGS_ON_PAGE, CHANGES_ON_PAGE = 2000, 200
-# Headings, those of numbers with a #, and in two tables how wide their columns are
-# fmt: off
-FINDINGS_HEADINGS = {
-    "#Priority": 6, "Finding": 14, "Account": 12, "User": 11, "Owner": 11, "Credential": 10,
-    "#Age in days": 6, "What to do": 23, "Controls": 7}
-ACCOUNTS_HEADINGS = {
-    "Account": 18, "OU": 14, "Phase 1": 8, "Phase 2": 8, "#Console users without MFA": 10,
-    "#Old active keys": 9, **dict.fromkeys(CONTROLS.values(), 8), "State": 9}
-# fmt: on
-OLDEST = "{access_key_id} of {username} in {account_id} {account_name}, {age_days:,} days"
-RUNS_HEADINGS = ("Run", "#Accounts audited", "#Without MFA", "#Active keys", "#Old keys")
-ROUND_NUMBERS = tuple(step * 10**power for power in range(9) for step in (2, 4, 6, 10))
-FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></label>{}<label>
-<input type="checkbox" value="p"> Production only</label>{}<output></output></div>"""
-WORDS = """<dl><dt>Phase 1, multi-factor authentication
-<dd>In Progress: console users (root, or IAM users with a password) lack MFA. Complete: none does.
-Advanced: a policy also keeps them from acting without MFA.<dt>Phase 2, use temporary credentials
-<dd>In Progress: access keys or API keys are older than the maximum age, or never expire. Complete:
-none is. Advanced: there are none.<dt>Not Started<dd>The account could not be audited.
-<dt>Baseline<dd>The newest earlier run that audited the account. What it does not have is new.
-<dt>Enforced, partial, absent<dd>A service control policy prevents it for all but those exempt; only
-under conditions; not at all.<dt>Witness<dd>What CloudTrail says about a change.</dl>"""
-STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;--line:#d5d8de;
---accent:#0062cc;--tint:#e6f0fc}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#0f151d;--soft:#19212c;--ink:#ebeef2;
---dim:#adb5c1;--line:#38424f;--accent:#5cb3ff;--tint:#15304d}}
-*{box-sizing:border-box} [hidden]{display:none!important} code{font:.75rem/1.4 Consolas,monospace}
-html{background:var(--bg);color:var(--ink);font:.875rem/1.45 "Segoe UI",Roboto,Arial,sans-serif}
-body{max-width:105rem;margin:0 auto;padding:2rem clamp(1rem,3vw,3rem);overflow-wrap:anywhere}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem} h3,dt{font-size:1rem;margin:0}
-h2{font-size:1.25rem;margin:2.5rem 0 1rem;padding-top:1rem;border-top:1px solid var(--line)}
-h1,h2,h3,th,dt,.big,.in0:has(+.in2){font-weight:600} .big{font-size:1.75rem} .in2{padding-left:1rem}
-p{margin:.125rem 0} dd{margin:0 0 .5rem} .in4{padding-left:2rem} .in6{padding-left:3rem}
-a,b,p,td,li,small,code{unicode-bidi:isolate} a,summary{color:var(--accent)}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px} small,dd{color:var(--dim)}
-small{display:block;font-size:.75rem} .warning h2{border:0;padding:0;margin:0 0 .5rem}
-.warning{border-left:.25rem solid var(--ink);background:var(--soft);padding:1rem;margin:1rem 0}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:2rem}
-.ladder{display:flex;align-items:end;gap:.25rem;list-style:none;margin:1rem 0;padding:0}
-.ladder li{flex:1;border-top:.25rem solid var(--line);background:var(--soft);padding:.5rem}
-.ladder li:nth-child(1){min-height:5rem} .ladder li:nth-child(2){min-height:6.25rem}
-.ladder li:nth-child(3){min-height:7.5rem} .ladder li:nth-child(4){min-height:8.75rem}
-.ladder .here{border-color:var(--accent);background:var(--tint)} svg line{stroke:var(--line)}
-svg{display:block;max-width:36rem;margin-top:.5rem;font-size:11px} svg text{fill:var(--dim)}
-svg circle{fill:var(--accent)} polyline{fill:none;stroke:var(--accent);stroke-width:2}
-.table{overflow:auto;max-height:44rem;border:1px solid var(--line);margin:.75rem 0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums} .end{text-anchor:end}
-th,td{padding:.5rem .625rem;vertical-align:top;border-bottom:1px solid var(--line)}
-th{text-align:left} .n,th.n{text-align:right}
-th{overflow-wrap:break-word;background:var(--soft);position:sticky;top:0;vertical-align:bottom}
-th button{all:unset;cursor:pointer} [aria-sort=ascending] button::after{content:" \\25B2"}
-[aria-sort=descending] button::after{content:" \\25BC"} .ages{max-width:60rem}
-i{display:block;height:.25rem;margin-top:.25rem;background:var(--accent)}
-.ages td{white-space:nowrap;padding-right:3rem} .ages th:first-child{width:9rem}
-.ages i{display:inline-block;height:.875rem;margin:0 .5rem 0 0;vertical-align:-.125rem}
-.filters{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1.25rem;margin-top:.75rem}
-input,select{font:inherit;color:inherit;background:var(--bg);border:1px solid;padding:.375rem}
-.cards :is(table,thead,tbody){display:block} .cards thead{position:sticky;top:0;z-index:1}
-.cards tr{display:grid} .cards tr:nth-child(n+31){content-visibility:auto;
-contain-intrinsic-size:auto 4rem} @media print,(min-width:60rem){.cards td::before{display:none}}
-@media screen and (max-width:60rem){.cards thead{display:none} .cards tr{padding:.5rem 0;
-grid-template-columns:1fr;border-top:1px solid var(--line)}
-.cards td{display:flow-root;padding:.125rem .75rem .125rem 9rem;border:0;text-align:left}
-.cards td::before{float:left;width:7.75rem;margin-left:-8.25rem;color:var(--dim)}
-.ladder{flex-direction:column-reverse;align-items:stretch} .ladder li:nth-child(n){min-height:0}}
-@media print{@page{size:A4;margin:12mm} html{font-size:8pt} body{padding:0}
-.filters,.cards tr:nth-child(n+61){display:none} *{print-color-adjust:exact}
-.table{overflow:visible;max-height:none;border:0} th{position:static} h2,h3{break-after:avoid}
-tr,li,.grid{break-inside:avoid}}
-"""
-SCRIPT = """
-const order = new Intl.Collator("en", {numeric: true});
-for (const box of document.querySelectorAll(".filters")) {
-  const rows = [...box.nextElementSibling.querySelectorAll("tbody tr")];
-  const words = rows.map(row => row.textContent.toLowerCase());
-  box.oninput = () => {
-    const wanted = box.querySelector("input").value.toLowerCase().split(/\\s+/);
-    const marks = [...box.querySelectorAll(":checked")].map(one => one.value).filter(Boolean);
-    rows.forEach((row, index) => {
-      row.hidden = !wanted.every(word => words[index].includes(word))
-        || !marks.every(mark => row.classList.contains(mark));
-    });
-    const shown = rows.filter(row => !row.hidden).length;
-    box.lastElementChild.textContent = `${shown} of ${rows.length} shown`;
-  };
-  box.oninput();
-  box.hidden = false;
-}
-for (const head of document.querySelectorAll(".cards th")) {
-  const button = document.createElement("button");
-  button.append(...head.childNodes);
-  head.append(button);
-  button.onclick = () => {
-    const up = head.ariaSort !== "ascending";
-    for (const other of head.parentNode.cells) other.ariaSort = null;
-    head.ariaSort = up ? "ascending" : "descending";
-    const body = head.closest("table").tBodies[0];
-    const key = row => row.cells[head.cellIndex].textContent.replaceAll(",", "");
-    const compare = (a, b) => order.compare(key(a), key(b)) * (up ? 1 : -1);
-    body.append(...[...body.rows].sort(compare));
-  };
-}
-"""
-
-
-def report_page(run: Run, summary: Summary) -> str:
-    """The page. By its policy a browser loads nothing, and runs no style or script but these."""
-    style, policy, body = page_style(), "default-src 'none'; base-uri 'none'", ""
-    for kind, content in (("style", style), ("script", SCRIPT)):
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        policy += f"; {kind}-src 'sha256-{digest}'"
-    for title, content in (
-        ("Maturity", maturity_part(summary)),
-        ("Trend", trend_part(summary)),
-        ("Age of the active access keys", ages_part(summary)),
-        ("What to fix first", findings_part(run, summary)),
-        ("Accounts", accounts_part(summary)),
-        ("What has changed", changes_part(run, summary)),
-        ("What policies enforce", outline(enforcement_lines(summary))),
-        ("About this page", about_part(summary)),
-    ):
-        body += f"<section><h2>{title}</h2>{content}</section>\n"
-    return f"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}; form-action 'none'">
-<meta name="referrer" content="no-referrer">
-<meta name="viewport" content="width=device-width"><title>IAM audit {summary["started"]}</title>
-<style>{style}</style><header>{heading_part(summary)}</header>
-<main>{body}</main><script>{SCRIPT}</script></html>
-"""
-
-
-def page_style() -> str:
-    """STYLE with the lengths of bars and, for narrow screens, the heading in each cell."""
-    style = STYLE + "".join(f".b{length}{{width:{length}%}}" for length in range(5, 101, 5))
-    for css, headings in (("findings", FINDINGS_HEADINGS), ("accounts", ACCOUNTS_HEADINGS)):
-        columns = "fr ".join(map(str, headings.values()))
-        style += f"@media print,(min-width:60rem){{.{css} tr{{grid-template-columns:{columns}fr}}}}"
-        for number, heading in enumerate(headings, 1):
-            style += f".{css} td:nth-child({number})::before{{content:{heading.strip('#')!r}}}"
-    return style
-
-
-def safe(value: Any) -> str:
-    """A value as text that is neither markup nor steers the display."""
-    return html.escape(printable(str(value)))
-
-
-def outline(lines: Iterable[str]) -> str:
-    """Lines of the terminal, as deep as they are indented there."""
-    text = ""
-    for line in lines:
-        text += f'<p class="in{len(line) - len(line.lstrip())}">{safe(line.strip())}'
-    return text
-
-
-def bar(part: int, whole: int) -> str:
-    """A bar, with its length in a class: the policy forbids style attributes."""
-    return f'<i class="b{-(-20 * part // whole) * 5}"></i>' if part else ""
-
-
-def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls, by keyboard too. Rows have their class, then their cells in HTML."""
-    head, starts, body = "", list[str](), list[str]()
-    for heading in headings:
-        mark, words = ' class="n"' if heading[0] == "#" else "", heading.strip("#")
-        head += f'<th scope="col"{mark}>{words[0].upper()}{words[1:]}</th>'
-        starts.append(f"\n<td{mark}>")
-    for marks, *cells in rows:
-        body.append(f'<tr class="{marks}">' if marks else "<tr>")
-        for start, cell in zip(starts, cells):
-            body += (start, cell)
-    region = f'<div class="table {css}" tabindex="0" role="region" aria-label="{title}">'
-    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f"{region}<table>{inside}</table></div>"
-
-
-def heading_part(summary: Summary) -> str:
-    """What was audited, and a warning of what was not."""
-    title, *facts = heading_lines(summary)
-    warnings = [*failed_lines(summary, quiet=True), *not_checked_lines(summary)]
-    if why_not := summary["enforcement"]["why_not_checked"]:
-        warnings.append(f"Service control policies were not checked: {why_not}")
-    text = f"<h1>{safe(title)}</h1>" + outline(facts)
-    if warnings:
-        title = "<h2>Warning: nothing is known of this</h2>"
-        text += f'<div class="warning">{title}{outline(warnings)}</div>'
-    return text
-
-
-def maturity_part(summary: Summary) -> str:
-    """For each phase what holds the organization on its rung, the ladder, and what has changed."""
-    text, changes = "", summary["changes"]
-    for phase, maturity in summary["maturity"].items():
-        title, *reasons, _accounts = phase_lines(summary, phase)
-        reason = "; ".join(map(str.strip, reasons))
-        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason))
-        text += f'<div><h3>{title}</h3>{reason}<ol class="ladder">'
-        for level, number in maturity["accounts"].items():
-            here = (' class="here" aria-current="step"', " &#9664; here")
-            mark, words = here if level == maturity["level"] else ("", "")
-            text += f"<li{mark}><b>{level}{words}</b><small>{count(number, 'account')}</small>"
-        change = level_in_words(**changes["maturity"][phase]) if changes else "this run is it"
-        text += f"</ol>Since the baseline: {change}</div>"
-    return f'<div class="grid">{text}</div>'
-
-
-def trend_part(summary: Summary) -> str:
-    """Charts of the finished runs of this scope, and their figures as a table."""
-    runs, rows, text = summary["runs"], [], ""
-    old = f"Active access keys older than {summary['max_key_age_days']} days"
-    titles = ("Console users without MFA", "Active access keys", old)
-    for name, title, unit in zip(RUN_GAPS, titles, ("users", "keys", "keys")):
-        text += chart(title, unit, [(parse_time(one["started"]), one[name]) for one in runs])
-    for one in runs:
-        numbers = map("{:,}".format, itemgetter("audited", *RUN_GAPS)(one))
-        rows.append(("", one["started"], *numbers))
-    figures = table("The figures of the charts", "runs", RUNS_HEADINGS, rows)
-    text = f'<div class="grid">{text}</div>{"" if rows[1:] else "This run is the baseline."}'
-    return f"{text}<details><summary>The figures as a table</summary>{figures}</details>"
-
-
-def chart(title: str, unit: str, points: Sequence[tuple[datetime, int]]) -> str:
-    """A line through the points over time, from 0 to a round number."""
-    (first, before), (last, now) = points[0], points[-1]
-    highest, span = max(map(itemgetter(1), points)), (last - first).total_seconds()
-    top = next(each for each in ROUND_NUMBERS if each >= highest)
-    text, line, told = "", "", f"{unit}, {before:,} on {first:%Y-%m-%d}" if span else unit
-    for number in (0, top // 2, top):
-        y = 140 - 120 * number // top
-        text += f'<line x1="44" x2="356" y1="{y}" y2="{y}"/>'
-        text += f'<text x="38" y="{y + 4}" class="end">{number:,}</text>'
-    for moment, number in points:
-        x = 50 + 300 * ((moment - first).total_seconds() / span if span else 0.5)
-        at = f"{x:.1f}", f"{140 - 120 * number / top:.1f}"
-        line += ",".join(at) + " "
-        text += '<circle cx="{}" cy="{}" r="3"/>'.format(*at)
-    text += f'<polyline points="{line}"/><text x="44" y="160">{first:%Y-%m-%d}</text>'
-    text += f'<text x="356" y="160" class="end">{last:%Y-%m-%d}</text>' if span else ""
-    caption = f'<h3>{title}</h3><b class="big">{now:,}</b> {told}'
-    image = f'<svg viewBox="0 0 360 165" role="img"><title>{title}: {now:,} {told}</title>'
-    return f'<div>{caption}{image}<text y="10">{unit}</text>{text}</svg></div>'
-
-
-def ages_part(summary: Summary) -> str:
-    """A histogram, with the production accounts apart, and the oldest key."""
-    rows, (whole, production) = [], map(itemgetter("active_key_ages"), summary["gaps"].values())
-    for name, *numbers in zip(KEY_AGES, whole, production):
-        rows.append(("", name, *(f"{bar(number, max(whole))}{number:,}" for number in numbers)))
-    text = table("Age of the active access keys", "ages", ("Age", "All", "In production"), rows)
-    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
-        text += f"<p>The oldest: {safe(OLDEST.format(**oldest))}"
-    return text
-
-
-def findings_part(run: Run, summary: Summary) -> str:
-    """The most urgent findings, and the exceptions that no longer serve."""
-    rows = []
-    for finding in run.findings[:FINDINGS_ON_PAGE]:
-        row = {name: safe(cell) for name, cell in zip(FINDINGS_COLUMNS, finding_row(finding, run))}
-        rows.append(finding_cells(row))
-    options = "".join(map("<option>{}</option>".format, summary["findings"]))
-    text = FILTERS.format(
-        f'<label>Priority <select><option value="">all</option>{options}</select></label>',
-        '<label><input type="checkbox" value="new"> New since the baseline</label>',
-    )
-    text += table("What to fix first", "cards findings", FINDINGS_HEADINGS, rows)
-    number = f"{len(rows):,} of {count(len(run.findings), 'finding')}"
-    text += f'<p>These are {number}; all are in <a href="findings.csv">findings.csv</a>'
-    return text + outline(exception_lines(summary, "expired") + exception_lines(summary, "unused"))
-
-
-def finding_cells(row: Mapping[str, str]) -> Sequence[str]:
-    """A finding's classes, for the filters, and cells; what belongs together is in one."""
-    production, new = row["production"] == "true", row["new"] == "true"
-    what = f"{row['finding']}{' <b>(new)</b>' * new}<small>{row['reasons']}</small>"
-    if row["exception"]:
-        what += f"<small>Exception until {row['until']}: {row['exception']}</small>"
-    account = f"{row['account_name']}<small>{row['account_id']}{', production' * production}"
-    account += f"</small><small>{row['ou']}</small>"
-    admin = "<small>administrator</small>" * (row["administrator"] == "true")
-    advice = re.sub("`(.*?)`", r"<code>\1</code>", row["recommendation"])
-    which = (account, row["username"] + admin, row["owner"], row["access_key_id"], row["age_days"])
-    marks = f"{row['priority']}{' p' * production}{' new' * new}"
-    return (marks, row["priority"], what, *which, advice, row["controls"])
-
-
-def accounts_part(summary: Summary) -> str:
-    """The accounts with the most gaps, then all in scope: first those that were not audited."""
-    entries = sorted(summary["accounts"], key=lambda one: bool(one["result"] == "audited"))
-    rows = table("Accounts", "cards accounts", ACCOUNTS_HEADINGS, map(account_cells, entries))
-    return f"{outline(most_gaps_lines(summary))}{FILTERS.format('', '')}{rows}"
-
-
-def account_cells(one: Summary) -> Sequence[str]:
-    """An account's class and cells. Of skipped and failed ones little or nothing is known."""
-    name, state, shares = safe(one["name"] or one["id"]), one["result"], ["", ""]
-    levels = [one["maturity"][phase] if "maturity" in one else "" for phase in PHASES]
-    verdicts = [one["controls"][each]["verdict"] if "controls" in one else "" for each in CONTROLS]
-    if state == "audited":
-        name, gaps = f'<a href="accounts/{safe(one["id"])}.csv">{name}</a>', one["gaps"]
-        users = (gaps["console_users_without_mfa"], gaps["console_users"])
-        keys = (gaps["active_keys_older_than_max_age"], gaps["active_keys"])
-        shares = [f"{part:,} of {whole:,}{bar(part, whole)}" for part, whole in (users, keys)]
-    elif state == "failed":
-        state += f" at {one['step']}: {one['error']['code']}"
-    else:
-        state += f": {one['state']}"
-    state += "".join(f", without {operation}" for operation in one["not_checked"])
-    production = one["result"] != "skipped" and one["production"]
-    name += f"<small>{safe(one['id'])}{', production' * production}</small>"
-    unit = f"{safe(one['ou'])}<small>{safe(one['email'])}</small>"
-    return ("p" * production, name, unit, *levels, *shares, *verdicts, safe(state))
-
-
-def changes_part(run: Run, summary: Summary) -> str:
-    """What is new, fixed and gone, with who did it as far as CloudTrail tells."""
-    text = outline(change_lines(run, summary) + witness_lines(summary))
-    if summary["changes"] is None:
-        return text
-    changes = run.tracking.changes[:CHANGES_ON_PAGE]
-    rows = [("", *map(safe, change_row(change))) for change in changes]
-    text += table("What has changed", "changes", CHANGES_COLUMNS, rows) if rows else ""
-    return f'{text}<p>All changes are in <a href="changes.csv">changes.csv</a>'
-
-
-def about_part(summary: Summary) -> str:
-    """The files, the options and thresholds, and what each word means."""
-    files = '<a href="summary.json">summary.json</a> <a href="credentials.csv">credentials.csv</a>'
-    settings = {**summary["scope"], **summary["options"]}
-    for name in ("version", "role", "max_key_age_days", "max_unused_days", "production_pattern"):
-        settings[name] = summary[name]
-    lines = map("{}: {}".format, settings, settings.values())
-    return f"<p>Files: {files}{outline(lines)}{WORDS}"
-
-
 # === Documents: what --print prints ==============================================================
 
 DOCUMENTS = {
@@ -4568,11 +3899,9 @@ DOCUMENTS = {
 DEFAULT_ROLE = "IAMAuditRole"
 SCP_LONGEST = 10_240  # characters, including white space
 # The caller's reads that IAM can limit: the Sid of their statement, and the ARNs
-SCPS = "arn:*:organizations::*:policy/*service_control_policy/*"
-LIMITED_READS = {
-    **dict.fromkeys(POLICY_READS, ("ReadPolicies", SCPS)),
-    "organizations:DescribeOrganizationalUnit": ("ReadOUs", "arn:*:organizations::*:ou/*"),
-}
+SCPS, OUS = "arn:*:organizations::*:policy/*service_control_policy/*", "arn:*:organizations::*:ou/*"
+LIMITED_READS = dict.fromkeys(POLICY_READS, ("ReadPolicies", SCPS))
+LIMITED_READS["organizations:DescribeOrganizationalUnit"] = ("ReadOUs", OUS)
 NEW_KEYS = (
     "iam:CreateAccessKey", "iam:CreateServiceSpecificCredential",
     "iam:ResetServiceSpecificCredential", "iam:UploadSigningCertificate",
@@ -4582,28 +3911,21 @@ NEW_PASSWORDS = ("iam:CreateLoginProfile", "iam:UpdateLoginProfile")
 
 def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[str] = ()) -> str:
     """The text of one of DOCUMENTS: JSON, valid on its own."""
-    reads = statement_of("Allow", "ReadIAM", ROLE_READS)
-    role_policy = policy_of(reads, statement_of("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
-    documents = {
-        "caller-policy": caller_policy(role),
-        "role-policy": role_policy,
-        "role-trust": policy_of(grant({"AWS": "111122223333"}, "sts:AssumeRole")),  # AWS's example
-        "role-template": role_template(role, role_policy),
-        "scp-require-mfa": scp_require_mfa(),
-        "scp-deny-access-keys": scp_deny_access_keys(exempt_roles),
-        "alert-rule": alert_rule(),
-    }
-    return json.dumps(documents[name], indent=2) + "\n"
-
-
-def caller_policy(role: str) -> dict[str, Any]:
-    statements = dict[str, dict[str, Any]]()
+    callers = dict[str, dict[str, Any]]()
     for read in CALLER_READS:
         sid, arns = LIMITED_READS.get(read, ("ReadOrganization", "*"))
-        statements.setdefault(sid, statement_of("Allow", sid, (), arns))["Action"].append(read)
+        callers.setdefault(sid, statement_of("Allow", sid, (), arns))["Action"].append(read)
     role_arn = f"arn:*:iam::*:role/{role}"
     assume = statement_of("Allow", "AssumeAuditRole", ["sts:AssumeRole"], role_arn)
-    return policy_of(*statements.values(), assume)
+    reads = statement_of("Allow", "ReadIAM", ROLE_READS)
+    role_policy = policy_of(reads, statement_of("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
+    trust = {"Effect": "Allow", "Principal": {"AWS": "111122223333"}, "Action": "sts:AssumeRole"}
+    documents = (
+        *(policy_of(*callers.values(), assume), role_policy, policy_of(trust)),
+        *(role_template(role, role_policy), scp_require_mfa(), scp_deny_access_keys(exempt_roles)),
+        alert_rule(),
+    )
+    return json.dumps(dict(zip(DOCUMENTS, documents))[name], indent=2) + "\n"
 
 
 def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
@@ -4612,25 +3934,24 @@ def role_template(role: str, role_policy: Mapping[str, Any]) -> dict[str, Any]:
     account = {"AWS": {"Fn::Sub": "arn:${AWS::Partition}:iam::${AuditingAccountId}:root"}}
     external_id = {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}}
     condition = {"Fn::If": ["HasExternalId", external_id, {"Ref": "AWS::NoValue"}]}
-    trust = policy_of(grant(account, "sts:AssumeRole", Condition=condition))
+    trust = {"Effect": "Allow", "Principal": account, "Action": "sts:AssumeRole"}
     properties = {
         "RoleName": {"Ref": "RoleName"},
         "Path": f"{path}/",
         "Description": "Read by iam_audit.py: users, their credentials and MFA devices",
-        "AssumeRolePolicyDocument": trust,
+        "AssumeRolePolicyDocument": policy_of({**trust, "Condition": condition}),
         "Policies": [{"PolicyName": "iam-audit", "PolicyDocument": role_policy}],
     }
+    no_external_id = {"Fn::Equals": [{"Ref": "ExternalId"}, ""]}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "The role that iam_audit.py assumes, read-only",
         "Parameters": {
             "RoleName": parameter("Name of the role", r"[\w+=,.@-]{1,64}", Default=name),
             "AuditingAccountId": parameter("Account that runs the audit", r"\d{12}"),
-            "ExternalId": parameter(
-                "--external-id, if any", r"([\w+=,.@:/-]{2,1224})?", Default=""
-            ),
+            "ExternalId": parameter("If required", r"([\w+=,.@:/-]{2,1224})?", Default=""),
         },
-        "Conditions": {"HasExternalId": {"Fn::Not": [{"Fn::Equals": [{"Ref": "ExternalId"}, ""]}]}},
+        "Conditions": {"HasExternalId": {"Fn::Not": [no_external_id]}},
         "Resources": {"Role": {"Type": "AWS::IAM::Role", "Properties": properties}},
     }
 
@@ -4659,19 +3980,16 @@ def alert_rule() -> dict[str, Any]:
     """CloudFormation for us-east-1, where CloudTrail records IAM: a message for each event."""
     topic, email = {"Ref": "Topic"}, {"Protocol": "email", "Endpoint": {"Ref": "Email"}}
     # No condition on the rule's ARN: EventBridge does not support conditions in topic policies.
-    publish = grant({"Service": "events.amazonaws.com"}, "sns:Publish", Resource=topic)
+    events = {"Service": "events.amazonaws.com"}
+    publish = {"Effect": "Allow", "Principal": events, "Action": "sns:Publish", "Resource": topic}
     policy = {"Topics": [topic], "PolicyDocument": policy_of(publish)}
     actions = (*NEW_KEYS, *NEW_PASSWORDS, "iam:DeactivateMFADevice")
-    detail = {
-        "eventSource": ["iam.amazonaws.com"],
-        "eventName": [action.removeprefix("iam:") for action in actions],
-        "errorCode": [{"exists": False}],
-    }
-    pattern = {"source": ["aws.iam"], "detail-type": ["AWS API Call via CloudTrail"]}
-    rule = {
-        "EventPattern": {**pattern, "detail": detail},
-        "Targets": [{"Id": "Topic", "Arn": topic}],
-    }
+    names = [action.partition(":")[2] for action in actions]
+    iam, succeeded = ["iam.amazonaws.com"], [{"exists": False}]
+    detail = {"eventSource": iam, "eventName": names, "errorCode": succeeded}
+    kind = ["AWS API Call via CloudTrail"]
+    pattern = {"source": ["aws.iam"], "detail-type": kind, "detail": detail}
+    rule = {"EventPattern": pattern, "Targets": [{"Id": "Topic", "Arn": topic}]}
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": "A message for each new credential or MFA deactivation (for us-east-1)",
@@ -4698,10 +4016,6 @@ def statement_of(effect: str, sid: str, actions: Iterable[str], arns: str = "*")
     return {"Sid": sid, "Effect": effect, "Action": list(actions), "Resource": arns}
 
 
-def grant(principal: Mapping[str, Any], action: str, **more: Any) -> dict[str, Any]:
-    return {"Effect": "Allow", "Principal": principal, "Action": action, **more}
-
-
 # === Options: the command line, its validators and help; the progress line =======================
 
 # prod, prd, production or live as a word of its own (prod2 too), but not after no, non, not or pre
@@ -4709,12 +4023,11 @@ DEFAULT_PRODUCTION = (
     r"(?<![a-z0-9])(?<!(?<![a-z0-9])no[-_. ])(?<!(?<![a-z0-9])no[nt][-_. ])"
     r"(?<!(?<![a-z0-9])pre[-_. ])(?:prod|prd|production|live)[0-9]*(?![a-z0-9])"
 )
-DEFAULT_OWNER_TAGS = "owner,Owner,team,Team,contact,email"
 DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
 HELP_EPILOG = f"""\
 examples:
-  python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
-  python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
+  iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
+  iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
 
 documents of --print:
 {DOCUMENT_LIST}
@@ -4728,63 +4041,59 @@ exit codes:
   5    both 3 and 4
   130  interrupted (SIGINT); 143: terminated (SIGTERM); 129: hung up (SIGHUP)
 """
-
-
-class FailOn(NamedTuple):
-    """What ends with exit code 4 or 5: findings of `priority` or worse (0: none), new keys."""
-
-    priority: int = 0
-    new_keys: bool = False
+# What ends with exit code 4 or 5: findings of `priority` or worse (0: none), new keys
+FailOn = namedtuple("FailOn", "priority new_keys", defaults=(0, False))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argument_parser()
-    options = parser.parse_args(argv)
-    exempt, document = options.exempt_role, options.document
-    if not options.role and not document:
-        parser.error("the following arguments are required: --role")
-    if exempt and document != "scp-deny-access-keys":
-        parser.error("argument --exempt-role: use it with --print scp-deny-access-keys")
-    if document and re.search(r"[*?$]", "".join([*exempt, options.role or ""])):
-        parser.error("argument --print: in a policy, *, ? and $ would stand for other roles")
-    if len(print_document("scp-deny-access-keys", "", exempt)) > SCP_LONGEST:
-        parser.error(f"argument --exempt-role: too many; an SCP has {SCP_LONGEST:,} characters")
-    if both := options.accounts & options.exclude | options.ou & options.exclude_ou:
-        parser.error(f"cannot be both audited and left out: {', '.join(sorted(both))}")
-    if options.retry_failed and options.accounts:
-        parser.error("argument --retry-failed: not allowed with argument --accounts")
-    if options.since and not options.cloudtrail:
-        parser.error("argument --since: use it with --cloudtrail")
+    options = (parser := argument_parser()).parse_args(argv)
+    exempt, document, deny = options.exempt_role, options.document, "scp-deny-access-keys"
+    accounts, since, retry = options.accounts, options.since, options.retry_failed
+    pattern = document and re.search(r"[*?$]", "".join([*exempt, options.role or ""]))
+    too_long = len(print_document(deny, "", exempt)) > SCP_LONGEST
+    both = accounts & options.exclude | options.ou & options.exclude_ou
+    for wrong, message in (
+        (not options.role and not document, "the following arguments are required: --role"),
+        (exempt and document != deny, f"argument --exempt-role: use it with --print {deny}"),
+        (pattern, "argument --print: in a policy, *, ? and $ would stand for other roles"),
+        (too_long, f"argument --exempt-role: too many; an SCP has {SCP_LONGEST:,} characters"),
+        (both, f"cannot be both audited and left out: {', '.join(sorted(both))}"),
+        (retry and accounts, "argument --retry-failed: not allowed with argument --accounts"),
+        (since and not options.cloudtrail, "argument --since: use it with --cloudtrail"),
+        (since and since > utc_now(), f"argument --since: {since} is in the future"),
+    ):
+        if wrong:
+            parser.error(message)
+    limits = accounts, options.exclude, options.ou, options.include_management
+    options.scope = Scope(*limits, options.exclude_ou, retry)
     return options
 
 
 def argument_parser() -> argparse.ArgumentParser:
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=TERMINAL_WIDTH)
+    flag = {"action": "store_true"}
+    ids = {"metavar": "ID[,ID...]", "type": parse_ids, "default": frozenset()}
+    ous = {"metavar": "OU_ID[,OU_ID...]", "type": parse_ous, "default": frozenset()}
+    days = {"metavar": "DAYS", "type": parse_days, "default": "90"}
     # fmt: off
     parser = argparse.ArgumentParser(
         prog="iam_audit.py", epilog=HELP_EPILOG, formatter_class=layout, allow_abbrev=False,
         description="List the users and long-term credentials of an AWS organization.")
     parser.add_argument("--version", action="version", version=f"iam-audit {VERSION}")
-    add = parser.add_argument_group("access").add_argument
+    add: Any = parser.add_argument_group("access").add_argument
     add("--profile", metavar="NAME", type=parse_name, help="AWS profile in the management account "
         "or a delegated administrator account (default: the SDK's default credential chain)")
     add("--role", metavar="NAME", type=parse_role, help="role to assume in each account, required "
         "for an audit: a name, or a path and a name, for example audit/IAMAuditRole")
-    add("--external-id", metavar="ID", type=parse_external_id,
-        help="external ID that the role's trust policy requires")
+    add("--external-id", metavar="ID", type=parse_external_id, help="external ID, if required")
     add = parser.add_argument_group("accounts").add_argument
-    add("--accounts", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
-        help="audit only these accounts; @FILE has one ID per line and # comments")
-    add("--exclude", metavar="ID[,ID...]", type=parse_ids, default=frozenset(),
-        help="leave these accounts out; also takes @FILE")
-    add("--ou", metavar="OU_ID[,OU_ID...]", type=parse_ous, default=frozenset(),
-        help="audit only accounts below these organizational units")
-    add("--exclude-ou", metavar="OU_ID[,OU_ID...]", type=parse_ous, default=frozenset(),
-        help="leave out accounts below these organizational units")
-    add("--include-management", action="store_true", help="also audit the management account: with "
-        "the profile's own credentials if the profile belongs to it, otherwise through the role")
-    add("--retry-failed", action="store_true",
-        help="audit only the accounts that failed in the newest finished run of the output folder")
+    add("--accounts", **ids, help="audit only these; @FILE has one ID per line and # comments")
+    add("--exclude", **ids, help="leave these accounts out; also takes @FILE")
+    add("--ou", **ous, help="audit only accounts below these organizational units")
+    add("--exclude-ou", **ous, help="leave out accounts below these organizational units")
+    add("--include-management", **flag, help="also audit the management account: with the "
+        "profile's own credentials if the profile belongs to it, otherwise through the role")
+    add("--retry-failed", **flag, help="audit only what failed in the folder's newest finished run")
     add = parser.add_argument_group("speed").add_argument
     add("--workers", metavar="N", type=parse_workers, default="auto",
         help="maximum number of API requests at a time, 1 to 256 (default: %(default)s)")
@@ -4794,33 +4103,29 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--production", metavar="REGEX", type=parse_pattern, default=DEFAULT_PRODUCTION,
         help="searched in each account's name, ID and organizational units, ignoring case, to find "
              "production (default: prod, prd, production or live as a separate word)")
-    add("--max-key-age", metavar="DAYS", type=parse_days, default="90",
-        help="report active access keys older than this (default: %(default)s)")
-    add("--max-unused", metavar="DAYS", type=parse_days, default="90",
-        help="report passwords and active access keys not used for longer (default: %(default)s)")
-    add("--owner-tag", metavar="KEY[,KEY...]", type=parse_tag_keys, default=DEFAULT_OWNER_TAGS,
+    add("--max-key-age", **days, help="report active access keys older than this (default: 90)")
+    add("--max-unused", **days, help="report passwords and keys unused for longer (default: 90)")
+    add("--owner-tag", metavar="KEY[,KEY...]", type=parse_tag_keys, dest="owner_tags",
+        default="owner,Owner,team,Team,contact,email",
         help="tags that name a user's owner, the most important first (default: %(default)s)")
-    add("--exceptions", metavar="FILE", type=lambda path: from_file(parse_exceptions, path),
+    add("--exceptions", metavar="FILE", type=functools.partial(from_file, parse_exceptions),
         default=(), help="CSV file of accepted findings; README.md describes its columns")
     add = parser.add_argument_group("changes").add_argument
-    add("--previous", metavar="DIR|AGE", type=parse_previous,
-        help="compare with the run in this folder, or with each account's newest run that is at "
-             "least this old, for example 30d (default: each account's newest run)")
-    add("--cloudtrail", action="store_true", help="ask CloudTrail in each account who made the "
-        "changes; the role then requires cloudtrail:LookupEvents")
-    add("--since", metavar="DATE", type=parse_past_date, help="ask CloudTrail from this date on: "
+    add("--previous", metavar="DIR|AGE", type=parse_previous, help="compare with the run in this "
+        "folder, or each account's newest at least this old, for example 30d (default: its newest)")
+    add("--cloudtrail", **flag, help="ask CloudTrail in each account who made the changes; the "
+        "role then requires cloudtrail:LookupEvents")
+    add("--since", metavar="DATE", type=parse_date, help="ask CloudTrail from this date on: "
         "2026-01-31 or 2026-01-31T12:00:00Z (default: from the compared run, or for 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="folder in which each run creates its own (default: %(default)s)")
-    add("--no-page", action="store_false", dest="page", help="do not write report.html")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
         help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
-             f"priority N or more urgent ({MOST_URGENT} to {LEAST_URGENT}), or new-keys: access or "
-             "API keys created since the account's last audit")
-    add("-q", "--quiet", action="store_true", help="print nothing unless something needs attention")
-    add("-v", "--verbose", action="store_true",
-        help="print one line per account and step, and tracebacks, to stderr")
+             f"priority N ({MOST_URGENT} to {LEAST_URGENT}) or more urgent, or new-keys (access or "
+             "API keys) since the account's last audit")
+    add("-q", "--quiet", **flag, help="print nothing unless something needs attention")
+    add("-v", "--verbose", **flag, help="print accounts, their steps and tracebacks to stderr")
     add = parser.add_argument_group("documents").add_argument
     add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
         help="print a document to deploy (see below) for the role in --role, and exit")
@@ -4832,9 +4137,13 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def matching(kind: Callable[[str], T], pattern: str, what: str, text: str) -> T:
     """The text as this kind of value, if it matches."""
-    if not re.fullmatch(pattern, text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return kind(text)
+    why = ""
+    try:
+        if re.fullmatch(pattern, text, re.ASCII):
+            return kind(text)
+    except (ValueError, re.error, OverflowError, RecursionError) as error:
+        why = f": {error}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}{why}")
 
 
 def parts_of(kind: Callable[[Iterable[str]], T], parse: Callable[[str], str], text: str) -> T:
@@ -4874,13 +4183,6 @@ def from_file(parse: Callable[[str], T], path: str) -> T:
         raise argparse.ArgumentTypeError(f"{path!r}: {why}") from None
 
 
-def parse_pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(parse_name(text), re.IGNORECASE)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
-
-
 def parse_previous(text: str) -> Path | timedelta:
     """A folder, or an age such as 30d; a folder of that name is ./30d."""
     if re.fullmatch(r"\d+d", text, re.ASCII):
@@ -4888,16 +4190,6 @@ def parse_previous(text: str) -> Path | timedelta:
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor an age such as 30d")
     return Path(text)
-
-
-def parse_past_date(text: str) -> datetime:
-    try:
-        moment = parse_time(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date such as 2026-01-31") from None
-    if moment > utc_now():
-        raise argparse.ArgumentTypeError(f"{text!r} is in the future")
-    return moment
 
 
 def parse_fail_on(text: str) -> FailOn:
@@ -4915,7 +4207,11 @@ OU = (r"ou-[0-9a-z]{4,32}-[0-9a-z]{8,32}", "the ID of an organizational unit (ou
 WORKERS = (r"auto|[1-9]\d?|1\d\d|2[0-4]\d|25[0-6]", "auto or a number from 1 to 256")
 DAYS = (r"(?=.*[1-9])\d{1,4}", "a number of days from 1 to 9999")
 SECONDS = (r"(?=.*[1-9])\d{1,6}(\.\d+)?", "a number of seconds above 0")
-parse_name = functools.partial(matching, str, r"(?s).+", "a name: it is empty")
+ANY = r"(?s).+"
+parse_name = functools.partial(matching, str, ANY, "a name: it is empty")
+ignoring_case = functools.partial(re.compile, flags=re.IGNORECASE)
+parse_pattern = functools.partial(matching, ignoring_case, ANY, "a regular expression")
+parse_date = functools.partial(matching, parse_time, ANY, "a date such as 2026-01-31")
 parse_external_id = functools.partial(matching, str, r"[\w+=,.@:/-]{2,1224}", AN_EXTERNAL_ID)
 parse_workers = functools.partial(matching, lambda text: int(text.replace("auto", "0")), *WORKERS)
 parse_days = functools.partial(matching, lambda text: timedelta(days=int(text)), *DAYS)
@@ -4925,58 +4221,56 @@ parse_ous = functools.partial(parts_of, frozenset, functools.partial(matching, s
 parse_tag_keys = functools.partial(parts_of, tuple, parse_name)
 
 
-class Status:
-    """stderr: the progress line on a terminal, and --verbose. The run goes on if it is closed."""
+def complain(text: str, end: str = "\n") -> None:
+    """Print to stderr. If nobody can read it, the run and its exit code stay what they are."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
-    def __init__(self, out: TextIO | None, progress: Progress, quiet: bool, verbose: bool) -> None:
-        self._out, self._progress = out, progress
-        self._verbose = verbose and out is not None
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._draws = out is not None and out.isatty() and not dumb and not quiet
-        self._started = time.monotonic()
+
+def columns_of(stream: Any) -> int:
+    """The width of the stream's terminal; 0 if there is none or, as some do, it says 0."""
+    with contextlib.suppress(AttributeError, OSError):
+        return os.get_terminal_size(stream.fileno()).columns
+    return 0
+
+
+class Status:
+    """stderr: the progress line on a terminal, and --verbose."""
+
+    def __init__(self, progress: Progress, quiet: bool, verbose: bool) -> None:
+        self._progress, self._verbose, self._started = progress, verbose, time.monotonic()
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._draws = terminal and os.environ.get("TERM", "dumb") != "dumb" and not quiet
 
     def log(self, line: str) -> None:
         if self._verbose:
             self._write(f"{time.monotonic() - self._started:8.2f}s {printable(line)}\n")
 
     def warn(self, line: str) -> None:
-        if self._out is not None:
-            self._write(f"iam_audit.py: {printable(line)}; the run goes on.\n")
+        self._write(f"iam_audit.py: {printable(line)}; the run goes on.\n")
 
     async def draw(self) -> None:
         """Keep the progress line up to date until the task is cancelled, and erase it then."""
         try:
-            while self._draws and self._out is not None:
-                columns = 80
-                with contextlib.suppress(OSError):  # some terminals do not know it and say 0
-                    columns = os.get_terminal_size(self._out.fileno()).columns or 80
-                elapsed = time.monotonic() - self._started
-                self._write(progress_line(self._progress, elapsed)[: columns - 1])
+            while self._draws:
+                self._write(self._progress_line()[: (columns_of(sys.stderr) or 80) - 1])
                 await asyncio.sleep(0.2)
         finally:
-            if self._draws:
-                self._write("")
+            self._write("")
+
+    def _progress_line(self) -> str:
+        now, elapsed = self._progress, time.monotonic() - self._started
+        line = f"{now.done:,} of {now.listed:,}{'' if now.all_listed else '+'} accounts"
+        line += f", {now.failed:,} failed" if now.failed else ""
+        line += f", {clock(timedelta(seconds=elapsed))}"
+        if now.done and now.all_listed:
+            left = elapsed / now.done * (now.listed - now.done)
+            line += f", about {clock(timedelta(seconds=left))} left"
+        return line
 
     def _write(self, text: str) -> None:
-        """Write the text where the progress line is, if it is drawn."""
-        if self._draws:
-            text = "\r\x1b[K" + text
-        try:
-            print(text, end="", file=self._out, flush=True)
-        except OSError:
-            self._draws = self._verbose = False
-
-
-def progress_line(progress: Progress, elapsed: float) -> str:
-    more = "" if progress.all_listed else "+"
-    parts = [f"{progress.done:,} of {progress.listed:,}{more} accounts"]
-    if progress.failed:
-        parts.append(f"{progress.failed:,} failed")
-    parts.append(clock(timedelta(seconds=elapsed)))
-    if progress.done and progress.all_listed:
-        left = elapsed / progress.done * (progress.listed - progress.done)
-        parts.append(f"about {clock(timedelta(seconds=left))} left")
-    return ", ".join(parts)
+        complain("\r\x1b[K" * self._draws + text, end="")  # in place of the progress line
 
 
 if __name__ == "__main__":

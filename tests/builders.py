@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import endpoint as aws
 import pytest
@@ -127,6 +128,8 @@ def run_of(outcomes: Iterable[Outcome], *arguments: str, caller: Caller = CALLER
         Tracking(),
         Enforcement(),
     )
+    nowhere: Any = SimpleNamespace(add=lambda *_: None)  # these runs write no files
+    found.credentials = nowhere
     for outcome in outcomes:
         iam_audit.keep(found, outcome)
     prevented = iam_audit.controls_of_account([], [])
@@ -310,6 +313,42 @@ def lines(path: Path) -> list[str]:
     """A CSV as it is, its cells joined by `|`."""
     with path.open(encoding="utf-8", newline="") as file:
         return ["|".join(row) for row in csv.reader(file, strict=True)]
+
+
+def credentials_of(result: Result) -> list[list[str]]:
+    """The rows of credentials.csv."""
+    header, *rows = (line.split("|") for line in lines(result.folder / "credentials.csv"))
+    assert ",".join(header) == (
+        "account_id,account_name,account_email,ou,production,username,owner,administrator,kind,credential_id,status,"
+        "created_date,age_days,last_used_date,unused_days,service_name,expires,mfa_status"
+    )
+    return rows
+
+
+class Held(NamedTuple):
+    """A credential as the test knows it, which says the same as credentials.csv in other words."""
+
+    kind: str
+    created: str
+    id: str = ""
+    status: str = "Configurada"
+    used: str | None = None
+    service: str = ""
+    expires: str = ""
+
+
+def held_cells(held: Iterable[Held], now: datetime) -> Iterator[list[str]]:
+    """One user's cells of credentials.csv, from `kind` to `expires`, in the file's order."""
+    kinds = ["password", "access-key", "api-key", "service-password", "signing-certificate"]
+    for one in sorted(held, key=lambda one: (kinds.index(one.kind), one.created, one.id)):
+        never = {"password": "Nunca", "access-key": "Nunca utilizada"}.get(one.kind, "")
+        created, used, expires = (
+            text.replace("Z", "+00:00") for text in (one.created, one.used or never, one.expires)
+        )
+        since = datetime.fromisoformat(one.used.replace("Z", "+00:00") if one.used else created)
+        age = str((now - datetime.fromisoformat(created)).days)
+        unused = str((now - since).days) if never else ""
+        yield [one.kind, one.id, one.status, created, age, used, unused, one.service, expires]
 
 
 def changes(result: Result) -> list[str]:

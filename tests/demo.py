@@ -7,6 +7,7 @@ as a process and prints where the files are. The program gets dummy credentials 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import signal
 import subprocess
@@ -272,6 +273,22 @@ def build(server: MotoServer, today: datetime) -> MadeOrganization:
     return made
 
 
+def write_exceptions(output_dir: Path, today: datetime) -> Path:
+    """A file for --exceptions: a row that covers a finding, and one that has run out."""
+    rows = (
+        ("222233334444", "diego.rios", "*", "console-without-mfa", 60, "leaves the company soon"),
+        ("111122223333", "settlement-export", "*", "*", -40, "to be moved to a role by then"),
+    )
+    output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = output_dir / "exceptions.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("account_id", "username", "credential_id", "finding", "until", "reason"))
+        for *cells, days, reason in rows:
+            writer.writerow((*cells, f"{today + timedelta(days=days):%Y-%m-%d}", reason))
+    return path
+
+
 def run(server: MotoServer, output_dir: Path, options: list[str]) -> int:
     """Run the program with the output where it came from; its exit code."""
     command = [
@@ -297,7 +314,7 @@ def run(server: MotoServer, output_dir: Path, options: list[str]) -> int:
 
 def new_files(output_dir: Path, known: set[Path]) -> list[Path]:
     """What the run wrote: its tables and summary, in order."""
-    return sorted(set(output_dir.glob("*/**/*.*")) - known)
+    return sorted(set(output_dir.glob("*Z*/**/*.*")) - known)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -322,7 +339,8 @@ def main(argv: list[str] | None = None) -> int:
             f"An invented organization of {accounts} member accounts, played by moto on 127.0.0.1",
             flush=True,
         )
-        code = run(server, arguments.output_dir, options)
+        exceptions = write_exceptions(arguments.output_dir, today)
+        code = run(server, arguments.output_dir, ["--exceptions", str(exceptions), *options])
     files = new_files(arguments.output_dir, known)
     if files:
         print("The files of this run:", *files, sep="\n  ")

@@ -16,6 +16,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ from endpoint import TIMEOUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import iam_audit
 from iam_audit import (
     ACCESS_KEY,
     ADVANCED,
@@ -86,7 +88,6 @@ from iam_audit import (
     neutral,
     organization_level,
     parse_exceptions,
-    raise_phase1_levels,
     reasons_of,
     recommendation,
     total_gaps,
@@ -458,12 +459,15 @@ def test_the_organizations_level_is_the_lowest_and_failures_hold_it_back(
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
-def test_phase_1_is_advanced_only_where_a_policy_prevents_the_gap_too(verdict: str) -> None:
+def test_phase_1_is_advanced_only_where_a_policy_prevents_the_gap_too(
+    verdict: str, tmp_path: Path
+) -> None:
     found = run_of([audited(user("alice", password=True, mfa=["SMS"]))])
     found.audited += run_of([audited(user("bob", password=True), account=PAYMENTS)]).audited
     control: Any = SimpleNamespace(verdict=verdict)
     found.controls = {one.id: {MFA_REQUIRED: control} for one in (SANDBOX, PAYMENTS)}
-    raise_phase1_levels(found)
+    found.folder, found.credentials = tmp_path, None
+    iam_audit.write_tables(found)
     expected = ADVANCED if verdict == ENFORCED else COMPLETE
     assert [one.phase1 for one in found.audited] == [expected, IN_PROGRESS]
 

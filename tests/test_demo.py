@@ -68,8 +68,9 @@ def test_names_the_files_it_wrote(finished: subprocess.CompletedProcess[str], fo
         folder / line.strip()
         for line in finished.stdout.partition("\nThe files of this run:\n")[2].splitlines()
     }
-    written = {file for file in (folder / "reports").rglob("*") if file.is_file()}
-    assert named == written
+    [latest] = (folder / "reports").glob("*/latest")
+    written = {file for file in latest.resolve().rglob("*") if file.is_file()}
+    assert {file.resolve() for file in named} == written
     assert len(named) > len(AUDITED)  # summary.json at least is there too
 
 
@@ -96,6 +97,33 @@ def test_shows_users_keys_and_mfa_of_all_kinds(
         """'=HYPERLINK("http://203.0.113.7","Invoice")""",
     }
     assert seen["username"] >= {"<root_account>", "'=glue-loader", "lake,reader", "'@SUM.1+1"}
+
+
+def test_shows_what_is_most_urgent_and_what_an_exception_covers(
+    finished: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    """Somebody exposed, an API key for ever, an administrator's old key; exceptions that hold and have run out."""
+    [path] = (folder / "reports").rglob("latest/findings.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(one["username"], one["finding"]): one for one in rows}
+    assert found["mailer", "exposed-credential"]["priority"] == "1"
+    assert found["BedrockAPIKey-k3mq", "api-key-without-expiry"]["ou"] == "Workloads/Production"
+    boss = found["ana.torres", "key-older-than-1-year"]
+    assert (boss["administrator"], boss["owner"]) == ("true", "payments")
+    assert found["diego.rios", "key-older-than-1-year"]["administrator"] == "true"  # by their group
+    covered = found["diego.rios", "console-without-mfa"]
+    assert covered == rows[-1]
+    assert (covered["exception"], bool(covered["until"])) == ("leaves the company soon", True)
+    assert all(not one["exception"] for one in rows[:-1])
+    for shown in (
+        "exposed-credential",
+        "api-key-without-expiry",
+        "1 finding covered by exceptions",
+        "settlement-export",
+        "to be moved to a role by then",
+    ):
+        assert shown in finished.stdout, shown
 
 
 def test_is_the_same_every_time(

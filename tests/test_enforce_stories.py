@@ -274,7 +274,7 @@ def test_two_policies_prevent_new_api_keys_together(serve: Serve, run_program: P
     assert found[1]["conditions"] == [f"NotAction iam:{reset}"]
     text = " ".join(result.stdout.split())
     assert "no new API keys 1 enforced, 1 partial" in text
-    assert f"partial by NoCreation (p-create0001), only if NotAction iam:{reset}" in text
+    assert f"partial: NoCreation does not cover iam:{reset}" in text
 
 
 def test_few_of_many_policies_are_shown(serve: Serve, run_program: Program) -> None:

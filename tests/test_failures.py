@@ -659,10 +659,11 @@ STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stder
         {"rules": [rule("ListAccounts", error="AccessDenied")]},
         ["ListAccounts", "AccessDenied", "management account"],
     ),
-    "ListAccounts is no JSON": (
-        {"rules": [rule("ListAccounts", raw="<html>")]},
-        ["iam_audit.py: "],
+    "a proxy's page for the organization": (
+        {"rules": [rule("DescribeOrganization", raw=PAGE)]},
+        PROXY,
     ),
+    "a proxy's page for the accounts": ({"rules": [rule("ListAccounts", raw=PAGE)]}, PROXY),
     "neither State nor Status": ({"omit": ["State", "Status"]}, ["botocore", "State"]),
     "an error with escapes": (
         {"rules": [rule("ListAccounts", error="Odd", message="\x1b[31mred\x1b]0;title\x07")]},

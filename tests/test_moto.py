@@ -7,21 +7,26 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 import pytest
+from builders import Held, credentials_of, held_cells
 from conftest import Program, Result
 from organization import (
     DEFAULT_ROLE,
     HARDWARE,
+    LONG_AGO,
     MANAGEMENT_ID,
     SECURITY_KEY,
     SMS,
     VIRTUAL,
     AccountSpec,
+    CredentialSpec,
     KeySpec,
     MadeAccount,
     MadeOrganization,
+    MadeUser,
     MotoServer,
     RootSpec,
     UserSpec,
+    credential_id,
     fill,
     iam_client,
 )
@@ -178,17 +183,30 @@ MEMBERS = [
             (
                 UserSpec(
                     "bea",
+                    OLD,
                     password=True,
                     password_last_used=NEW,
                     mfa=(HARDWARE, VIRTUAL),
                     keys=(KeySpec(OLD, NEW, "s3"), KeySpec(NEW, None)),
+                    credentials=(
+                        CredentialSpec(created=NEW, expires=USED, status="Expired"),
+                        CredentialSpec("codecommit.amazonaws.com", OLD),
+                        CredentialSpec(created=OLD),
+                    ),
+                    certificates=(NEW, OLD),
+                    tags={"team": "payments"},
+                    attached=("AdministratorAccess",),
                 ),
+                UserSpec("cai", groups=("IAMFullAccess",), credentials=(CredentialSpec(),)),
+                UserSpec("dan", groups=("ReadOnlyAccess",), certificates=(OLD,)),
             ),
         ),
         [
             NO_ROOT,
             f"bea|Configurada|{NEW_CELL}|{{bea 1}}|Active|{OLD_CELL}|{NEW_CELL}|s3|Hardware+Virtual",
             f"bea|Configurada|{NEW_CELL}|{{bea 2}}|Active|{NEW_CELL}|Nunca utilizada|N/A|Hardware+Virtual",
+            "cai|No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None",
+            "dan|No configurada|N/A|N/A|N/A|N/A|N/A|N/A|None",
         ],
     ),
     Expected(
@@ -216,6 +234,9 @@ BOSS_ROWS = [
     f"org-admin|Configurada|Nunca|{{org-admin 1}}|Active|{OLD_CELL}|{USED_CELL}|organizations|Virtual",
 ]
 IDS = {expected.spec.id for expected in MEMBERS}
+
+
+NEW_ACTIONS = ("ListServiceSpecificCredentials", "GetAccountAuthorizationDetails")
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +316,77 @@ def test_a_role_that_does_not_exist_fails_every_account(
     result = run_program(server.env(), role="NoSuchRole")
     assert (result.exit_code, result.csvs) == (3, set())
     assert result.failures == dict.fromkeys(IDS, ("AssumeRole", "AccessDenied"))
+
+
+def held_by(made: MadeAccount, user: MadeUser) -> Iterator[Held]:
+    """What a user of moto's has."""
+    spec, passwords = user.spec, "codecommit.amazonaws.com"
+    if spec.password:
+        yield Held("password", cell(spec.created), used=cell(spec.password_last_used))
+    for key in user.keys:
+        used = cell(key.spec.last_used)
+        key_told = (cell(key.spec.created), key.id, key.spec.status, used)
+        yield Held("access-key", *key_told, key.spec.service if used else "N/A")
+    for number, one in enumerate(spec.credentials, 1):
+        kind = "service-password" if one.service == passwords else "api-key"
+        told = (cell(one.created), credential_id(made.id, user.name, number), one.status)
+        expires = cell(one.expires) or "never"
+        yield Held(kind, *told, service=one.service, expires=expires)
+    for slot, moment in enumerate(spec.certificates, 1):
+        told = (cell(moment), f"<signing_certificate_{slot}>", "Active")
+        yield Held("signing-certificate", *told)
+
+
+def cell(moment: datetime | None) -> str:
+    return f"{moment:%Y-%m-%dT%H:%M:%S+00:00}" if moment else ""
+
+
+def held_by_root(boss: RootSpec) -> Iterator[Held]:
+    if boss.password:
+        yield Held("password", cell(LONG_AGO), used=cell(boss.password_last_used))
+    for slot, key in enumerate(boss.keys, 1):
+        used = cell(key.last_used)
+        told = (cell(key.created), f"<root_access_key_{slot}>", key.status, used)
+        yield Held("access-key", *told, key.service if used else "N/A")
+
+
+def credential_truth(made: MadeAccount, now: datetime, *, denied: bool) -> Iterator[list[str]]:
+    """What credentials.csv must hold of the account; `denied`: without the two lists that a role may lack."""
+    email, ou = f"aws+{made.id}@example.com", "/".join(made.spec.ou)
+    where = [made.id, guarded(made.name), email, ou, str("Prod" in ou).lower()]
+    root = made.spec.root
+    for cells in held_cells(held_by_root(root), now):
+        yield [*where, "<root_account>", email, "true", *cells, root.mfa or "None"]
+    for name, user in sorted(made.users.items()):
+        powers = {"AdministratorAccess", "IAMFullAccess"} & {*user.spec.attached, *user.spec.groups}
+        owner = [user.spec.tags.get("team", email), str(bool(powers)).lower()]
+        if denied:
+            owner = [email, "unknown"]
+        held, lists = held_by(made, user), ("api-key", "service-password")
+        held = (one for one in held if not denied or one.kind not in lists)
+        mfa = "+".join(sorted(set(user.spec.mfa))) or "None"
+        for cells in held_cells(held, now):
+            yield [*where, guarded(name), *owner, *cells, mfa]
+
+
+def guarded(name: str) -> str:
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
+
+
+@pytest.mark.parametrize("denied", [False, True], ids=["read", "denied"])
+def test_credentials_csv_agrees_with_moto_cell_by_cell(
+    server: MotoServer, organization: MadeOrganization, run_program: Program, *, denied: bool
+) -> None:
+    """All kinds, root, users with tags and groups; also where the role may call neither of the new actions."""
+    for action in NEW_ACTIONS if denied else ():
+        server.fail(action, "AccessDenied", 403)
+    result = run_program(server.env(), role=DEFAULT_ROLE)
+    assert (result.exit_code, result.csvs) == (0, IDS), result.stderr
+    assert result.summary is not None
+    now, expected = iam_audit.parse_time(result.summary["started"]), list[list[str]]()
+    for _, made in sorted(organization.accounts.items()):
+        expected += credential_truth(made, now, denied=denied)
+    assert credentials_of(result) == expected
 
 
 def requests(made: MadeAccount) -> dict[str, int]:

@@ -23,7 +23,6 @@ MAY_USE = {
         "track",
         "enforce",
         "terminal",
-        "page",
         "documents",
         "options",
     },
@@ -35,7 +34,6 @@ MAY_USE = {
     "track": {"data", "files", "assess"},
     "enforce": {"data", "AWS"},
     "terminal": {"data", "files", "assess", "track", "enforce"},
-    "page": {"data", "files", "assess", "track", "enforce", "terminal"},
     "documents": {"data", "AWS"},
     "options": {"data", "assess", "documents"},
 }
@@ -85,7 +83,7 @@ def imported_names() -> dict[str, str]:
 
 
 class Used(ast.NodeVisitor):
-    """The names that code uses when it runs: annotations do not count."""
+    """The names that code uses when it runs: annotations and a function's own names do not count."""
 
     def __init__(self) -> None:
         self.names = set[str]()
@@ -101,8 +99,14 @@ class Used(ast.NodeVisitor):
         pass
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        own = {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
+        for each in ast.walk(node):
+            if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
+                own.add(each.id)
+        outside, self.names = self.names, set()
         for part in (*node.decorator_list, node.args, *node.body):
             self.visit(part)
+        self.names = outside | self.names - own
 
     visit_FunctionDef = visit_AsyncFunctionDef = _function
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 from builders import (
+    CALLER,
     DAY,
     FIVE,
     FOUR,
     NOW,
     ONE,
+    ORGANIZATION,
     THREE,
     TWO,
     Damage,
@@ -543,7 +545,10 @@ def test_with_cloudtrail_a_csv_is_read_once_too(
     write_run(tmp_path, [found])
     history = iam_audit.History(iam_audit.finished_runs(tmp_path, NOW + DAY), "o-test123456")
     tracking = iam_audit.open_tracking(history, None, Scope(), NOW)
-    assert iam_audit.events_since(tracking, None, NOW + DAY, ONE) == NOW
+    options = iam_audit.parse_arguments(["--role", "Audit", "--cloudtrail"])
+    plan = iam_audit.plan_of(options, CALLER, ORGANIZATION, tracking, NOW + DAY)
+    assert plan.events_since is not None
+    assert plan.events_since(ONE) == NOW
     monkeypatch.setattr(iam_audit, "read_states", None)
     iam_audit.track_account(tracking, found, [])
     assert set(tracking.compared) == {ONE}

@@ -446,7 +446,12 @@ def accounts_before() -> list[Json]:
             "root",
             root=root(password=True, keys=[root_key(last_rotated="2024-01-01T00:00:00Z")]),
         ),
-        account(TWELVE, "root-row-gone", root=root(password=True, mfa=True, keys=[root_key()])),
+        account(
+            TWELVE,
+            "root-row-gone",
+            users=[user("zoe")],
+            root=root(password=True, mfa=True, keys=[root_key()]),
+        ),
         account(BUSY, "busy"),
         with_key(DAMAGED, "damaged-trail", 0),
     ]
@@ -487,7 +492,7 @@ def accounts_after() -> list[Json]:
             users=[user(name, keys=[key(key_id(f"ODD{n}"))]) for n, name in enumerate(ODD_NAMES)],
         ),
         account(ELEVEN, "root", root=new_root, events=ROOT_EVENTS),
-        without_root(account(TWELVE, "root-row-gone")),
+        without_root(account(TWELVE, "root-row-gone", users=[user("zoe")])),
         account(BUSY, "busy", users=[user("crowd-000")], events=CROWD),
         with_key(DAMAGED, "damaged-trail", 1),
     ]
@@ -812,7 +817,7 @@ def test_the_terminal_names_counts_and_new_keys(story: Story) -> None:
     assert "access keys: 6 created, 6 deleted, " in story.text
     assert "1 joined, 1 left" in story.text
     assert re.search(r"not compared: 4 accounts", story.text)
-    assert "CloudTrail has confirmed 19 changes, " in story.text
+    assert "CloudTrail has confirmed 19 changes" in story.text
     for one in found["new_access_keys"]:
         assert re.search(rf"{one['account_id']} .*{re.escape(one['access_key_id'])}", story.text), (
             one
@@ -1351,7 +1356,6 @@ def test_a_level_says_whether_other_accounts_or_another_age_explain_it(
     result = again(program, endpoint.env(), reports)
     # ONE is compared with the run before the last
     assert "Phase 1: unchanged (In Progress)\n  Phase 2: unchanged (Complete)\n" in result.stdout
-    assert "  1 account compared with older runs, since " in result.stdout
     assert "--max-key-age was" not in result.stdout
     endpoint.update({"accounts": [account(TWO, "two"), account(THREE, "three", users=[old])]})
     result = again(program, endpoint.env(), reports)
