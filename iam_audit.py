@@ -2468,10 +2468,10 @@ EXCEPTION_CELLS = {
 
 
 def is_excepted(finding: Finding, one: KnownException) -> bool:
-    """Whether this exception, one for the finding's account, covers the finding."""
+    """Whether this exception covers the finding, if it has not expired."""
     key_id = finding.key.id if finding.key else NOT_APPLICABLE
-    same_user, same_key = one.username in ("*", finding.user), one.credential_id in ("*", key_id)
-    return same_user and same_key and one.finding in ("*", finding.finding)
+    about = (finding.account.id, finding.user, key_id, finding.finding)
+    return all(cell in ("*", its) for cell, its in zip(one, about))  # its first four
 
 
 def parse_exceptions(text: str) -> tuple[KnownException, ...]:
@@ -2600,6 +2600,7 @@ class Baseline(NamedTuple):
     known: set[int] | None = None
     others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None
     unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
+    listed: datetime | None = None  # if API keys are unknown: when a run began that read them
 
 
 @dataclass
@@ -2793,6 +2794,8 @@ def track_account(
         audited = replace(audited, trail=replace(trail, events=events))
     if LISTING in audited.not_checked:
         baseline = baseline._replace(unknown=(*KINDS_LISTED, *baseline.unknown))
+    elif baseline.unknown == KINDS_LISTED:
+        baseline = baseline._replace(listed=listed_before(tracking.history, account.id, since))
     changes = list(changes_of(tracking, audited, baseline))
     if run is not None:
         tracking.compared[account.id] = run
@@ -2801,6 +2804,16 @@ def track_account(
         tracking.new_keys_elsewhere += [one for one in changes if one.change in NEW_KEY_CHANGES]
         tracking.blind += [account] if baseline.passed_over else []
     return mark_new(tracking, findings, changes, baseline)
+
+
+def listed_before(history: History, account_id: str, since: datetime | None) -> datetime | None:
+    """When the last run before `since` began that read the account's API keys; None if none did."""
+    for run in itertools.islice(history, RUNS_SEARCHED):
+        if isinstance(run, EarlierRun) and since and run.started < since:
+            account = run.accounts.get(account_id)
+            if account and account.result == "audited" and account.listed:
+                return run.started
+    return None
 
 
 def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
@@ -2813,9 +2826,10 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
                 after[user.name].keys[key.id] = KeyState(key.status, iso(key.created), key.kind)
         dated = KINDS if user.name == ROOT and ROOT not in before else unknown
         for key in (*user.keys, *user.others):
-            if key.kind in dated and baseline.since and key.created >= baseline.since:
+            since = (key.kind in KINDS_LISTED and baseline.listed) or baseline.since
+            if key.kind in dated and since and key.created >= since:
                 what = (user.name, key.id, f"{key.kind}-created", "", key.status)
-                found.append(Change(account.id, account.name, *what))
+                found.append(Change(account.id, account.name, *what, since=since))
     for name, key_id, state in (baseline.others or {}).get(account.id, ()):
         if name in before and state.kind not in unknown:
             before[name].keys[key_id] = state
@@ -2835,7 +2849,7 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
             new = Change(account.id, account.name, name, change="console-without-mfa")
             tracking.mfa_new.append(new)
     for change in found:
-        yield with_witness(change, trail)._replace(since=baseline.since)
+        yield with_witness(change, trail)._replace(since=change.since or baseline.since)
 
 
 def mark_new(
@@ -3431,7 +3445,7 @@ PAINT = {  # the codes of red, yellow and bold on a terminal: for trouble, findi
 }
 NOT_CHECKED_WORDS = {
     "ListServiceSpecificCredentials": "API keys were not checked",
-    "GetAccountAuthorizationDetails": "Owners and administrators were not read",
+    "GetAccountAuthorizationDetails": "Owners, administrators and exposed keys were not checked",
 }
 WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
 # What a failed step and its error code match, and what to do about it; the first one counts
@@ -3970,7 +3984,8 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
 def exceptions_document(run: Run) -> dict[str, Any]:
     """How many findings are covered; exceptions that have expired, and those that cover nothing.
     Of accounts that failed, are out of scope or were read in part nothing is claimed."""
-    covering = Counter(one.exception for one in run.findings if one.exception)
+    covered = [one for one in run.findings if one.exception]
+    covering = {one.exception for one in covered}  # of several, the one that lasts longest
     unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
     unknown.update(one.account.id for one in run.audited if one.not_checked)
     expired, unused = [], []
@@ -3979,9 +3994,11 @@ def exceptions_document(run: Run) -> dict[str, Any]:
         anywhere = one.account_id == "*" and unknown - {run.organization.management_account}
         if one.until < run.started.date():
             expired.append(entry)
-        elif one not in covering and one.account_id not in unknown and not anywhere:
+        elif one in covering or one.account_id in unknown or anywhere:
+            continue
+        elif not any(is_excepted(finding, one) for finding in covered):
             unused.append(entry)
-    return {"applied": sum(covering.values()), "expired": expired, "unused": unused}
+    return {"applied": len(covered), "expired": expired, "unused": unused}
 
 
 def account_entries(run: Run) -> list[dict[str, Any]]:
