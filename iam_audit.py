@@ -3758,11 +3758,16 @@ def finding_lines(run: Run, found: Iterable[Finding], most: int, most_alike: int
 def gap_lines(summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
     days, gaps = summary["max_key_age_days"], summary["gaps"]
+    denied = sum(summary["not_checked"].get(LISTING, {}).values())
+    unread = denied and denied == summary["totals"]["audited"]  # then 0 would be a claim
     lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
     for name in (*GAP_COUNTS, "mfa_coverage_percent"):
         line = f"  {in_words(name, days):<36}"
         for each in gaps.values():
-            line += f"{'no console users' if each[name] is None else f'{each[name]:,}':>18}"
+            figure = "no console users" if each[name] is None else f"{each[name]:,}"
+            if unread and name.startswith(("active_api_keys", "active_service_passwords")):
+                figure = "not checked"
+            line += f"{figure:>18}"
         lines.append(line)
     if oldest := gaps["organization"]["oldest_active_key"]:
         words = "  oldest active key: {age_days:,} days, {access_key_id} of {username} in "

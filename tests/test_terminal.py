@@ -497,6 +497,15 @@ def test_what_was_not_checked_is_said_once_with_the_next_step() -> None:
     assert {one["id"]: one["not_checked"] for one in made["accounts"]}[PAYMENTS.id] == {}
 
 
+def test_no_figure_is_given_where_api_keys_were_read_in_no_account() -> None:
+    denied = dataclasses.replace(audited(), not_checked={API_KEYS: "AccessDenied"})
+    names = ("active API keys", "active API keys without expiry", "active service passwords")
+    for outcomes, figure in (([denied], "not checked"), ([denied, audited(account=PAYMENTS)], "0")):
+        lines = shown(run_of(outcomes))
+        for name in names:
+            assert f"  {name:<36}{figure:>18}{figure:>18}" in lines
+
+
 def exceptions_of(found: Run, *exceptions: KnownException) -> Run:
     found.plan = dataclasses.replace(found.plan, exceptions=exceptions)
     return found
