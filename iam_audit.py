@@ -1605,7 +1605,7 @@ async def read_users(
     async def read_one(entry: Entry) -> None:
         nonlocal gone
         try:
-            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report)
+            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report, listed)
         except StepFailed as failure:
             # AWS may also answer AccessDenied for a key that is gone.
             of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
@@ -1616,6 +1616,7 @@ async def read_users(
     for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
         asked, gone = utc_now(), None
         lists = await read_lists(session)
+        listed = {entry["UserName"] for entry in lists.users}
         unread = [entry for entry in lists.users if name_and_id(entry) not in read]
         await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
         if gone is None:
@@ -1669,7 +1670,7 @@ def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> st
 
 
 async def read_user(
-    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport]
+    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport], listed: set[str]
 ) -> User:
     """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
     name, keys, mfa = entry["UserName"], list[Credential](), set[str]()
@@ -1683,12 +1684,29 @@ async def read_user(
         certificates = report_credentials(row, SIGNING_CERTIFICATE)
         may_have_mfa = report_cell(row, "mfa_active")
     else:  # created or renamed since the report
-        password, may_have_mfa, certificates = await get_login_profile(session, name), True, ()
+        password, may_have_mfa = await get_login_profile(session, name), True
+        certificates = former_certificates(entry, await report, listed)
         last_used, changed = (entry.get("PasswordLastUsed") if password else None), None
     if password or may_have_mfa:
         mfa.update(map(mfa_kind, await list_mfa_devices(session, name)))
     who = (name, password, last_used, tuple(sorted(mfa)), in_order(keys), certificates, changed)
     return User(*who, session.account.email)
+
+
+def former_certificates(
+    entry: Entry, report: CredentialReport, listed: set[str]
+) -> tuple[Credential, ...]:
+    """Those of a user renamed since the report: of the one row that has their date and a name that
+    nobody has now."""
+    created, former = to_second(entry["CreateDate"]), []
+    for name, row in report.rows.items() if created <= report.generated else ():
+        if (
+            name not in listed
+            and name != ROOT
+            and report_cell(row, "user_creation_time") == created
+        ):
+            former.append(row)
+    return report_credentials(former[0], SIGNING_CERTIFICATE) if len(former) == 1 else ()
 
 
 def in_order(credentials: Iterable[Credential]) -> tuple[Credential, ...]:
