@@ -716,6 +716,12 @@ def connect(session: boto3.Session, workers: int) -> Aws:
     raise refusals[0]
 
 
+def frozen(credentials: Any) -> Credentials:
+    """The credentials as they are now. If a refresh is due, the SDK does it: it may take long."""
+    now = credentials.get_frozen_credentials()
+    return Credentials(now.access_key, now.secret_key, now.token)
+
+
 def signed_client(session: Any, service: Any, region: Any, retries: int = 0, **options: Any) -> Any:
     """A client without credentials: it can make calls only inside `call_as`, which signs them."""
     standard: Any = {"mode": "standard", "total_max_attempts": 1 + retries}
@@ -741,20 +747,19 @@ class Aws:
         self.organizations = signed_client(session, "organizations", home, **few)
         self._refresh_failure = ""
 
-    async def profile_credentials(self) -> Any:
+    async def profile_credentials(self) -> Credentials:
         """The profile's own credentials. Raises StepFailed if they cannot be refreshed."""
-        found = self.session.get_credentials()
+        found: Any = self.session.get_credentials()
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
-            return found
+            return frozen(found)
         # A refresh may hang, for example if a credential_process waits for a person: it runs in a
         # thread of its own, and what has hung once is not tried again.
         if not self._refresh_failure:
-            answer: Future[Any] = Future()
-            work = (answer, found.get_frozen_credentials)
+            answer: Future[Credentials] = Future()
+            work = (answer, functools.partial(frozen, found))
             threading.Thread(target=settle, args=work, daemon=True).start()
             try:
-                await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
-                return found
+                return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
             except SDK_ERRORS as error:
                 if not self._refresh_failure:  # else its process was ended for another account
                     raise step_failed(PROFILE_STEP, error) from None
@@ -1008,13 +1013,8 @@ def describe_organization(aws: Aws) -> Organization:
 
 async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
     """All accounts, page by page as they arrive; a page may be empty."""
-    pages = iter(aws.organizations.get_paginator("list_accounts").paginate())
-    seen = set[str]()
-
-    def read_page() -> Any:
-        page = next(pages, None)
-        return page and page["Accounts"]
-
+    pages = map(itemgetter("Accounts"), aws.organizations.get_paginator("list_accounts").paginate())
+    seen, read_page = set[str](), functools.partial(next, pages, None)
     while True:
         request = functools.partial(call_as, await aws.profile_credentials(), read_page, {})
         entries = await aws.threads.run(FIRST, request)
@@ -1046,7 +1046,7 @@ def list_policies(aws: Aws) -> list[tuple[str, str]]:
     """The ID and name of each service control policy."""
     pages = aws.organizations.get_paginator("list_policies")
     found = pages.paginate(Filter="SERVICE_CONTROL_POLICY").build_full_result()
-    return [(policy["Id"], policy["Name"]) for policy in found["Policies"]]
+    return list(map(itemgetter("Id", "Name"), found["Policies"]))
 
 
 def describe_policy(aws: Aws, policy_id: str) -> str:
@@ -1110,7 +1110,7 @@ async def list_all(session: AccountSession, call: Any, *lists: str, **request: A
     while True:
         page = await session.call(call, **request)
         for name in lists:
-            entries += page[name]
+            entries += page[name] if name == lists[0] else page.get(name, ())
         if not page.get(marker):
             return entries
         request[marker] = page[marker]
@@ -1693,19 +1693,12 @@ async def read_user(
     return User(*who, session.account.email)
 
 
-def former_certificates(
-    entry: Entry, report: CredentialReport, listed: set[str]
-) -> tuple[Credential, ...]:
-    """Those of a user renamed since the report: of the one row that has their date and a name that
-    nobody has now."""
-    created, former = to_second(entry["CreateDate"]), []
-    for name, row in report.rows.items() if created <= report.generated else ():
-        if (
-            name not in listed
-            and name != ROOT
-            and report_cell(row, "user_creation_time") == created
-        ):
-            former.append(row)
+def former_certificates(entry: Entry, report: CredentialReport, listed: set[str]) -> Any:
+    """Those of a user renamed since the report: of the one row with their date and an old name."""
+    created, former = to_second(entry["CreateDate"]), list[ReportRow]()
+    for name in report.rows.keys() - listed - {ROOT} if created <= report.generated else ():
+        if report_cell(report.rows[name], "user_creation_time") == created:
+            former.append(report.rows[name])
     return report_credentials(former[0], SIGNING_CERTIFICATE) if len(former) == 1 else ()
 
 
@@ -2572,7 +2565,7 @@ class EarlierAccount(NamedTuple):
     users: int = 0
     keys: int = 0
     levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
-    listed: bool = True  # whether its API keys and passwords for services were read
+    listed: bool = False  # whether its API keys and passwords for services were read
 
 
 class EarlierRun(NamedTuple):
@@ -2828,8 +2821,7 @@ def listed_before(history: History, account_id: str, since: datetime | None) -> 
     """When the last run before `since` began that read the account's API keys; None if none did."""
     for run in itertools.islice(history, RUNS_SEARCHED):
         if isinstance(run, EarlierRun) and since and run.started < since:
-            account = run.accounts.get(account_id)
-            if account and account.result == "audited" and account.listed:
+            if (account := run.accounts.get(account_id)) and account.listed:
                 return run.started
     return None
 
@@ -4191,8 +4183,8 @@ DEFAULT_PRODUCTION = (
 DOCUMENT_LIST = "\n".join(f"  {name:<20}  {what}" for name, what in DOCUMENTS.items())
 HELP_EPILOG = f"""\
 examples:
-  python iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
-  python iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
+  iam_audit.py --profile mgmt-profile --role AWSControlTowerExecution
+  iam_audit.py --profile mgmt-profile --role audit/IAMAuditRole --ou ou-ab12-cdefgh34 --quiet
 
 documents of --print:
 {DOCUMENT_LIST}

@@ -446,7 +446,12 @@ def accounts_before() -> list[Json]:
             "root",
             root=root(password=True, keys=[root_key(last_rotated="2024-01-01T00:00:00Z")]),
         ),
-        account(TWELVE, "root-row-gone", root=root(password=True, mfa=True, keys=[root_key()])),
+        account(
+            TWELVE,
+            "root-row-gone",
+            users=[user("zoe")],
+            root=root(password=True, mfa=True, keys=[root_key()]),
+        ),
         account(BUSY, "busy"),
         with_key(DAMAGED, "damaged-trail", 0),
     ]
@@ -487,7 +492,7 @@ def accounts_after() -> list[Json]:
             users=[user(name, keys=[key(key_id(f"ODD{n}"))]) for n, name in enumerate(ODD_NAMES)],
         ),
         account(ELEVEN, "root", root=new_root, events=ROOT_EVENTS),
-        without_root(account(TWELVE, "root-row-gone")),
+        without_root(account(TWELVE, "root-row-gone", users=[user("zoe")])),
         account(BUSY, "busy", users=[user("crowd-000")], events=CROWD),
         with_key(DAMAGED, "damaged-trail", 1),
     ]
