@@ -2820,9 +2820,10 @@ def track_account(
 def listed_before(history: History, account_id: str, since: datetime | None) -> datetime | None:
     """When the last run before `since` began that read the account's API keys; None if none did."""
     for run in itertools.islice(history, RUNS_SEARCHED):
-        if isinstance(run, EarlierRun) and since and run.started < since:
-            if (account := run.accounts.get(account_id)) and account.listed:
-                return run.started
+        if isinstance(run, AuditError) or not since or run.started >= since:
+            continue
+        if (account := run.accounts.get(account_id)) and account.listed:
+            return run.started
     return None
 
 
