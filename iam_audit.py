@@ -1607,7 +1607,7 @@ async def read_users(
     async def read_one(entry: Entry) -> None:
         nonlocal gone
         try:
-            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report)
+            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report, listed)
         except StepFailed as failure:
             # AWS may also answer AccessDenied for a key that is gone.
             of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
@@ -1618,6 +1618,7 @@ async def read_users(
     for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
         asked, gone = utc_now(), None
         lists = await read_lists(session)
+        listed = {entry["UserName"] for entry in lists.users}
         unread = [entry for entry in lists.users if name_and_id(entry) not in read]
         await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
         if gone is None:
@@ -1671,7 +1672,7 @@ def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> st
 
 
 async def read_user(
-    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport]
+    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport], listed: set[str]
 ) -> User:
     """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
     name, keys, mfa = entry["UserName"], list[Credential](), set[str]()
@@ -1685,12 +1686,22 @@ async def read_user(
         certificates = report_credentials(row, SIGNING_CERTIFICATE)
         may_have_mfa = report_cell(row, "mfa_active")
     else:  # created or renamed since the report
-        password, may_have_mfa, certificates = await get_login_profile(session, name), True, ()
+        password, may_have_mfa = await get_login_profile(session, name), True
+        certificates = former_certificates(entry, await report, listed)
         last_used, changed = (entry.get("PasswordLastUsed") if password else None), None
     if password or may_have_mfa:
         mfa.update(map(mfa_kind, await list_mfa_devices(session, name)))
     who = (name, password, last_used, tuple(sorted(mfa)), in_order(keys), certificates, changed)
     return User(*who, session.account.email)
+
+
+def former_certificates(entry: Entry, report: CredentialReport, listed: set[str]) -> Any:
+    """Those of a user renamed since the report: of the one row with their date and an old name."""
+    created, former = to_second(entry["CreateDate"]), list[ReportRow]()
+    for name in report.rows.keys() - listed - {ROOT} if created <= report.generated else ():
+        if report_cell(report.rows[name], "user_creation_time") == created:
+            former.append(report.rows[name])
+    return report_credentials(former[0], SIGNING_CERTIFICATE) if len(former) == 1 else ()
 
 
 def in_order(credentials: Iterable[Credential]) -> tuple[Credential, ...]:
@@ -2031,7 +2042,7 @@ KEY_AGES = ("< 30 days", "< 90 days", "< 180 days", "< 1 year", "< 2 years", "< 
 KEY_AGE_DAYS = (30, 90, 180, 365, 2 * 365, 5 * 365)
 
 
-def each(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: str = "") -> Any:
+def counting(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: str = "") -> Any:
     """A field of Gaps: the number of cases about this for which `where` holds."""
     return field(default=0, metadata={"about": (about, or_about), "where": where})
 
@@ -2040,24 +2051,28 @@ def each(about: str, where: Callable[[Case], bool] = lambda _: True, or_about: s
 class Gaps:
     """Long-term credentials, counted, per account or in all. Root counts as a user."""
 
-    console_users: int = each(PASSWORD)
-    console_users_without_mfa: int = each(PASSWORD, lambda it: it.no_mfa)
-    access_keys: int = each(ACTIVE_KEY, or_about=INACTIVE_KEY)
-    active_keys: int = each(ACTIVE_KEY)
-    inactive_keys: int = each(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
-    expired_keys: int = each(INACTIVE_KEY, lambda it: it.key.status == "Expired")
-    active_keys_older_than_max_age: int = each(ACTIVE_KEY, lambda it: it.age > it.max_age)
-    active_keys_older_than_1_year: int = each(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
-    active_keys_never_used: int = each(ACTIVE_KEY, lambda it: it.unused == NEVER)
-    active_keys_not_used_for_90_days: int = each(ACTIVE_KEY, lambda it: DAYS_90 < it.unused < NEVER)
-    active_keys_used_within_30_days: int = each(ACTIVE_KEY, lambda it: it.unused <= DAYS_30)
-    root_access_keys: int = each(ACTIVE_KEY, lambda it: it.root, INACTIVE_KEY)
-    users_with_two_active_keys: int = each(KEY_PAIR)
-    active_api_keys: int = each(ACTIVE_API_KEY)
-    active_api_keys_without_expiry: int = each(ACTIVE_API_KEY, lambda it: not it.key.expires)
-    active_api_keys_older_than_max_age: int = each(ACTIVE_API_KEY, lambda it: it.age > it.max_age)
-    active_service_passwords: int = each(ACTIVE_SERVICE)
-    active_signing_certificates: int = each(ACTIVE_CERTIFICATE)
+    console_users: int = counting(PASSWORD)
+    console_users_without_mfa: int = counting(PASSWORD, lambda it: it.no_mfa)
+    access_keys: int = counting(ACTIVE_KEY, or_about=INACTIVE_KEY)
+    active_keys: int = counting(ACTIVE_KEY)
+    inactive_keys: int = counting(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
+    expired_keys: int = counting(INACTIVE_KEY, lambda it: it.key.status == "Expired")
+    active_keys_older_than_max_age: int = counting(ACTIVE_KEY, lambda it: it.age > it.max_age)
+    active_keys_older_than_1_year: int = counting(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
+    active_keys_never_used: int = counting(ACTIVE_KEY, lambda it: it.unused == NEVER)
+    active_keys_not_used_for_90_days: int = counting(
+        ACTIVE_KEY, lambda it: DAYS_90 < it.unused < NEVER
+    )
+    active_keys_used_within_30_days: int = counting(ACTIVE_KEY, lambda it: it.unused <= DAYS_30)
+    root_access_keys: int = counting(ACTIVE_KEY, lambda it: it.root, INACTIVE_KEY)
+    users_with_two_active_keys: int = counting(KEY_PAIR)
+    active_api_keys: int = counting(ACTIVE_API_KEY)
+    active_api_keys_without_expiry: int = counting(ACTIVE_API_KEY, lambda it: not it.key.expires)
+    active_api_keys_older_than_max_age: int = counting(
+        ACTIVE_API_KEY, lambda it: it.age > it.max_age
+    )
+    active_service_passwords: int = counting(ACTIVE_SERVICE)
+    active_signing_certificates: int = counting(ACTIVE_CERTIFICATE)
     active_key_ages: tuple[int, ...] = (0,) * len(KEY_AGES)  # of access keys
     oldest_active_key: OldestKey | None = None
 
@@ -2277,14 +2292,20 @@ def findings_of(audited: AuditedAccount, plan: Plan, now: datetime) -> Iterator[
             if not rules:
                 continue
             first = min(rules, key=attrgetter("priority"))
-            about = (account.id, user.name, case.key.id if case.key else NOT_APPLICABLE, first.name)
-            covering = None
-            for one in exceptions:  # the one that lasts longest covers
-                if all(cell in ("*", is_) for cell, is_ in zip(one, about)):
-                    covering = one
             what = (first.priority, first.name, account, production, user.name, case.key, rules)
             whose = (case.age, user.password_last_used, user.owner, user.administrator)
-            yield Finding(*what, *whose, exception=covering)
+            finding = Finding(*what, *whose)
+            for one in exceptions:  # the one that lasts longest covers
+                if is_excepted(finding, one):
+                    finding = finding._replace(exception=one)
+            yield finding
+
+
+def is_excepted(finding: Finding, one: KnownException) -> bool:
+    """Whether this exception covers the finding, if it has not expired."""
+    key_id = finding.key.id if finding.key else NOT_APPLICABLE
+    about = (finding.account.id, finding.user, key_id, finding.finding)
+    return all(cell in ("*", its) for cell, its in zip(one, about))  # its first four
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
@@ -2429,7 +2450,7 @@ class EarlierAccount(NamedTuple):
     users: int = 0
     keys: int = 0
     levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
-    listed: bool = True  # whether its API keys and passwords for services were read
+    listed: bool = False  # whether its API keys and passwords for services were read
 
 
 class EarlierRun(NamedTuple):
@@ -2475,6 +2496,7 @@ class Baseline(NamedTuple):
     known: set[int] | None = None
     others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None
     unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
+    listed: datetime | None = None  # if API keys are unknown: when a run began that read them
 
 
 @dataclass
@@ -2668,6 +2690,8 @@ def track_account(
         audited = replace(audited, trail=replace(trail, events=events))
     if LISTING in audited.not_checked:
         baseline = baseline._replace(unknown=(*KINDS_LISTED, *baseline.unknown))
+    elif baseline.unknown == KINDS_LISTED:
+        baseline = baseline._replace(listed=listed_before(tracking.history, account.id, since))
     changes = list(changes_of(tracking, audited, baseline))
     if run is not None:
         tracking.compared[account.id] = run
@@ -2676,6 +2700,16 @@ def track_account(
         tracking.new_keys_elsewhere += [one for one in changes if one.change in NEW_KEY_CHANGES]
         tracking.blind += [account] if baseline.passed_over else []
     return mark_new(tracking, findings, changes, baseline)
+
+
+def listed_before(history: History, account_id: str, since: datetime | None) -> datetime | None:
+    """When the last run before `since` began that read the account's API keys; None if none did."""
+    for run in itertools.islice(history, RUNS_SEARCHED):
+        if isinstance(run, AuditError) or not since or run.started >= since:
+            continue
+        if (account := run.accounts.get(account_id)) and account.listed:
+            return run.started
+    return None
 
 
 def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
@@ -2688,9 +2722,10 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
                 after[user.name].keys[key.id] = KeyState(key.status, iso(key.created), key.kind)
         dated = KINDS if user.name == ROOT and ROOT not in before else unknown
         for key in (*user.keys, *user.others):
-            if key.kind in dated and baseline.since and key.created >= baseline.since:
+            since = (key.kind in KINDS_LISTED and baseline.listed) or baseline.since
+            if key.kind in dated and since and key.created >= since:
                 what = (user.name, key.id, f"{key.kind}-created", "", key.status)
-                found.append(Change(account.id, account.name, *what))
+                found.append(Change(account.id, account.name, *what, since=since))
     for name, key_id, state in (baseline.others or {}).get(account.id, ()):
         if name in before and state.kind not in unknown:
             before[name].keys[key_id] = state
@@ -2710,7 +2745,7 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
             new = Change(account.id, account.name, name, change="console-without-mfa")
             tracking.mfa_new.append(new)
     for change in found:
-        yield with_witness(change, trail)._replace(since=baseline.since)
+        yield with_witness(change, trail)._replace(since=change.since or baseline.since)
 
 
 def mark_new(
@@ -3306,7 +3341,7 @@ PAINT = {  # the codes of red, yellow and bold on a terminal: for trouble, findi
 }
 NOT_CHECKED_WORDS = {
     "ListServiceSpecificCredentials": "API keys were not checked",
-    "GetAccountAuthorizationDetails": "Owners and administrators were not read",
+    "GetAccountAuthorizationDetails": "Owners, administrators and exposed keys were not checked",
 }
 WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
 # What a failed step and its error code match, and what to do about it; the first one counts
@@ -3619,11 +3654,16 @@ def finding_lines(run: Run, found: Iterable[Finding], most: int, most_alike: int
 def gap_lines(summary: Summary) -> list[str]:
     """The table of gaps: the organization beside its production accounts."""
     days, gaps = summary["max_key_age_days"], summary["gaps"]
+    denied = sum(summary["not_checked"].get(LISTING, {}).values())
+    unread = denied and denied == summary["totals"]["audited"]  # then 0 would be a claim
     lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
     for name in (*GAP_COUNTS, "mfa_coverage_percent"):
         line = f"  {in_words(name, days):<36}"
         for each in gaps.values():
-            line += f"{'no console users' if each[name] is None else f'{each[name]:,}':>18}"
+            figure = "no console users" if each[name] is None else f"{each[name]:,}"
+            if unread and name.startswith(("active_api_keys", "active_service_passwords")):
+                figure = "not checked"
+            line += f"{figure:>18}"
         lines.append(line)
     if oldest := gaps["organization"]["oldest_active_key"]:
         words = "  oldest active key: {age_days:,} days, {access_key_id} of {username} in "
@@ -3845,7 +3885,8 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
 def exceptions_document(run: Run) -> dict[str, Any]:
     """How many findings are covered; exceptions that have expired, and those that cover nothing.
     Of accounts that failed, are out of scope or were read in part nothing is claimed."""
-    covering = Counter(one.exception for one in run.findings if one.exception)
+    covered = [one for one in run.findings if one.exception]
+    covering = {one.exception for one in covered}  # of several, the one that lasts longest
     unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
     unknown.update(one.account.id for one in run.audited if one.not_checked)
     expired, unused = [], []
@@ -3854,9 +3895,11 @@ def exceptions_document(run: Run) -> dict[str, Any]:
         anywhere = one.account_id == "*" and unknown - {run.organization.management_account}
         if one.until < run.started.date():
             expired.append(entry)
-        elif one not in covering and one.account_id not in unknown and not anywhere:
+        elif one in covering or one.account_id in unknown or anywhere:
+            continue
+        elif not any(is_excepted(finding, one) for finding in covered):
             unused.append(entry)
-    return {"applied": sum(covering.values()), "expired": expired, "unused": unused}
+    return {"applied": len(covered), "expired": expired, "unused": unused}
 
 
 def account_entries(run: Run) -> list[dict[str, Any]]:

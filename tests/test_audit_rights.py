@@ -228,6 +228,32 @@ def test_the_api_key_of_a_renamed_user_is_found_under_their_present_name(
     assert endpoint.stats()["by_account"][ONE][NEW_ACTIONS[0]] == 2
 
 
+@pytest.mark.parametrize(
+    ("gone", "found"),
+    [
+        ((), []),
+        (("before",), ["<signing_certificate_2>"]),
+        (("before", "deleted"), []),  # either may be theirs
+    ],
+)
+def test_the_certificate_of_a_renamed_user_is_found_in_the_row_of_before(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, gone: tuple[str, ...], found: list[str]
+) -> None:
+    """The report still has the user's earlier name, which ListUsers has no more."""
+    held = [certificate(active=False), certificate(last_rotated=ago(3))]
+    before = [
+        user(name, created=ago(9), in_list=False, certificates=held, user_id=f"AIDA{name:0>16}")
+        for name in gone
+    ]
+    after = user("after", created=ago(9), in_report=False)
+    others = [user("other", created=ago(9), certificates=held), user("old", in_list=False)]
+    endpoint = serve(account(ONE, "one", users=[*before, after, *others]))
+    users = read(endpoint, monkeypatch).users()
+    active = [one.id for one in users["after"].others if one.status == "Active"]
+    assert active == found
+    assert len(users["other"].others) == 2
+
+
 def test_an_account_fails_rather_than_lose_an_api_key(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -483,9 +483,8 @@ def test_what_was_not_checked_is_said_once_with_the_next_step() -> None:
     assert lines[start + 1] == f"  {ids}, ..."
     assert lines[start + 2].startswith(f"  Next: add iam:{API_KEYS} to the role's policy")
     assert f"API keys were not checked in 1 account: {API_KEYS}: ServiceFailure" in lines
-    assert (
-        f"Owners and administrators were not read in 7 accounts: {DETAILS}: AccessDenied" in lines
-    )
+    said = "Owners, administrators and exposed keys were not checked in 7 accounts:"
+    assert f"{said} {DETAILS}: AccessDenied" in " ".join(map(str.strip, lines))
     assert f"OU names were not read: {found.ous_why_not}" in lines
     assert "  Next: add organizations:DescribeOrganizationalUnit to the profile's policy." in lines
     assert not any("not checked" in line or "OU" in line for line in shown(found, quiet=True))
@@ -496,6 +495,15 @@ def test_what_was_not_checked_is_said_once_with_the_next_step() -> None:
     }
     assert made["ous_why_not"] == found.ous_why_not
     assert {one["id"]: one["not_checked"] for one in made["accounts"]}[PAYMENTS.id] == {}
+
+
+def test_no_figure_is_given_where_api_keys_were_read_in_no_account() -> None:
+    denied = dataclasses.replace(audited(), not_checked={API_KEYS: "AccessDenied"})
+    names = ("active API keys", "active API keys without expiry", "active service passwords")
+    for outcomes, figure in (([denied], "not checked"), ([denied, audited(account=PAYMENTS)], "0")):
+        lines = shown(run_of(outcomes))
+        for name in names:
+            assert f"  {name:<36}{figure:>18}{figure:>18}" in lines
 
 
 def exceptions_of(found: Run, *exceptions: KnownException) -> Run:
@@ -551,6 +559,16 @@ def test_exceptions_that_have_expired_or_cover_nothing_are_named(
     assert (text in shown(found, quiet=True)) == (named == "expired")
     if named:
         assert made[named] == [{**one._asdict(), "until": one.until.isoformat()}]
+
+
+def test_an_exception_beside_one_that_lasts_longer_is_not_unused() -> None:
+    """Each of these covers a finding; only the one in line 4 has none."""
+    found = run_of([audited(user("alice", password=True))])
+    longer, shorter = known("*", days=90), known(SANDBOX.id, line=3)
+    exceptions_of(found, longer, shorter, known(SANDBOX.id, line=4, finding="unused-key"))
+    found.findings = [one._replace(exception=longer) for one in found.findings]
+    made = document(found)["exceptions"]
+    assert (made["applied"], [one["line"] for one in made["unused"]]) == (1, [4])
 
 
 def test_an_exception_for_any_account_covers_nothing_if_all_were_read() -> None:
@@ -932,8 +950,8 @@ EXPECTED = [
     ("4", "console-without-mfa", PLAIN, "login", "N/A", ""),
     ("5", "unused-password", PROD, "safe", "N/A", ""),
     ("5", "unused-key", PLAIN, "keys", "AKIA0000000000UNUSED", "90"),
-    ("6", "key-older-than-90-days", PROD, "deploy", "AKIA0000000000DEPLOY", "90"),
     ("6", "two-active-keys", PROD, "deploy", "N/A", ""),
+    ("6", "key-older-than-90-days", PROD, "deploy", "AKIA0000000000DEPLOY", "90"),
     ("6", "two-active-keys", PLAIN, "keys", "N/A", ""),
     ("7", "inactive-key", PLAIN, "rest", "AKIA000000000EXPIRED", "400"),
     ("7", "inactive-key", PLAIN, "rest", "AKIA00000000INACTIVE", "5"),

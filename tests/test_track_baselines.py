@@ -385,6 +385,23 @@ def test_what_was_not_read_before_is_no_flood_of_new_keys(nights: Nights, why: s
     assert [row.split("|")[3:5] for row in changes(second)] == [["ACCANEW", "api-key-deleted"]]
 
 
+def test_an_api_key_created_before_a_night_that_read_none_is_new(nights: Nights) -> None:
+    """It was created after the last run that read API keys; the run that is the baseline missed it."""
+    missed = credential("ACCAMISSED", created=ago(3.5))
+    denied: Json = {"deny": ["ListServiceSpecificCredentials"]}
+    nights.run(holder(OLD_API_KEY, keys=[OLD_KEY]), days=4)
+    for days in (3, 2):
+        night = holder(OLD_API_KEY, missed, keys=[OLD_KEY])[0]
+        assert nights.run([{**night, **denied}], *QUIET, days=days).exit_code == 0
+    now = holder(OLD_API_KEY, NEW_API_KEY, missed, keys=[OLD_KEY])
+    third = nights.run(now, *QUIET, days=1)
+    assert (third.exit_code, new_keys(third)) == (4, ["ACCAMISSED"])
+    assert [row.split("|")[3:5] for row in changes(third)] == [["ACCAMISSED", "api-key-created"]]
+    [row] = summary_of(third)["changes"]["new_access_keys"]
+    assert row["since"] == ago(4).isoformat()
+    assert nights.run(now, *QUIET).exit_code == 0
+
+
 def test_an_administrator_since_some_days_ago(nights: Nights) -> None:
     """With --previous 30d, although the runs of the nights between know it."""
     plain: Json = {"keys": [OLD_KEY]}
