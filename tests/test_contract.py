@@ -206,7 +206,7 @@ def help_text(program: Program) -> str:
 def test_help_shows_two_examples_and_the_exit_codes(program: Program) -> None:
     shown = help_text(program)
     assert shown.startswith("usage: iam_audit.py")
-    assert shown.count("  python iam_audit.py --") >= 2
+    assert shown.count("  .venv/bin/python iam_audit.py --") >= 2
     for code in ("0", "1", "2", "3", "4", "129", "130", "143"):
         assert re.search(rf"\b{code}\b.*[a-z]{{4}}", shown)
 
