@@ -605,7 +605,7 @@ def clock(span: timedelta) -> str:
 
 # Each action with the reason for it, as in README.md
 ROLE_READS = {
-    "iam:GenerateCredentialReport": "has IAM prepare the credential report; not a pure read",
+    "iam:GenerateCredentialReport": "makes IAM prepare the credential report; not a pure read",
     "iam:GetCredentialReport": "passwords, their last use, and the root user",
     "iam:ListUsers": "the current users; the report may be four hours old",
     "iam:ListAccessKeys": "each user's access keys, their status and creation date",
@@ -613,7 +613,7 @@ ROLE_READS = {
     "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
     "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
     "iam:GetLoginProfile": "whether a user created after the report has a password",
-    "iam:ListServiceSpecificCredentials": "API keys and passwords for services, all users' at once",
+    "iam:ListServiceSpecificCredentials": "the API keys and service passwords of all users",
     "iam:GetAccountAuthorizationDetails": "users' owner tags, groups and policies (their rights)",
 }
 CLOUDTRAIL_READS = {
@@ -1231,7 +1231,7 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     user = named or the_caller or created.get("userName")
     actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
     if str((identity.get("sessionContext") or {}).get("assumedRoot")).lower() == "true":
-        actor = "root session (AssumeRoot)"  # by whom in the management account, it does not say
+        actor = "root session (AssumeRoot)"  # the record does not identify the caller
     what = (record["eventName"], user, credential_id, request.get("status"))
     who = (actor, record.get("sourceIPAddress"), record.get("userAgent"), record.get("eventID"))
     more = (request.get("newUserName"), told.get("serviceName"))
@@ -1470,7 +1470,7 @@ async def read_trail(session: AccountSession, plan: Plan) -> Trail | None:
 
 # --- the credential report ---
 
-# Seconds between two requests for a report; small reports take about two.
+# Seconds between two requests for a report; small reports take about two seconds.
 REPORT_FIRST_PAUSE, REPORT_LONGEST_PAUSE, REPORT_PAUSE_GROWTH = 2.0, 10.0, 1.1
 # botocore retries none of these, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
@@ -1519,7 +1519,7 @@ def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
         text = io.StringIO(content.decode("utf-8"), newline="")
         rows = list(csv.DictReader(text, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise damaged_report(f"it is no CSV ({error})") from None
+        raise damaged_report(f"it is not a CSV file ({error})") from None
     if not rows or not {"user", "arn"} <= rows[0].keys():
         raise damaged_report("it has no rows, or not the columns user and arn")
     by_user: dict[str, ReportRow] = {}
@@ -1532,7 +1532,7 @@ def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
 
 
 def damaged_report(why: str) -> StepFailed:
-    message = f"the answer is no credential report: {why}"
+    message = f"the answer is not a credential report: {why}"
     return StepFailed("GetCredentialReport", "DamagedReport", message)
 
 
@@ -1582,7 +1582,7 @@ def report_credentials(row: ReportRow, kind: str) -> tuple[Credential, ...]:
 # --- users ---
 
 CLOCK_SKEW = timedelta(minutes=15)  # AWS rejects signatures that differ more from its clock
-# NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
+# NoSuchEntity does not prove deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
 name_and_id = itemgetter("UserName", "UserId")  # either may be another user's later
@@ -1623,7 +1623,7 @@ async def read_users(
             name = unlisted_user(lists, await report, asked)
             if name is None or (attempt and name not in lists.credentials):
                 break
-            gone = StepFailed("ListUsers", NO_SUCH_ENTITY, f"it lacks {name}, whom IAM knows")
+            gone = StepFailed("ListUsers", NO_SUCH_ENTITY, f"it lacks {name}, which IAM still has")
         if pause is None or (attempt and gone.code in DENIED):
             raise gone
         await asyncio.sleep(pause)
@@ -1654,8 +1654,8 @@ async def read_lists(session: AccountSession) -> Lists:
 
 
 def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> str | None:
-    """A user who has a credential or is in a new report, but is missing from the list or has another
-    user's date there: created or renamed in the meantime."""
+    """A user who has a credential or is in a new report, but is missing from the list or has
+    another user's date there: created or renamed in the meantime."""
     created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in lists.users}
     for name, credentials in lists.credentials.items():
         if name not in created or min(each.created for each in credentials) < created[name]:
@@ -2268,11 +2268,11 @@ FOLLOW_CASE = (
 )
 KEEP_ONE = f"Keep one key: move what uses the other one to it, then deactivate that: {EACH_KEY}."
 REMOVE = "`aws iam delete-login-profile {user}` in account {account}."
-ADD_MFA = f"Have the user register an MFA device or, if roles serve, remove the password: {REMOVE}"
+ADD_MFA = f"Have the user register an MFA device or, if roles suffice, remove the password: {REMOVE}"
 MOVE = "Move what uses it to temporary credentials (an IAM role), then "
 DEACTIVATE = "`aws iam update-{name} {user} {key} --status=Inactive` in account {account}"
 DEACTIVATE_USED = f"{MOVE}deactivate it: {DEACTIVATE}."
-DEACTIVATE_UNUSED = f"Deactivate it: {DEACTIVATE}; delete it once nobody has missed it."
+DEACTIVATE_UNUSED = f"Deactivate it: {DEACTIVATE}; delete it once you know that nothing uses it."
 REPLACE = f"{MOVE}deactivate it: {DEACTIVATE}; finally `aws iam delete-{{name}} {{user}} {{key}}`."
 REPLACE_CERTIFICATE = f"Find its ID: `aws iam list-signing-certificates {{user}}`. {REPLACE}"
 ASK_OWNER = f"Ask its owner what it is for, then deactivate it: {DEACTIVATE}."
@@ -2283,7 +2283,7 @@ DELETE = "Delete it: `aws iam delete-{name} {user} {key}` in account {account}."
 # about an old key depends on its use.
 RULES = (
     Rule("exposed-credential", 1, USER, lambda it: it.user.exposed,
-         "AWS found a key of the user in public", FOLLOW_CASE),
+         "AWS found one of the user's keys in public", FOLLOW_CASE),
     Rule("root-access-key", 1, ACTIVE_KEY, lambda it: it.root, "active root access key",
          controls=NO_ROOT_KEY),
     Rule("console-without-mfa", 4, PASSWORD, lambda it: it.no_mfa, "console user without MFA",
@@ -2441,7 +2441,9 @@ def recommendation_for_root(finding: Finding, run: Run) -> str:
         to_do = f"delete the {what}"
         commands = f"`aws iam list-{kind}s`, then `aws iam delete-{kind}` with its ID"
     if account == run.organization.management_account:
-        step = f"sign in as root of the management account and {to_do}: no role can do that there."
+        step = (
+            f"sign in as root of the management account and {to_do}: a role cannot do that there."
+        )
     else:
         task = f"arn:{run.caller.partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials"
         step = (
@@ -2557,7 +2559,7 @@ class EarlierAccount(NamedTuple):
     users: int = 0
     keys: int = 0
     levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
-    listed: bool = True  # whether its API keys and passwords for services were read
+    listed: bool = True  # whether its API keys and service passwords were read
 
 
 class EarlierRun(NamedTuple):
@@ -2869,7 +2871,7 @@ def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> I
     """All users. Renamed users are recognized by their keys, which they retain, or by CloudTrail.
     Root only if both credential reports had it, because it is never created or deleted."""
     same, moved = {name.lower(): name for name in before}, dict[str, str]()
-    for event in events:  # IAM knows a name in any letter case
+    for event in events:  # IAM's names are not case-sensitive
         if event.new_name or event.name == "DeleteUser":
             name = moved.pop(event.user.lower(), "") or same.pop(event.user.lower(), "")
             moved[event.new_name.lower()] = name
@@ -3249,7 +3251,7 @@ def judge_statement(statement: Statement, control: str, known: Known) -> tuple[C
 
 
 def concerns(statement: Statement, control: str, effects: Mapping[Condition, str]) -> bool:
-    """Whether it names some of the control's actions and, for MFA, depends on MFA."""
+    """Whether the statement names some of the control's actions and, for MFA, depends on MFA."""
     if control != MFA_REQUIRED:
         return undenied(control, [statement]) != [*ACTIONS[control]]
     for condition, effect in effects.items():
@@ -3283,7 +3285,7 @@ def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
 
 
 def reach(statement: Statement, arns: str) -> tuple[bool, bool]:
-    """Whether a statement is about all resources with these ARNs; whether it may be about some."""
+    """Whether a statement covers all resources with these ARNs; whether it may cover some."""
     whole, part, kind = False, False, arns.split(":", 5)[-1].rstrip("*")
     for pattern in statement.resources:
         segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)  # a variable can be anything
@@ -3343,7 +3345,7 @@ OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})
 NO_USER = r"(?s)arn:[^:]*:(iam::[^:]*:(root|role/.*)|sts::[^:]*:assumed-role/.*)"
 NEITHER = r"(?s)arn:[^:]*:(iam::[^:]*:root|sts::[^:]*:assumed-role/.*)"  # user nor role
 # Keys that no CreateAccessKey has: of other services, but for those that go with a role's
-# credentials to every service; of tags to set; of services that call for a resource.
+# credentials to every service; of tags to set; of services that call on behalf of a resource.
 NEVER_SENT = (
     r"(?!aws:|iam:|saml:|sts:|ec2:role|glue:|identitystore:|\w+:source\w+arn)[a-z0-9-]+:.*"
     r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))")  # fmt: skip
@@ -3595,7 +3597,7 @@ def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
 
 
 def change_lines(run: Run, summary: Summary) -> list[str]:
-    """What has changed since the accounts' baselines, for better and for worse."""
+    """What has changed since the accounts' baselines."""
     changes, days = summary["changes"], summary["max_key_age_days"]
     if changes is None and run.tracking.runs:
         return ["No earlier run is as old as --previous requires: nothing was compared."]
@@ -3614,7 +3616,7 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
         lines.append(f"{was}: phase 2 and the numbers of old keys are not comparable")
     if number := changes["accounts_not_compared"]:
         lines.append(
-            f"not compared: {count(number, 'account')} not audited in this run or in any earlier one"
+            f"not compared: {count(number, 'account')} not audited in this run or not before"
         )
     return titled(f"Since the run of {changes['since']}", lines)
 
@@ -4221,7 +4223,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "or a delegated administrator account (default: the SDK's default credential chain)")
     add("--role", metavar="NAME", type=parse_role, help="role to assume in each account, required "
         "for an audit: a name, or a path and a name, for example audit/IAMAuditRole")
-    add("--external-id", metavar="ID", type=parse_external_id, help="external ID, if the role requires one")
+    add("--external-id", metavar="ID", type=parse_external_id, help="external ID, if required")
     add = parser.add_argument_group("accounts").add_argument
     add("--accounts", **ids, help="audit only these; or @FILE, with one ID per line and # comments")
     add("--exclude", **ids, help="leave out these accounts; or @FILE")

@@ -715,7 +715,10 @@ SSO = "sso_account_id = 999999999999\nsso_role_name = Admin\n"
 START = "sso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
 MISCONFIGURED: dict[str, tuple[str, list[str]]] = {  # lines of the config file, what stderr says
     "unknown": ("", ["(p)", "`aws configure list-profiles`"]),
-    "no credentials": ("[profile p]\n", ["NoCredentials", "--profile", "AWS_PROFILE"]),
+    "no credentials": (
+        "[profile p]\n",
+        ["NoCredentials", "Profile p has none", "--profile", "AWS_PROFILE"],
+    ),
     "no SSO token": (
         f"[profile p]\nsso_session = corp\n{SSO}[sso-session corp]\n{START}",
         ["SSOTokenLoadError", SIGN_IN_AGAIN],

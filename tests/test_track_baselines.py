@@ -242,7 +242,7 @@ def test_cloudtrail_is_asked_from_each_accounts_own_baseline_on(nights: Nights) 
     started = datetime.fromisoformat(summary_of(result)["started"])
     asked = started - datetime.fromisoformat(trail["since"])
     assert 0 <= asked.total_seconds() - 90 * 86400 < 2
-    assert "it keeps events for 90 days" in result.stdout
+    assert "CloudTrail keeps events for 90 days" in result.stdout
 
 
 def test_levels_and_mfa_follow_from_the_baselines(nights: Nights) -> None:
@@ -383,6 +383,15 @@ def test_what_was_not_read_before_is_no_flood_of_new_keys(nights: Nights, why: s
     second = nights.run(holder(OLD_API_KEY, young, **promoted), *QUIET)
     assert (second.exit_code, second.stdout) == (0, "")
     assert [row.split("|")[3:5] for row in changes(second)] == [["ACCANEW", "api-key-deleted"]]
+
+
+def test_without_a_run_of_that_age_nothing_is_compared(nights: Nights) -> None:
+    nights.run(holder(keys=[OLD_KEY]), days=3)
+    monthly = nights.run(holder(keys=[OLD_KEY]), "--previous", "30d")
+    assert (
+        "No earlier run is as old as --previous requires: nothing was compared.\n" in monthly.stdout
+    )
+    assert "this run is the baseline" not in monthly.stdout
 
 
 def test_an_administrator_since_some_days_ago(nights: Nights) -> None:
