@@ -2268,7 +2268,7 @@ FOLLOW_CASE = (
 )
 KEEP_ONE = f"Keep one key: move what uses the other one to it, then deactivate that: {EACH_KEY}."
 REMOVE = "`aws iam delete-login-profile {user}` in account {account}."
-ADD_MFA = f"Have the user register an MFA device or, if roles suffice, remove the password: {REMOVE}"
+ADD_MFA = f"Have the user register an MFA device, or use a role and remove the password: {REMOVE}"
 MOVE = "Move what uses it to temporary credentials (an IAM role), then "
 DEACTIVATE = "`aws iam update-{name} {user} {key} --status=Inactive` in account {account}"
 DEACTIVATE_USED = f"{MOVE}deactivate it: {DEACTIVATE}."
