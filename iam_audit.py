@@ -36,8 +36,8 @@ role is read-only in the hands of this program. The profile's own credentials ar
 this way. To get and refresh them, the SDK may call other services, run a credential_process (which
 is ended if it hangs) and write its own token cache. The program itself never writes or logs
 credentials or puts them on a command line. An account that cannot be read in full gets no CSV
-file: it is reported as failed, with the reason. What only one of the last two IAM actions tells is
-reported as not checked where the role lacks it.
+file: it is reported as failed, with the reason. Where the role lacks one of the last two IAM
+actions, what that action reads is reported as not checked.
 
 Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,400 lines.
 Nothing else opens a connection.
@@ -118,7 +118,7 @@ EXIT_OK, EXIT_NOT_DONE, EXIT_USAGE = 0, 1, 2  # 2 is argparse's own
 EXIT_ACCOUNTS_FAILED, EXIT_FAIL_ON, EXIT_FAILED_AND_FAIL_ON = 3, 4, 5
 EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
 
-CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account that no earlier run can tell about
+CLOUDTRAIL_FIRST_LOOK = timedelta(days=30)  # in an account without a baseline
 FIRST_ACCOUNTS = 20  # a role that is denied in all of these probably has another name or trust
 SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # for Windows
 
@@ -248,12 +248,12 @@ def keep(run: Run, outcome: Outcome) -> None:
 
 
 def warn_of_role(run: Run, status: Status) -> None:
-    """If just now the first accounts have all failed with the same denial, say so at once."""
+    """Once the first accounts have all failed with the same denial, say so."""
     causes = set(map(attrgetter("step", "code"), run.failed))
     just_now = len(run.failed) == FIRST_ACCOUNTS and not run.audited
     if just_now and causes == {("AssumeRole", "AccessDenied")}:
         wrong = f"the name of role {run.plan.role.name} or its trust policy is probably wrong"
-        status.warn(f"AssumeRole was denied in the first {FIRST_ACCOUNTS} accounts alike: {wrong}")
+        status.warn(f"AssumeRole was denied in all of the first {FIRST_ACCOUNTS} accounts: {wrong}")
 
 
 def write_tables(run: Run) -> None:
@@ -287,7 +287,7 @@ def exit_code(run: Run, fail_on: FailOn) -> int:
 
 
 def what_stopped_it(error: Exception) -> str:
-    """A sentence or two for the person who has to do something about it."""
+    """One or two sentences: what failed and, where known, what to do about it."""
     if isinstance(error, (AuditError, StepFailed)):
         return str(error)
     if in_words := sdk_error_in_words(error):
@@ -375,8 +375,8 @@ class Account:
 
 @dataclass(frozen=True)
 class Credential:
-    """A long-term credential other than a password, of one of KINDS. AWS tells only of access keys
-    when they were last used: None and `service_name` N/A if never. Access keys do not expire."""
+    """A long-term credential other than a password, of one of KINDS. AWS reports the last use only
+    of access keys: None, with `service_name` N/A, means never. Access keys do not expire."""
 
     id: str
     status: str
@@ -416,7 +416,7 @@ class Event(NamedTuple):
     user_agent: str
     id: str
     new_name: str = ""  # that UpdateUser set
-    service_name: str = ""  # of a service-specific credential that was created
+    service_name: str = ""  # of the service-specific credential created
 
 
 @dataclass(frozen=True)
@@ -429,7 +429,7 @@ class Trail:
 class AuditedAccount:
     """An account that was read in full: root first, if it is in the report, then the users by name.
     `not_checked` has the error codes of the operations that were denied without failing the
-    account: nothing may be claimed of what they read."""
+    account: what they read is unknown."""
 
     account: Account
     report_generated: datetime
@@ -548,7 +548,7 @@ class AuditError(Exception):
 
 class StepFailed(Exception):
     """A call failed: the operation (or PROFILE_STEP), AWS's code, the message. `kind` is throttled
-    (repeated at a slower pace), transient (repeated some times) or final."""
+    (repeated at a slower pace), transient (repeated a few times) or final."""
 
     def __init__(self, step: str, code: str, message: str, kind: str = "final") -> None:
         super().__init__(f"{step}: {code}: {message}")
@@ -607,7 +607,7 @@ def clock(span: timedelta) -> str:
 
 # Each action with the reason for it, as in README.md
 ROLE_READS = {
-    "iam:GenerateCredentialReport": "has IAM prepare the credential report; not a pure read",
+    "iam:GenerateCredentialReport": "makes IAM prepare the credential report; not a pure read",
     "iam:GetCredentialReport": "passwords, their last use, and the root user",
     "iam:ListUsers": "the current users; the report may be four hours old",
     "iam:ListAccessKeys": "each user's access keys, their status and creation date",
@@ -615,7 +615,7 @@ ROLE_READS = {
     "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
     "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
     "iam:GetLoginProfile": "whether a user created after the report has a password",
-    "iam:ListServiceSpecificCredentials": "API keys and passwords for services, all users' at once",
+    "iam:ListServiceSpecificCredentials": "the API keys and service passwords of all users",
     "iam:GetAccountAuthorizationDetails": "users' owner tags, groups and policies (their rights)",
 }
 CLOUDTRAIL_READS = {
@@ -654,7 +654,7 @@ PROFILE: contextvars.ContextVar[str] = contextvars.ContextVar("PROFILE", default
 
 
 def open_session(profile: str | None) -> boto3.Session:
-    """The SDK's session. Its credentials are resolved: an MFA code is asked for before all else."""
+    """The SDK's session. Its credentials are resolved first, in case they require an MFA code."""
     core = botocore.session.Session(profile=profile)
     PROFILE.set(name := core.profile or "default")
     try:
@@ -1233,7 +1233,7 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     user = named or the_caller or created.get("userName")
     actor = identity.get("arn") or identity.get("invokedBy") or identity.get("principalId")
     if str((identity.get("sessionContext") or {}).get("assumedRoot")).lower() == "true":
-        actor = "root session (AssumeRoot)"  # by whom in the management account, it does not say
+        actor = "root session (AssumeRoot)"  # the record does not identify the caller
     what = (record["eventName"], user, credential_id, request.get("status"))
     who = (actor, record.get("sourceIPAddress"), record.get("userAgent"), record.get("eventID"))
     more = (request.get("newUserName"), told.get("serviceName"))
@@ -1249,23 +1249,24 @@ THROTTLED = {"SlowDown", "RequestLimitExceeded", "TooManyRequestsException"}  # 
 DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 NO_SUCH_ENTITY = "NoSuchEntity"
 TRANSIENT = {"RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}  # and 5xx
-# What to do about an error at the start, by AWS's code, if need be with its operation, or the SDK's
+# What to do about an error at the start, by AWS's code (with its operation, if needed) or the SDK's
 CANNOT_START = {
-    "This is the profile's own role, not the audit role: its trust policy must trust the caller, "
-    "who needs sts:AssumeRole.": {"AssumeRole: AccessDenied"},
-    "The profile must belong to the management account or to a delegated administrator, and have "
-    "the permissions that README.md lists.": DENIED,
-    "The profile's account must be in an organization.": {"AWSOrganizationsNotInUseException"},
+    "This is the profile's own role, not the audit role: its trust policy must allow the caller, "
+    "and the caller's policy must allow sts:AssumeRole.": {"AssumeRole: AccessDenied"},
+    "Use a profile of the management account or of a delegated administrator, with the permissions "
+    "that README.md lists.": DENIED,
+    "Use a profile whose account is in an organization.": {"AWSOrganizationsNotInUseException"},
     "Sign in again, for example with `aws sso login --profile {profile}`.": {
         "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError",
         "UnauthorizedException", "LoginRefreshRequired", *SESSION_EXPIRED},
-    "AWS does not know this access key. It may be deleted, inactive or of another partition than "
-    "the profile's Region, or aws_session_token may be missing.": UNKNOWN_KEY,
-    "Name a profile with --profile, or set AWS_PROFILE.": {"NoCredentialsError"},
-    "`aws configure list-profiles` shows the ones there are.": {"ProfileNotFound"},
+    "AWS does not accept this access key: check that it exists and is active, that the profile's "
+    "Region is in its partition, and that a temporary key has its aws_session_token.": UNKNOWN_KEY,
+    "Profile {profile} has none: sign in or add credentials to it, or name another profile with "
+    "--profile or AWS_PROFILE.": {"NoCredentialsError"},
+    "List the profiles that exist with `aws configure list-profiles`.": {"ProfileNotFound"},
     "Correct profile {profile}; check with `aws sts get-caller-identity --profile {profile}`.": {
         "PartialCredentialsError", "InvalidConfigError", "ConfigParseError",
-        "CredentialRetrievalError"},
+        "CredentialRetrievalError", "InvalidRegionError"},
     "Check the network, HTTPS_PROXY and, if a proxy replaces certificates, AWS_CA_BUNDLE.": {
         "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "HTTPClientError",
         "ConnectionClosedError", "ProxyConnectionError", "SSLError", "ResponseParserError"},
@@ -1290,7 +1291,7 @@ def step_failed(step: str, error: Exception) -> StepFailed:
 
 
 def sdk_error_in_words(error: Exception) -> str:
-    """What an error of the SDK means for somebody who cannot start; empty for any other error."""
+    """What an error of the SDK at the start means, and what to do; empty for any other error."""
     if not isinstance(error, SDK_ERRORS):
         return ""
     step = error.operation_name if isinstance(error, ClientError) else ""
@@ -1373,14 +1374,14 @@ def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Acc
                 hint = "is the management account: add --include-management."
                 raise AuditError(f"{option}: {account.id} {hint}")
             if not scope.retry_failed:
-                raise AuditError(f"--accounts: left out by --ou or --exclude-ou: {account.id}")
+                raise AuditError(f"--accounts: {account.id} is left out by --ou or --exclude-ou")
     asked = {"--exclude": scope.exclude, "--ou": scope.ous, "--exclude-ou": scope.exclude_ous}
     if not scope.retry_failed:
         asked["--accounts"] = scope.accounts
     for option, ids in asked.items():
         if unknown := ", ".join(sorted(ids - known)):
-            nobody = f"no account in organization {organization.id} has this ID or is below it"
-            raise AuditError(f"{option}: {nobody}: {unknown}")
+            nobody = f"has no account {'below ' if option.endswith('ou') else ''}{unknown}"
+            raise AuditError(f"{option}: organization {organization.id} {nobody}")
 
 
 def left_out_outcome(account: Account, organization: Organization, scope: Scope) -> Outcome | None:
@@ -1471,7 +1472,7 @@ async def read_trail(session: AccountSession, plan: Plan) -> Trail | None:
 
 # --- the credential report ---
 
-# Seconds between two requests for a report; small reports take about two.
+# Seconds between two requests for a report; small reports take about two seconds.
 REPORT_FIRST_PAUSE, REPORT_LONGEST_PAUSE, REPORT_PAUSE_GROWTH = 2.0, 10.0, 1.1
 # botocore retries none of these, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
@@ -1520,7 +1521,7 @@ def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
         text = io.StringIO(content.decode("utf-8"), newline="")
         rows = list(csv.DictReader(text, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise damaged_report(f"it is no CSV ({error})") from None
+        raise damaged_report(f"it is not a CSV file ({error})") from None
     if not rows or not {"user", "arn"} <= rows[0].keys():
         raise damaged_report("it has no rows, or not the columns user and arn")
     by_user: dict[str, ReportRow] = {}
@@ -1533,7 +1534,7 @@ def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
 
 
 def damaged_report(why: str) -> StepFailed:
-    message = f"the answer is no credential report: {why}"
+    message = f"the answer is not a credential report: {why}"
     return StepFailed("GetCredentialReport", "DamagedReport", message)
 
 
@@ -1582,8 +1583,8 @@ def report_credentials(row: ReportRow, kind: str) -> tuple[Credential, ...]:
 
 # --- users ---
 
-CLOCK_SKEW = timedelta(minutes=15)  # AWS accepts no signature with a larger difference to its clock
-# NoSuchEntity is no proof of deletion: IAM is eventually consistent, users are renamed, keys move
+CLOCK_SKEW = timedelta(minutes=15)  # AWS rejects signatures that differ more from its clock
+# NoSuchEntity does not prove deletion: IAM is eventually consistent, users are renamed, keys move
 # with them. What a later list still has is read again after these pauses; then the account fails.
 READ_AGAIN_AFTER = (2.0, 3.0, 5.0)  # seconds
 name_and_id = itemgetter("UserName", "UserId")  # either may be another user's later
@@ -1625,7 +1626,7 @@ async def read_users(
             name = unlisted_user(lists, await report, asked)
             if name is None or (attempt and name not in lists.credentials):
                 break
-            gone = StepFailed("ListUsers", NO_SUCH_ENTITY, f"it lacks {name}, whom IAM knows")
+            gone = StepFailed("ListUsers", NO_SUCH_ENTITY, f"it lacks {name}, which IAM still has")
         if pause is None or (attempt and gone.code in DENIED):
             raise gone
         await asyncio.sleep(pause)
@@ -1656,8 +1657,8 @@ async def read_lists(session: AccountSession) -> Lists:
 
 
 def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> str | None:
-    """Somebody who has a credential or is in a new report, and whom the list lacks or shows with
-    another user's date: created or renamed meanwhile."""
+    """A user who has a credential or is in a new report, but is missing from the list or has
+    another user's date there: created or renamed in the meantime."""
     created = {entry["UserName"]: to_second(entry["CreateDate"]) for entry in lists.users}
     for name, credentials in lists.credentials.items():
         if name not in created or min(each.created for each in credentials) < created[name]:
@@ -2225,7 +2226,7 @@ SIGN_IN = "sign in as root of the management account (no role can do that there)
 # about an old key depends on its use.
 RULES = (
     Rule("exposed-credential", 1, USER, lambda it: it.user.exposed,
-         "AWS found a key of the user in public", FOLLOW_CASE),
+         "AWS found one of the user's keys in public", FOLLOW_CASE),
     Rule("root-access-key", 1, ACTIVE_KEY, lambda it: it.root, "active root access key",
          controls=NO_ROOT_KEY),
     Rule("console-without-mfa", 4, PASSWORD, lambda it: it.no_mfa, "console user without MFA",
@@ -2436,7 +2437,9 @@ class Change(NamedTuple):
     change: str = ""
     before: str = ""
     after: str = ""
-    witness: str = ""  # confirmed, contradicted, not found, unavailable; "" if nobody was asked
+    witness: str = (
+        ""  # confirmed, contradicted, not found, unavailable; "" if CloudTrail was not asked
+    )
     event: Event | None = None
     since: datetime | None = None  # when the run began that the account is compared with
 
@@ -2506,7 +2509,7 @@ class Tracking:
     history: History = field(default_factory=History)
     earlier: EarlierRun | None = None  # the newest one: since it began, accounts have come and left
     runs: list[dict[str, Any]] = field(default_factory=list)  # of the same scope, oldest first
-    unreadable: list[str] = field(default_factory=list)  # what the table of runs may lack
+    unreadable: list[str] = field(default_factory=list)  # runs that may be missing from the table
     baselines: dict[str, Baseline] = field(default_factory=dict)  # of accounts in hand
     tables: dict[Path, tuple[Any, Any]] = field(default_factory=dict)  # read, by their folder
     compared: dict[str, EarlierRun] = field(default_factory=dict)  # by account ID
@@ -2773,10 +2776,10 @@ def mark_new(
 
 
 def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> Iterator[Person]:
-    """All users. Keys, which stay with their user, tell who was renamed, or else CloudTrail does.
-    Root only if both credential reports had it: it neither comes nor goes."""
+    """All users. Renamed users are recognized by their keys, which they retain, or by CloudTrail.
+    Root only if both credential reports had it, because it is never created or deleted."""
     same, moved = {name.lower(): name for name in before}, dict[str, str]()
-    for event in events:  # IAM knows a name in any letter case
+    for event in events:  # IAM's names are not case-sensitive
         if event.new_name or event.name == "DeleteUser":
             name = moved.pop(event.user.lower(), "") or same.pop(event.user.lower(), "")
             moved[event.new_name.lower()] = name
@@ -2819,7 +2822,7 @@ def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Cha
 
 
 def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
-    """Those without an ID are known by their date, as AWS promises no order of the two."""
+    """Keys without an ID are matched by date, because AWS does not guarantee their order."""
     none, sides = ("", KeyState("", "", "")), (dict[str, Any](), dict[str, Any]())
     for side, keys in zip(sides, (before, after)):
         for key_id, key in sorted(keys.items()):
@@ -2863,7 +2866,7 @@ def came_and_went(
 
 
 # Changes, each with the CloudTrail event that confirms it; after "=" is the status that it sets.
-# What contradicts a change is the event of its opposite. "-": of many events, for which nobody asks
+# The event of the opposite change contradicts it. "-": too many events, which are not asked for
 EXPLANATIONS = """
     mfa-added EnableMFADevice                    mfa-removed DeactivateMFADevice
     mfa-changed EnableMFADevice+DeactivateMFADevice
@@ -2997,7 +3000,7 @@ async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
 
 
 async def best_effort(question: Awaitable[T], otherwise: T) -> tuple[T, str]:
-    """What was read and "", or `otherwise` and why it is not checked: the audit goes on."""
+    """What was read and "", or `otherwise` and the reason: the audit continues without it."""
     try:
         return await question, ""
     except Exception as error:
@@ -3105,7 +3108,7 @@ MFA_BASICS = (
     *MFA_SETUP, "iam:Get*", "iam:List*", "iam:DeleteVirtualMFADevice", "sts:GetCallerIdentity",
     "signin:AuthorizeOAuth2Access", "signin:CreateOAuth2Token")  # fmt: skip
 Known = Mapping[str, str]  # what every request has of a condition's key, as a pattern
-# For whom a condition holds, of those whom the control is about. NARROWS also if it is not known.
+# Which of the principals that a control covers meet a condition. NARROWS also if that is unknown.
 TESTS_MFA, HOLDS, FAILS, EXEMPTS, NARROWS = "without MFA", "all", "none", "all but", "some"
 # operator and key are in lower case, values lack those that match nobody, text is all as written.
 Condition = namedtuple("Condition", "operator key values text")
@@ -3156,7 +3159,7 @@ def judge_statement(statement: Statement, control: str, known: Known) -> tuple[C
 
 
 def concerns(statement: Statement, control: str, effects: Mapping[Condition, str]) -> bool:
-    """Whether it names some of the control's actions and, for MFA, depends on MFA."""
+    """Whether the statement names some of the control's actions and, for MFA, depends on MFA."""
     if control != MFA_REQUIRED:
         return undenied(control, [statement]) != [*ACTIONS[control]]
     for condition, effect in effects.items():
@@ -3190,7 +3193,7 @@ def undenied(control: str, statements: Iterable[Statement]) -> list[str]:
 
 
 def reach(statement: Statement, arns: str) -> tuple[bool, bool]:
-    """Whether a statement is about all resources with these ARNs; whether it may be about some."""
+    """Whether a statement covers all resources with these ARNs; whether it may cover some."""
     whole, part, kind = False, False, arns.split(":", 5)[-1].rstrip("*")
     for pattern in statement.resources:
         segments = re.sub(r"\$\{[^}]*\}", "*", pattern).split(":", 5)  # a variable can be anything
@@ -3250,7 +3253,7 @@ OPEN_END = r"role/(?!aws-|(.*/)?AWSReserved)([^*?$]+[-_]|([^*?$]+/)?[^*?$/]{8,})
 NO_USER = r"(?s)arn:[^:]*:(iam::[^:]*:(root|role/.*)|sts::[^:]*:assumed-role/.*)"
 NEITHER = r"(?s)arn:[^:]*:(iam::[^:]*:root|sts::[^:]*:assumed-role/.*)"  # user nor role
 # Keys that no CreateAccessKey has: of other services, but for those that go with a role's
-# credentials to every service; of tags to set; of services that call for a resource.
+# credentials to every service; of tags to set; of services that call on behalf of a resource.
 NEVER_SENT = (
     r"(?!aws:|iam:|saml:|sts:|ec2:role|glue:|identitystore:|\w+:source\w+arn)[a-z0-9-]+:.*"
     r"|aws:(tagkeys|requesttag/.*|source(arn|account|orgid|orgpaths))")  # fmt: skip
@@ -3349,7 +3352,7 @@ WITNESSES = {"not found": "has no matching event for", "unavailable": "could not
 NEXT_STEPS = {
     f"^AssumeRole: .*({ACCESS_DENIED})":
         "check that role {role} exists there, that its trust policy allows {arn} and the external "
-        "ID, that the profile may assume it, and that no SCP denies it: AWS answers all alike.",
+        "ID, that the profile may assume it, and that no SCP denies it: AWS does not say which.",
     "^profile credentials: |^AssumeRole: .*(Token|Credential|MFA)":
         "sign in again (for example with `aws sso login`), or fix the profile's "
         "credential_process, which must not wait for input; then run the audit again.",
@@ -3444,12 +3447,14 @@ def heading_lines(summary: Summary) -> list[str]:
     if left_out := summary["out_of_scope"]:
         lines.append(f"Out of scope: {count(len(left_out), 'account')}")
         if (management := organization["management_account"]) in map(itemgetter("id"), left_out):
-            lines[-1] += f", the management account {management} too (see --include-management)"
+            lines[-1] += (
+                f", including the management account {management} (see --include-management)"
+            )
     return lines
 
 
 def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
-    """The failed accounts by cause, with the next steps; skipped ones; root where unseen."""
+    """The failed accounts by cause, with the next steps; skipped accounts; missing roots."""
     failed, causes, lines = accounts_of(summary, "failed"), dict[str, list[str]](), list[str]()
     for one in failed:
         told = causes.setdefault(f"{one['step']}: {one['error']['code']}", [])
@@ -3464,7 +3469,7 @@ def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
         lines += titled(title, map("{id} {name}: {state}".format_map, skipped))
     if rootless := sum(not one["root"] for one in accounts_of(summary, "audited")):
         where = f"the credential report of {count(rootless, 'account')}"
-        lines.append(f"Root is missing from {where}: not covered there")
+        lines.append(f"Root is missing from {where} and is not covered there")
     return lines
 
 
@@ -3500,8 +3505,10 @@ def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
 
 
 def change_lines(run: Run, summary: Summary) -> list[str]:
-    """What has changed since the accounts' baselines, for better and for worse."""
+    """What has changed since the accounts' baselines."""
     changes, days = summary["changes"], summary["max_key_age_days"]
+    if changes is None and run.tracking.runs:
+        return ["No earlier run is as old as --previous requires: nothing was compared."]
     if changes is None:
         return ["No earlier run to compare with: this run is the baseline."]
     mfa = "console users without MFA, root included: {fixed:,} fixed, {new:,} new"
@@ -3514,9 +3521,11 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
     compared = run.tracking.compared.values()
     if others := sorted({each.max_key_age_days for each in compared} - {days}):
         was = f"--max-key-age was {' or '.join(map(str, others))} and is {days} now"
-        lines.append(f"{was}: phase 2 and the numbers of old keys do not compare")
+        lines.append(f"{was}: phase 2 and the numbers of old keys are not comparable")
     if number := changes["accounts_not_compared"]:
-        lines.append(f"not compared: {count(number, 'account')}, not audited now or never before")
+        lines.append(
+            f"not compared: {count(number, 'account')} not audited in this run or not before"
+        )
     return titled(f"Since the run of {changes['since']}", lines)
 
 
@@ -3529,8 +3538,8 @@ def level_in_words(then: str | None, now: str, compared_now: str | None) -> str:
 
 
 def new_lines(run: Run, quiet: bool = False) -> list[str]:
-    """New keys, users who lack MFA now; earlier files that cannot tell, and where for that reason
-    new keys cannot be ruled out."""
+    """New keys and users without MFA; earlier files that cannot be read, and the accounts in which
+    new keys therefore cannot be ruled out."""
     tracking, keys = run.tracking, list[str]()
     for key in new_keys(run):
         where = "" if key.account_id in tracking.compared else " (account not compared)"
@@ -3545,7 +3554,9 @@ def new_lines(run: Run, quiet: bool = False) -> list[str]:
     blind = f"New keys cannot be ruled out in {count(len(tracking.blind), 'account')}"
     accounts = map("{0.id} {0.name}".format, tracking.blind)
     told = titled(f"{blind}: no earlier run can be read", accounts, ACCOUNTS_SHOWN)
-    advice = "let the user who runs the audit read the earlier runs, or restore the files."
+    advice = (
+        "give the user who runs the audit read access to the earlier runs, or restore the files."
+    )
     return [*lines, *told, f"  Next: {advice}"] if told else lines
 
 
@@ -3572,8 +3583,8 @@ def witness_lines(summary: Summary) -> list[str]:
     if trail is None or trail["since"] is None:
         return []
     if trail["out_of_reach"]:
-        kept = f"it keeps events for {CLOUDTRAIL_KEEPS.days} days"
-        told.append(f"{kept}: who made earlier changes is not known")
+        kept = f"CloudTrail keeps events for {CLOUDTRAIL_KEEPS.days} days"
+        told.append(f"{kept}: who made earlier changes is unknown")
     for witness, number in sorted(changes["witnesses"].items()) if changes else ():
         words = WITNESSES.get(witness, f"has {witness}")
         told.append(f"CloudTrail {words} {count(number, 'change')}")
@@ -3628,7 +3639,7 @@ def priority_lines(run: Run, summary: Summary, found: Sequence[Finding]) -> list
 
 
 def exception_lines(summary: Summary, which: str) -> list[str]:
-    title = {"expired": "have expired", "unused": "cover nothing any more"}[which]
+    title = {"expired": "have expired", "unused": "no longer cover anything"}[which]
     who = "line {line}: {account_id} {username} {credential_id} {finding}, until {until}: {reason}"
     told = map(who.format_map, summary["exceptions"][which])
     return titled(f"Exceptions that {title}", told, LINES_SHOWN)
@@ -3763,7 +3774,7 @@ def numbers_in_words(numbers: Mapping[str, int], start: str = "") -> str:
 
 
 def age(span: timedelta) -> str:
-    """`12 minutes`, `3 hours`, `5 days`: rounded up, but for a tenth. Nights are 24 hours apart."""
+    """`12 minutes`, `3 hours`, `5 days`: rounded up, except for a tenth: nightly runs vary."""
     for unit, name in ((timedelta(days=1), "day"), (timedelta(hours=1), "hour")):
         if span >= 2 * unit:
             return count(round(span / unit + 0.4), name)
@@ -3884,7 +3895,7 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
 
 def exceptions_document(run: Run) -> dict[str, Any]:
     """How many findings are covered; exceptions that have expired, and those that cover nothing.
-    Of accounts that failed, are out of scope or were read in part nothing is claimed."""
+    Exceptions for accounts that failed, are out of scope or were read in part are not judged."""
     covered = [one for one in run.findings if one.exception]
     covering = {one.exception for one in covered}  # of several, the one that lasts longest
     unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
@@ -4130,13 +4141,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "for an audit: a name, or a path and a name, for example audit/IAMAuditRole")
     add("--external-id", metavar="ID", type=parse_external_id, help="external ID, if required")
     add = parser.add_argument_group("accounts").add_argument
-    add("--accounts", **ids, help="audit only these; @FILE has one ID per line and # comments")
-    add("--exclude", **ids, help="leave these accounts out; also takes @FILE")
+    add("--accounts", **ids, help="audit only these; or @FILE, with one ID per line and # comments")
+    add("--exclude", **ids, help="leave out these accounts; or @FILE")
     add("--ou", **ous, help="audit only accounts below these organizational units")
     add("--exclude-ou", **ous, help="leave out accounts below these organizational units")
     add("--include-management", **flag, help="also audit the management account: with the "
         "profile's own credentials if the profile belongs to it, otherwise through the role")
-    add("--retry-failed", **flag, help="audit only what failed in the folder's newest finished run")
+    add("--retry-failed", **flag, help="audit only what failed in the newest finished run")
     add = parser.add_argument_group("speed").add_argument
     add("--workers", metavar="N", type=parse_workers, default="auto",
         help="maximum number of API requests at a time, 1 to 256 (default: %(default)s)")
@@ -4155,19 +4166,20 @@ def argument_parser() -> argparse.ArgumentParser:
         default=(), help="CSV file of accepted findings; README.md describes its columns")
     add = parser.add_argument_group("changes").add_argument
     add("--previous", metavar="DIR|AGE", type=parse_previous, help="compare with the run in this "
-        "folder, or each account's newest at least this old, for example 30d (default: its newest)")
+        "folder, or with each account's newest run of at least this age, for example 30d (default: "
+        "with its newest run)")
     add("--cloudtrail", **flag, help="ask CloudTrail in each account who made the changes; the "
         "role then requires cloudtrail:LookupEvents")
     add("--since", metavar="DATE", type=parse_date, help="ask CloudTrail from this date on: "
-        "2026-01-31 or 2026-01-31T12:00:00Z (default: from the compared run, or for 30 days)")
+        "2026-01-31 or 2026-01-31T12:00:00Z (default: since the run compared with, or for 30 days)")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
-        help="folder in which each run creates its own (default: %(default)s)")
+        help="folder in which each run creates a folder (default: %(default)s)")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
         help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
              f"priority N ({MOST_URGENT} to {LEAST_URGENT}) or more urgent, or new-keys (access or "
              "API keys) since the account's last audit")
-    add("-q", "--quiet", **flag, help="print nothing unless something needs attention")
+    add("-q", "--quiet", **flag, help="print only what needs attention")
     add("-v", "--verbose", **flag, help="print accounts, their steps and tracebacks to stderr")
     add = parser.add_argument_group("documents").add_argument
     add("--print", metavar="NAME", dest="document", choices=DOCUMENTS,
@@ -4265,14 +4277,14 @@ parse_tag_keys = functools.partial(parts_of, tuple, parse_name)
 
 
 def complain(text: str, end: str = "\n") -> None:
-    """Print to stderr. If nobody can read it, the run and its exit code stay what they are."""
+    """Print to stderr. If that is closed, the run and its exit code are not affected."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(text, end=end, file=sys.stderr, flush=True)
 
 
 def columns_of(stream: Any) -> int:
-    """The width of the stream's terminal; 0 if there is none or, as some do, it says 0."""
+    """The width of the stream's terminal; 0 if there is none or it reports 0."""
     with contextlib.suppress(AttributeError, OSError):
         return os.get_terminal_size(stream.fileno()).columns
     return 0

@@ -403,7 +403,7 @@ def test_a_report_without_root_is_told(roots: Result) -> None:
     assert [row["username"] for row in roots.rows(ROOT_ACCOUNTS["missing from the report"])] == [
         "only"
     ]
-    said = "Root is missing from the credential report of 1 account: not covered there\n"
+    said = "Root is missing from the credential report of 1 account and is not covered there\n"
     assert said in roots.stdout
 
 
@@ -414,7 +414,7 @@ def test_quiet_says_where_root_is_missing_from_the_report(
     for one in (ONE, TWO):
         without.append(retold(account(one, "one", users=[user("ana")]), lambda rows: rows[1:]))
     result = run_program(serve(*without, account(THREE, "three")).env(), "--quiet")
-    said = "Root is missing from the credential report of 2 accounts: not covered there\n"
+    said = "Root is missing from the credential report of 2 accounts and is not covered there\n"
     assert (result.exit_code, result.stdout.partition("\n")[2]) == (0, said)
 
 

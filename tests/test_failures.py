@@ -133,7 +133,7 @@ def test_ten_accounts_of_a_cause_are_listed_and_the_others_counted(
 
 
 PROBABLY_WRONG = (
-    "iam_audit.py: AssumeRole was denied in the first 20 accounts alike: the name of role Audit or "
+    "iam_audit.py: AssumeRole was denied in all of the first 20 accounts: the name of role Audit or "
     "its trust policy is probably wrong; the run goes on.\n"
 )
 
@@ -634,7 +634,7 @@ STOPS: dict[str, tuple[Json, list[str]]] = {  # options of the world, what stder
     ),
     "an access key that AWS does not know": (
         {"rules": [rule("GetCallerIdentity", error="InvalidClientTokenId", status=403)]},
-        ["InvalidClientTokenId", "deleted, inactive or of another partition", "aws_session_token"],
+        ["InvalidClientTokenId", "exists and is active", "aws_session_token"],
     ),
     "a proxy's page": ({"rules": [rule("GetCallerIdentity", raw=PAGE)]}, PROXY),
     "a proxy's page that is no XML": (
@@ -715,7 +715,10 @@ SSO = "sso_account_id = 999999999999\nsso_role_name = Admin\n"
 START = "sso_region = us-east-1\nsso_start_url = https://example.awsapps.com/start\n"
 MISCONFIGURED: dict[str, tuple[str, list[str]]] = {  # lines of the config file, what stderr says
     "unknown": ("", ["(p)", "`aws configure list-profiles`"]),
-    "no credentials": ("[profile p]\n", ["NoCredentials", "--profile", "AWS_PROFILE"]),
+    "no credentials": (
+        "[profile p]\n",
+        ["NoCredentials", "Profile p has none", "--profile", "AWS_PROFILE"],
+    ),
     "no SSO token": (
         f"[profile p]\nsso_session = corp\n{SSO}[sso-session corp]\n{START}",
         ["SSOTokenLoadError", SIGN_IN_AGAIN],

@@ -242,7 +242,7 @@ def test_cloudtrail_is_asked_from_each_accounts_own_baseline_on(nights: Nights) 
     started = datetime.fromisoformat(summary_of(result)["started"])
     asked = started - datetime.fromisoformat(trail["since"])
     assert 0 <= asked.total_seconds() - 90 * 86400 < 2
-    assert "it keeps events for 90 days" in result.stdout
+    assert "CloudTrail keeps events for 90 days" in result.stdout
 
 
 def test_levels_and_mfa_follow_from_the_baselines(nights: Nights) -> None:
@@ -400,6 +400,15 @@ def test_an_api_key_created_before_a_night_that_read_none_is_new(nights: Nights)
     [row] = summary_of(third)["changes"]["new_access_keys"]
     assert row["since"] == ago(4).isoformat()
     assert nights.run(now, *QUIET).exit_code == 0
+
+
+def test_without_a_run_of_that_age_nothing_is_compared(nights: Nights) -> None:
+    nights.run(holder(keys=[OLD_KEY]), days=3)
+    monthly = nights.run(holder(keys=[OLD_KEY]), "--previous", "30d")
+    assert (
+        "No earlier run is as old as --previous requires: nothing was compared.\n" in monthly.stdout
+    )
+    assert "this run is the baseline" not in monthly.stdout
 
 
 def test_an_administrator_since_some_days_ago(nights: Nights) -> None:
@@ -769,7 +778,10 @@ def test_without_a_run_to_compare_with_new_keys_cannot_be_ruled_out(
     assert summary_of(result)["new_keys_not_ruled_out"] == blind
     said = f"New keys cannot be ruled out in {len(blind)} account{'s' * (len(blind) - 1)}: "
     assert said in result.stdout
-    assert "Next: let the user who runs the audit read the earlier runs, or" in result.stdout
+    assert (
+        "Next: give the user who runs the audit read access to the earlier runs, or"
+        in result.stdout
+    )
     loud = nights.run([machine(ONE, OLD_KEY), machine(TWO)])
     assert loud.exit_code == 0
 
@@ -802,7 +814,9 @@ def test_a_run_that_may_not_be_read_is_not_no_run(nights: Nights, what: str) -> 
     assert (process.returncode, stderr) == (4, "")
     assert f"{nights.folder(1).name}/{what or SUMMARY}: Permission denied " in unfolded(stdout)
     assert "New keys cannot be ruled out in 1 account: " in stdout
-    assert "Next: let the user who runs the audit read the earlier runs, or" in unfolded(stdout)
+    assert "Next: give the user who runs the audit read access to the earlier runs, or" in unfolded(
+        stdout
+    )
 
 
 def test_a_run_without_a_summary_is_not_finished_and_nobody_is_told(nights: Nights) -> None:

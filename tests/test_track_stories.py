@@ -959,7 +959,7 @@ def test_the_summary_says_that_cloudtrail_does_not_reach_back_to_the_earlier_run
     assert changes_of(result, FOUR) == [
         row("machine", key_of(FOUR), "access-key-deleted", "Active", "", "not found")
     ]
-    assert "it keeps events for 90 days" in result.stdout.partition("CloudTrail")[2]
+    assert "CloudTrail keeps events for 90 days" in result.stdout.partition("CloudTrail since")[2]
 
 
 @pytest.mark.parametrize("name", ["first run", "since after the earlier run"])
@@ -967,7 +967,10 @@ def test_the_summary_does_not_blame_cloudtrail_for_what_since_leaves_out(
     looked: Looked, name: str
 ) -> None:
     """Where --since leaves days out, it is not CloudTrail that has forgotten them."""
-    assert "it keeps events for 90 days" not in looked.jobs[name].stdout.partition("CloudTrail")[2]
+    assert (
+        "CloudTrail keeps events for 90 days"
+        not in looked.jobs[name].stdout.partition("CloudTrail since")[2]
+    )
 
 
 def test_a_key_that_came_and_went_counts_as_new(looked: Looked) -> None:
