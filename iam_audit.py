@@ -3387,10 +3387,11 @@ def terminal_summary(
     blocks = [heading_lines(summary), failed_lines(summary), not_checked_lines(summary)]
     blocks += [change_lines(run, summary), new_lines(run), witness_lines(summary)]
     blocks += [[*phase_lines(summary, "phase1"), *phase_lines(summary, "phase2")]]
-    blocks += [most_gaps_lines(summary), priority_lines(run, summary, found)]
+    blocks += [priority_lines(run, summary, found)]
     title = f"What to fix first (all {count(len(found), 'finding')}: findings.csv)"
     blocks += [titled(title, finding_lines(run, found, FINDINGS_SHOWN, ALIKE_SHOWN))]
-    blocks += [gap_lines(summary), enforcement_lines(summary), run_lines(summary)]
+    blocks += [most_gaps_lines(summary), gap_lines(summary), enforcement_lines(summary)]
+    blocks += [run_lines(summary)]
     text = "\n".join(laid_out(block, width) for block in blocks if block)
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
     for code, pattern in PAINT.items() if color else ():
