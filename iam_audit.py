@@ -662,9 +662,7 @@ def open_session(profile: str | None) -> boto3.Session:
         if credentials is None:
             raise botocore.exceptions.NoCredentialsError
         if credentials.method == "assume-role" and not any(map(os.isatty, (0, 1, 2))):
-            refuse_mfa_code(
-                core.full_config["profiles"], name
-            )  # botocore might wait for it forever
+            refuse_mfa_code(core.full_config["profiles"], name)  # botocore may wait forever
         credentials.get_frozen_credentials()
     except (OSError, json.JSONDecodeError, KeyError) as error:  # a credential_process; a proxy
         why = {"provider": f"profile {name}", "error_msg": f"{type(error).__name__}: {error}"}
@@ -2194,7 +2192,7 @@ Rule = namedtuple("Rule", "name priority about applies reason advice controls", 
 OF_ROOT = {"1.3", "1.4", "IAM.4", "IAM.9"}  # the other controls are about IAM users
 NO_ROOT_KEY, ROTATED, IN_USE = ("1.3", "IAM.4"), ("1.13", "IAM.3"), ("1.11", "IAM.8", "IAM.22")
 REMOVE = "`aws iam delete-login-profile {user}` in account {account}."
-ADD_MFA = f"Have the user register an MFA device or, if roles serve, remove the password: {REMOVE}"
+ADD_MFA = f"Have the user register an MFA device or use a role and remove the password: {REMOVE}"
 MOVE = "move what uses it to temporary credentials (an IAM role), then "
 DEACTIVATE = (
     "deactivate it: `aws iam update-{name} {user} {key} --status=Inactive` in account {account}"
@@ -2205,7 +2203,7 @@ FOLLOW_CASE = (
     f"follow AWS's support case: replace each of the user's keys ({LIST_KEYS}), {DEACTIVATE}, look "
     "in CloudTrail for what they were used for, and only then detach the quarantine policy."
 )
-DEACTIVATE_UNUSED = f"{DEACTIVATE}; delete it once nobody has missed it."
+DEACTIVATE_UNUSED = f"{DEACTIVATE}; delete it once you know that nothing uses it."
 REPLACE = f"{MOVE}{DEACTIVATE}; finally `aws iam delete-{{name}} {{user}} {{key}}`."
 REPLACE_CERTIFICATE = f"find its ID: `aws iam list-signing-certificates {{user}}`. {REPLACE}"
 ASK_OWNER = f"ask its owner what it is for, then {DEACTIVATE}."
@@ -2215,12 +2213,12 @@ DELETE = "delete it: `aws iam delete-{name} {user} {key}` in account {account}."
 # https://docs.aws.amazon.com/IAM/latest/UserGuide/id_root-user-privileged-task.html
 ASSUME_ROOT = (
     "with the session that `aws sts assume-root --target-principal {account} --task-policy-arn "
-    "arn=arn:{partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials` gives (it takes "
-    "centralized root access): `aws iam "
+    "arn=arn:{partition}:iam::aws:policy/root-task/IAMDeleteRootUserCredentials` gives (it "
+    "requires centralized root access): `aws iam "
 )
 ROOT_PASSWORD = f"delete root's password (or add MFA as root) {ASSUME_ROOT}delete-login-profile`."
 ROOT_KEY = f"delete root's {{kind}} {ASSUME_ROOT}list-{{name}}s`, then `aws iam delete-{{name}}`."
-SIGN_IN = "sign in as root of the management account (no role can do that there) and "
+SIGN_IN = "sign in as root of the management account (a role cannot do that there) and "
 # What a rule is about is one finding, named by the most urgent rule that applies. All rules that
 # apply are its reasons, in this order. The advice is that of the first that has any: what to do
 # about an old key depends on its use.
@@ -2310,11 +2308,11 @@ def is_excepted(finding: Finding, one: KnownException) -> bool:
 
 
 def most_urgent_first(finding: Finding) -> tuple[Any, ...]:
-    """What no exception covers, by priority; production, then administrators, then the oldest. Keys
-    that were found in public have no age, and go before what has."""
+    """What no exception covers, by priority; production, then administrators, then the oldest.
+    Exposed credentials, which have no age, come before those that have one."""
     rank = (finding.exception is not None, finding.priority, not finding.production)
-    hidden = finding.finding != "exposed-credential"
-    oldest = (finding.administrator != "true", hidden, -finding.age, finding.account.id)
+    not_exposed = finding.finding != "exposed-credential"
+    oldest = (finding.administrator != "true", not_exposed, -finding.age, finding.account.id)
     return (*rank, *oldest, finding.user, finding.key.id if finding.key else "", finding.finding)
 
 

@@ -234,3 +234,11 @@ def test_readme_shows_the_help(program: Program, program_versions: dict[str, str
     [block] = [block for block in blocks if "usage: iam_audit.py" in block]
     shown = block[block.index("usage: iam_audit.py") :]
     assert shown == help_text(program)
+
+
+def test_the_top_level_is_the_designs() -> None:
+    """Nothing else: no second module, no settings, nothing that somebody tried out."""
+    root = Path(__file__).resolve().parent.parent
+    passing = {"reports", "__pycache__"}  # of runs, and ignored by git
+    found = {path.name for path in root.iterdir() if not path.name.startswith(".")} - passing
+    assert found == {"iam_audit.py", "requirements.txt", "README.md", "tests"}
