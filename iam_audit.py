@@ -557,7 +557,7 @@ class StepFailed(Exception):
 
 def parse_time(text: str) -> datetime:
     """An ISO 8601 time in UTC. AWS writes `Z` or `+00:00`; Python parses `Z` only from 3.11 on."""
-    moment = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", text))
+    moment = datetime.fromisoformat(f"{text[:-1]}+00:00" if text[-1:] in ("Z", "z") else text)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
     try:
         return moment.astimezone(timezone.utc)
@@ -609,14 +609,14 @@ def clock(span: timedelta) -> str:
 ROLE_READS = {
     "iam:GenerateCredentialReport": "makes IAM prepare the credential report; not a pure read",
     "iam:GetCredentialReport": "passwords, their last use, and the root user",
-    "iam:ListUsers": "the current users; the report may be four hours old",
+    "iam:ListUsers": "when new passwords were last used; the users, if the last is denied",
     "iam:ListAccessKeys": "each user's access keys, their status and creation date",
     "iam:GetAccessKeyLastUsed": "when and for which service each access key was last used",
     "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
     "iam:ListVirtualMFADevices": "whether root's MFA device is a virtual one",
     "iam:GetLoginProfile": "whether a user created after the report has a password",
     "iam:ListServiceSpecificCredentials": "the API keys and service passwords of all users",
-    "iam:GetAccountAuthorizationDetails": "users' owner tags, groups and policies (their rights)",
+    "iam:GetAccountAuthorizationDetails": "the current users, their tags, groups and policies",
 }
 CLOUDTRAIL_READS = {
     "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices",
@@ -1145,20 +1145,15 @@ async def list_service_specific_credentials(session: AccountSession) -> dict[str
     return found
 
 
-class Details(NamedTuple):  # tags and policies, which botocore has decoded
-    users: dict[str, Entry]  # by ID
-    groups: dict[str, Entry]  # by name
-
-
-async def get_account_authorization_details(session: AccountSession) -> Details:
-    found, lists = Details({}, {}), ("UserDetailList", "GroupDetailList")
-    read, both = session.iam.get_account_authorization_details, ["User", "Group"]
-    for entry in await list_all(session, read, *lists, Filter=both, MaxItems=1000):
-        if "UserId" in entry:
-            found.users[entry["UserId"]] = entry
-        else:
-            found.groups[entry["GroupName"]] = entry
-    return found
+async def get_account_authorization_details(
+    session: AccountSession,
+) -> tuple[list[Entry], dict[str, Entry]]:
+    """All users with tags, groups and policies, which botocore has decoded; the groups by name."""
+    both, lists = ["User", "Group"], ("UserDetailList", "GroupDetailList")
+    operation = session.iam.get_account_authorization_details
+    found = await list_all(session, operation, *lists, Filter=both, MaxItems=1000)
+    users = [entry for entry in found if "UserId" in entry]
+    return users, {entry["GroupName"]: entry for entry in found if "UserId" not in entry}
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
@@ -1591,7 +1586,9 @@ name_and_id = itemgetter("UserName", "UserId")  # either may be another user's l
 class Lists(NamedTuple):
     users: Sequence[Entry]
     credentials: Mapping[str, Sequence[Credential]]  # by user name
-    details: Details
+    groups: Mapping[str, Entry] | None  # by name; None: nobody's rights could be read
+    step: str  # the operation that listed the users
+    list_users: Callable[[], Awaitable[list[Entry]]]  # asked once, and only if it is needed
     denied: Mapping[str, str]  # AuditedAccount.not_checked
 
 
@@ -1606,7 +1603,7 @@ async def read_users(
     async def read_one(entry: Entry) -> None:
         nonlocal gone
         try:
-            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report, listed)
+            read[name_and_id(entry)] = await naming_step(session, read_user, entry, report, lists)
         except StepFailed as failure:
             # AWS may also answer AccessDenied for a key that is gone.
             of_key = failure.step == "GetAccessKeyLastUsed" and failure.code in DENIED
@@ -1617,41 +1614,48 @@ async def read_users(
     for attempt, pause in enumerate((*READ_AGAIN_AFTER, None)):
         asked, gone = utc_now(), None
         lists = await read_lists(session)
-        listed = {entry["UserName"] for entry in lists.users}
         unread = [entry for entry in lists.users if name_and_id(entry) not in read]
         await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
         if gone is None:
             name = unlisted_user(lists, await report, asked)
             if name is None or (attempt and name not in lists.credentials):
                 break
-            gone = StepFailed("ListUsers", NO_SUCH_ENTITY, f"it lacks {name}, which IAM still has")
+            gone = not_listed(lists.step, name)
         if pause is None or (attempt and gone.code in DENIED):
             raise gone
         await asyncio.sleep(pause)
     users = []
     for entry in sorted(lists.users, key=itemgetter("UserName")):
-        users.append(complete(read[name_and_id(entry)], entry["UserId"], lists, plan.owner_tags))
+        users.append(complete(read[name_and_id(entry)], entry, lists, plan.owner_tags))
     return users, lists.denied
 
 
 async def read_lists(session: AccountSession) -> Lists:
     """What is listed of all users at once. A role that may list no more than the users will do."""
-    optional = (list_service_specific_credentials, get_account_authorization_details)
-    answers: list[Any] = [await list_users(session), {}, Details({}, {})]
     denied: dict[str, str] = {}
-    for place, operation in enumerate(optional, 1):
+
+    async def unless_denied(operation: Callable[[AccountSession], Awaitable[T]]) -> T | None:
         try:
-            answers[place] = await operation(session)
+            return await operation(session)
         except StepFailed as failure:
             if failure.code not in DENIED:
                 raise
             denied[failure.step] = failure.code
-    lists = Lists(answers[0], answers[1], answers[2], denied)
-    for entry in lists.users:
-        check_account(entry["Arn"], session.account.id, "ListUsers")
-    for entry in (*lists.details.users.values(), *lists.details.groups.values()):
-        check_account(entry["Arn"], session.account.id, "GetAccountAuthorizationDetails")
-    return lists
+            return None
+
+    @functools.lru_cache(None)
+    def listing() -> asyncio.Task[list[Entry]]:
+        return asyncio.create_task(naming_step(session, list_users))
+
+    details, step = await unless_denied(get_account_authorization_details), "ListUsers"
+    if details is None:
+        users, groups = await listing(), None
+    else:
+        (users, groups), step = details, "GetAccountAuthorizationDetails"
+    for entry in (*users, *(groups or {}).values()):
+        check_account(entry["Arn"], session.account.id, step)
+    credentials = await unless_denied(list_service_specific_credentials)
+    return Lists(users, credentials or {}, groups, step, listing, denied)
 
 
 def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> str | None:
@@ -1671,7 +1675,7 @@ def unlisted_user(lists: Lists, report: CredentialReport, asked: datetime) -> st
 
 
 async def read_user(
-    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport], listed: set[str]
+    session: AccountSession, entry: Entry, report: asyncio.Task[CredentialReport], lists: Lists
 ) -> User:
     """One user, from live answers and the report; StepFailed (NoSuchEntity) if they are gone."""
     name, keys, mfa = entry["UserName"], list[Credential](), set[str]()
@@ -1686,18 +1690,31 @@ async def read_user(
         may_have_mfa = report_cell(row, "mfa_active")
     else:  # created or renamed since the report
         password, may_have_mfa = await get_login_profile(session, name), True
-        certificates = former_certificates(entry, await report, listed)
-        last_used, changed = (entry.get("PasswordLastUsed") if password else None), None
+        certificates = former_certificates(entry, await report, lists.users)
+        last_used, changed = (await password_last_used(entry, lists) if password else None), None
     if password or may_have_mfa:
         mfa.update(map(mfa_kind, await list_mfa_devices(session, name)))
     who = (name, password, last_used, tuple(sorted(mfa)), in_order(keys), certificates, changed)
     return User(*who, session.account.email)
 
 
-def former_certificates(entry: Entry, report: CredentialReport, listed: set[str]) -> Any:
+async def password_last_used(entry: Entry, lists: Lists) -> datetime | None:
+    """When the password was last used, where the report does not say so."""
+    for user in await lists.list_users():
+        if name_and_id(user) == name_and_id(entry):
+            return user.get("PasswordLastUsed")
+    raise not_listed("ListUsers", entry["UserName"])
+
+
+def not_listed(step: str, user_name: str) -> StepFailed:
+    return StepFailed(step, NO_SUCH_ENTITY, f"it lacks {user_name}, which IAM still has")
+
+
+def former_certificates(entry: Entry, report: CredentialReport, users: Sequence[Entry]) -> Any:
     """Those of a user renamed since the report: of the one row with their date and an old name."""
     created, former = to_second(entry["CreateDate"]), list[ReportRow]()
-    for name in report.rows.keys() - listed - {ROOT} if created <= report.generated else ():
+    listed = {ROOT, *map(itemgetter("UserName"), users)}
+    for name in report.rows.keys() - listed if created <= report.generated else ():
         if report_cell(report.rows[name], "user_creation_time") == created:
             former.append(report.rows[name])
     return report_credentials(former[0], SIGNING_CERTIFICATE) if len(former) == 1 else ()
@@ -1735,17 +1752,16 @@ FULL_ACCESS = {"policy/AdministratorAccess", "policy/IAMFullAccess"}  # AWS's ow
 QUARANTINE = ":aws:policy/AWSCompromisedKeyQuarantine"  # ...V2, ...V3
 
 
-def complete(user: User, user_id: str, lists: Lists, owner_tags: Sequence[str]) -> User:
+def complete(user: User, entry: Entry, lists: Lists, owner_tags: Sequence[str]) -> User:
     """The user with what the lists say of them."""
     others = in_order((*user.others, *lists.credentials.get(user.name, ())))
-    entry = lists.details.users.get(user_id)
-    if entry is None:
+    if lists.groups is None:
         return replace(user, others=others)
     tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
     owner = next(filter(None, map(tags.get, owner_tags)), user.owner)
     attached = map(itemgetter("PolicyArn"), entry.get("AttachedManagedPolicies", ()))
     exposed = any(QUARANTINE in arn for arn in attached)
-    rights = administrator(entry, lists.details.groups)
+    rights = administrator(entry, lists.groups)
     return replace(user, others=others, owner=owner, administrator=rights, exposed=exposed)
 
 

@@ -381,8 +381,7 @@ def expected_requests(described: World) -> Counter[str]:
             continue
         listed = [user for user in one["users"] if user["in_list"]]
         needed["GetCredentialReport"] += 1
-        for action in ("ListUsers", "GetAccountAuthorizationDetails"):
-            needed[action] += max(1, math.ceil(len(listed) / 1000))
+        needed["GetAccountAuthorizationDetails"] += max(1, math.ceil(len(listed) / 1000))
         needed["ListServiceSpecificCredentials"] += 1
         needed["ListAccessKeys"] += len(listed)
         needed["GetAccessKeyLastUsed"] += sum(len(user["keys"]) for user in listed)
@@ -617,7 +616,6 @@ def scenario_large_account(bench: Bench) -> list[Verdict]:
 
 IAM_ACTIONS = (
     "GetCredentialReport",
-    "ListUsers",
     "ListServiceSpecificCredentials",
     "GetAccountAuthorizationDetails",
     "ListAccessKeys",

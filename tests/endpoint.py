@@ -213,12 +213,11 @@ def user(
     groups: Iterable[str] = (),
     attached: Iterable[str] = (),
     policies: Iterable[Json] = (),
-    in_details: bool = True,
 ) -> Json:
     """An IAM user; `mfa` are serial numbers, `attached` and `policies` as of a `group`.
 
     With `in_report` False they are younger than the report, with `in_list` False deleted since. A renamed user
-    keeps their `user_id`. With `in_details` False GetAccountAuthorizationDetails does not know them yet.
+    keeps their `user_id`.
     """
     return {
         "name": name,
@@ -238,7 +237,6 @@ def user(
         "groups": list(groups),
         "attached": list(attached),
         "policies": list(policies),
-        "in_details": in_details,
     }
 
 
@@ -1533,8 +1531,7 @@ class Services:
         if asked != {"User", "Group"}:
             raise AwsError("ValidationError", f"no test needs these: {sorted(asked)}")
         directory = self.world.directory(request.account)
-        found = [one for one in directory.users if one["in_details"]]
-        page, more = _page([*found, *directory.account["groups"]], request)
+        page, more = _page([*directory.users, *directory.account["groups"]], request)
         users = "".join([self._details(one, "User", request) for one in page if "keys" in one])
         groups = "".join(
             [self._details(one, "Group", request) for one in page if "keys" not in one]

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.program
 ONE = "111111111111"
 CREATED = "2024-01-31T12:00:00Z"
 KEY, OTHER_KEY = "AKIA0000000000000ONE", "AKIA0000000000000TWO"
+LIST = "GetAccountAuthorizationDetails"  # of all users
 GONE: Json = {"error": "NoSuchEntity", "status": 404}
 
 
@@ -30,14 +31,14 @@ def quick(program: Program, tmp_path: Path) -> Program:
 
 
 def list_of_users(*users: tuple[str, str], created: str = CREATED) -> Json:
-    """The first answer of ListUsers: these names and user IDs."""
+    """The first list of users: these names and user IDs."""
     members = "".join(
         f"<member><Path>/</Path><UserName>{name}</UserName><UserId>{user_id}</UserId>"
         f"<Arn>arn:aws:iam::{ONE}:user/{name}</Arn><CreateDate>{created}</CreateDate></member>"
         for name, user_id in users
     )
-    raw = answer_of("ListUsers", f"<Users>{members}</Users><IsTruncated>false</IsTruncated>")
-    return rule("ListUsers", ONE, raw=raw, times=1)
+    body = f"<UserDetailList>{members}</UserDetailList><IsTruncated>false</IsTruncated>"
+    return rule(LIST, ONE, raw=answer_of(LIST, body), times=1)
 
 
 def list_of_keys(*key_ids: str, skip: int = 0) -> Json:
@@ -123,7 +124,7 @@ def test_a_user_who_is_still_listed_is_read_again(
     expected = [("ana", "Configurada", KEY, "None")]
     assert cells(result, "username", "password_status", "access_key_id", "mfa_status") == expected
     assert result.accounts[ONE]["maturity"]["phase1"] == "In Progress"
-    assert endpoint.stats()["by_account"][ONE]["ListUsers"] == times + 1
+    assert endpoint.stats()["by_account"][ONE][LIST] == times + 1
 
 
 @pytest.mark.parametrize("action", ["ListAccessKeys", "ListMFADevices"])
@@ -165,7 +166,7 @@ def test_a_user_renamed_while_somebody_else_takes_the_name(serve: Serve, quick: 
     assert result.exit_code == 0
     expected = [("ana", "Configurada", OTHER_KEY), ("bea", "Configurada", KEY)]
     assert cells(result, "username", "password_status", "access_key_id") == expected
-    assert endpoint.stats()["by_account"][ONE]["ListUsers"] == 2
+    assert endpoint.stats()["by_account"][ONE][LIST] == 2
 
 
 def test_a_user_deleted_and_created_again_is_read(serve: Serve, quick: Program) -> None:

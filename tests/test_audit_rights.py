@@ -187,7 +187,7 @@ def test_new_lists_are_read_to_their_ends(serve: Serve, monkeypatch: pytest.Monk
     assert (found["z"].owner, found["z"].administrator) == ("last", "true")
     assert found["user-0999"].owner == "t999"
     counts = endpoint.stats()["by_account"][ONE]
-    assert [counts[action] for action in ("ListUsers", *NEW_ACTIONS)] == [2, 2, 2]
+    assert [counts[action] for action in NEW_ACTIONS] == [2, 2]
     assert endpoint.stats()["in_flight"][ONE] <= 8
 
 
@@ -239,7 +239,7 @@ def test_the_api_key_of_a_renamed_user_is_found_under_their_present_name(
 def test_the_certificate_of_a_renamed_user_is_found_in_the_row_of_before(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, gone: tuple[str, ...], found: list[str]
 ) -> None:
-    """The report still has the user's earlier name, which ListUsers has no more."""
+    """The report still has the user's earlier name, which the list of users has no more."""
     held = [certificate(active=False), certificate(last_rotated=ago(3))]
     before = [
         user(name, created=ago(9), in_list=False, certificates=held, user_id=f"AIDA{name:0>16}")
@@ -260,11 +260,11 @@ def test_an_account_fails_rather_than_lose_an_api_key(
     rules = [first_credentials("nobody", times=None)]
     endpoint = serve(account(ONE, "one", users=[user("ana")]), rules=rules)
     found = read(endpoint, monkeypatch)
-    assert found.failure() == ("ListUsers", "NoSuchEntity")
+    assert found.failure() == (NEW_ACTIONS[1], "NoSuchEntity")
     outcome = found.outcomes[ONE]
     assert isinstance(outcome, FailedAccount)
     assert "nobody" in outcome.message
-    assert endpoint.stats()["by_account"][ONE]["ListUsers"] == 4
+    assert endpoint.stats()["by_account"][ONE][NEW_ACTIONS[1]] == 4
 
 
 def test_the_api_key_of_whoever_had_the_name_before(
@@ -279,20 +279,42 @@ def test_the_api_key_of_whoever_had_the_name_before(
     assert [one.id for one in users["bea"].others] == ["ACCA0000000000000001"]
 
 
-def test_tags_and_policies_are_of_the_same_user_though_another_had_the_name(
+def test_only_list_users_says_when_a_young_users_password_was_last_used(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By user ID: the first answer is of a moment before ana was deleted and created again."""
-    before = (
-        "<UserDetailList><member><UserName>ana</UserName><UserId>AIDA1</UserId>"
-        f"<Arn>arn:aws:iam::{ONE}:user/ana</Arn><AttachedManagedPolicies><member>"
-        f"<PolicyName>x</PolicyName><PolicyArn>{ADMINISTRATOR}</PolicyArn></member>"
-        "</AttachedManagedPolicies></member></UserDetailList><IsTruncated>false</IsTruncated>"
+    """It is asked once for all of them, to its end; a thousand entries a page."""
+    users = [user(f"user-{n:04}") for n in range(999)]
+    used, unused = (
+        user(name, password=True, in_report=False, password_last_used=moment)
+        for name, moment in (("z-used", ago(2)), ("young", None))
     )
-    rules = [rule(NEW_ACTIONS[1], ONE, raw=answer_of(NEW_ACTIONS[1], before))]
-    endpoint = serve(account(ONE, "one", users=[user("ana", user_id="AIDA2")]), rules=rules)
-    found = read(endpoint, monkeypatch).users()["ana"]
-    assert (found.administrator, found.owner) == ("unknown", f"{ONE}@example.com")
+    endpoint = serve(account(ONE, "one", users=[*users, unused, used]), account(TWO, "two"))
+    found = read(endpoint, monkeypatch)
+    assert found.users()["z-used"].password_last_used == ago(2)
+    assert (found.users()["young"].password, found.users()["young"].password_last_used) == (
+        True,
+        None,
+    )
+    counts = endpoint.stats()["by_account"]
+    assert (counts[ONE]["ListUsers"], "ListUsers" in counts[TWO]) == (2, False)
+
+
+@pytest.mark.parametrize(("times", "asked"), [(1, 2), (None, 4)])
+def test_a_young_user_whom_list_users_lacks_is_read_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, times: int | None, asked: int
+) -> None:
+    """When the password was last used is unknown then, not never."""
+    young = user("young", password=True, in_report=False, password_last_used=ago(2))
+    nobody = answer_of("ListUsers", "<Users></Users><IsTruncated>false</IsTruncated>")
+    rules = [rule("ListUsers", ONE, raw=nobody, times=times)]
+    endpoint = serve(account(ONE, "one", users=[young]), rules=rules)
+    found = read(endpoint, monkeypatch)
+    if times is None:
+        assert found.failure() == ("ListUsers", "NoSuchEntity")
+    else:
+        assert found.users()["young"].password_last_used == ago(2)
+    counts = endpoint.stats()["by_account"][ONE]
+    assert (counts["ListUsers"], counts[NEW_ACTIONS[1]]) == (asked, asked)
 
 
 def test_details_of_another_account_fail_the_account(
@@ -338,6 +360,8 @@ def test_a_role_without_the_new_permissions_costs_that_part_alone(
         known = ("me", "true", True)
     assert (found.owner, found.administrator, found.exposed) == known
     assert (boss.administrator, found.password, len(found.keys)) == ("true", True, 1)
+    asked = endpoint.stats()["by_account"][ONE]
+    assert asked.get("ListUsers", 0) == (NEW_ACTIONS[1] in denied)
 
 
 @pytest.mark.parametrize("action", NEW_ACTIONS)
@@ -521,7 +545,6 @@ def test_owner_rights_and_exposure_come_over_the_wire(
         user("inline", policies=[{"Statement": allow("iam:*")}]),
         user("inline-small", policies=[{"Statement": [allow("s3:*", "arn:aws:s3:::a%20/+b")]}]),
         user("custom", attached=[CUSTOM], path="/a/"),
-        user("young", in_details=False, tags=[("owner", "nobody knows")]),
     ]
     groups = [group("readers", attached=[READ_ONLY]), group("admins", policies=[EVERYTHING])]
     made = account(ONE, "one", users=users, groups=groups, email="one@example.com")
@@ -537,7 +560,6 @@ def test_owner_rights_and_exposure_come_over_the_wire(
         "in-group": (address, "true", False),
         "inline": (address, "true", False),
         "inline-small": (address, "false", False),
-        "young": (address, "unknown", False),
     }
     assert found.audited().not_checked == {}
 

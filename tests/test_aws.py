@@ -127,7 +127,7 @@ def test_the_audit_runs_where_it_may_not_choose_a_cpu(
 
     monkeypatch.setattr(os, "sched_setaffinity", forbidden, raising=False)
     assert iam_audit.main(["--role", "Audit", "--output-dir", str(tmp_path), "--quiet"]) == 0
-    assert in_this_process.stats()["by_account"][ONE]["ListUsers"] == 1
+    assert in_this_process.stats()["by_account"][ONE]["GetAccountAuthorizationDetails"] == 1
 
 
 # --- how many requests ------------------------------------------------------------------------------------------------
@@ -169,7 +169,6 @@ def requests_of(number: int) -> Counter[str]:
             "GenerateCredentialReport": 1,
             "GetCredentialReport": 1,
             # once more where the new report has a user whom the first list lacks
-            "ListUsers": 1 + min(number, 1),
             "ListServiceSpecificCredentials": 1 + min(number, 1),
             "GetAccountAuthorizationDetails": 1 + min(number, 1),
             "ListAccessKeys": 6 * number,
@@ -219,8 +218,8 @@ def test_users_are_read_while_the_report_is_waited_for(serve: Serve, run_program
         asked[asked.index("GetCredentialReport") :],
     )
     assert before[:2] == ["AssumeRole", "GenerateCredentialReport"]
-    at_once = {"ListUsers", "ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"}
-    assert set(before[2:5]) == at_once
+    at_once = {"GetAccountAuthorizationDetails", "ListServiceSpecificCredentials"}
+    assert set(before[2:4]) == at_once
     assert before.count("GenerateCredentialReport") == 2
     # A few at a time even now: what is read waits in memory
     assert before.count("ListAccessKeys") == 7
@@ -252,7 +251,7 @@ def test_without_a_report_that_can_be_started_nothing_else_is_asked(
     """A role that may read nothing fails with the same step each time."""
     denied = [
         rule(action, ONE, error="AccessDenied", status=403)
-        for action in ("GenerateCredentialReport", "ListUsers")
+        for action in ("GenerateCredentialReport", "GetAccountAuthorizationDetails")
     ]
     endpoint = serve(account(ONE, "one"), rules=denied)
     result = run_program(endpoint.env())
@@ -300,8 +299,13 @@ def test_connections_do_not_grow_with_the_accounts(
 @pytest.mark.program
 def test_a_throttled_account_holds_up_no_other(serve: Serve, run_program: Program) -> None:
     """Even with one worker: whoever waits holds no thread."""
-    throttled = rule("ListUsers", ONE, error="Throttling", message="Rate exceeded", times=16)
-    endpoint = serve(account(ONE, "one"), generate=generate(5, 1), rules=[throttled], record=True)
+    throttled = rule("ListAccessKeys", ONE, error="Throttling", message="Rate exceeded", times=16)
+    endpoint = serve(
+        account(ONE, "one", users=[user("ana")]),
+        generate=generate(5, 1),
+        rules=[throttled],
+        record=True,
+    )
     result = run_program(endpoint.env(), "--workers", "1")
     assert (result.exit_code, len(result.csvs)) == (0, 6)
     recorded = [one for _, one, _ in endpoint.stats()["recorded"]]

@@ -111,7 +111,6 @@ def test_verbose_says_each_account_and_step(serve: Serve, run_program: Program) 
         "AssumeRole",
         "GenerateCredentialReport",
         "GetCredentialReport",
-        "ListUsers",
         "ListAccessKeys",
     ]
     steps += ["ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"]
@@ -217,5 +216,5 @@ def test_progress_and_verbose_share_a_terminal(serve: Serve, program: Program) -
     endpoint = serve(account(ONE, "one", users=[user("ana")]), latency=0.1)
     result = program.in_terminal(endpoint.env(), "--verbose")
     shown = [line.rstrip() for line in screen(result.terminal) if line.strip()]
-    assert any("ListUsers" in line for line in shown)
+    assert any("ListAccessKeys" in line for line in shown)
     assert not any(" of 1" in line for line in shown), "a remnant of the progress line"

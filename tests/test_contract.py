@@ -171,7 +171,8 @@ def test_what_is_called_is_what_is_allowed(serve: Serve, run_program: Program) -
     """And all of it is needed: an account that has everything makes the program call every action."""
     ana = user("ana", password=True, mfa=["GAHT12345678"], keys=[key("AKIA0000000000000ANA")])
     boss = root(password=True, virtual=True)
-    endpoint = serve(account(ONE, "one", users=[ana, user("new", in_report=False)], root=boss))
+    new = user("new", in_report=False, password=True)
+    endpoint = serve(account(ONE, "one", users=[ana, new], root=boss))
     result = run_program(endpoint.env(), role="path/Audit")
     assert result.exit_code == 0, result
     stats = endpoint.stats()

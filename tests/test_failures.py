@@ -62,6 +62,8 @@ ROLE_ACTIONS = [
     *("ListMFADevices", "ListVirtualMFADevices", "GetLoginProfile"),
     *("ListServiceSpecificCredentials", "GetAccountAuthorizationDetails"),
 ]
+LIST = ROLE_ACTIONS[-1]  # of all users; where it is denied, ListUsers lists them
+LISTS = [LIST, "ListUsers"]
 SPARED = set(ROLE_ACTIONS[-2:])  # their denial fails no account
 CALLER_ACTIONS = ["GetCallerIdentity", "DescribeOrganization", "ListAccounts", "AssumeRole"]
 
@@ -69,7 +71,7 @@ CALLER_ACTIONS = ["GetCallerIdentity", "DescribeOrganization", "ListAccounts", "
 def full(account_id: str, name: str, **options: Any) -> Json:
     """An account of which the program asks everything that it can ask."""
     ana = user("ana", password=True, mfa=["GAHT12345678"], keys=[key(f"AKIA{account_id}0ANA")])
-    new = user("new", in_report=False)
+    new = user("new", in_report=False, password=True)
     return account(
         account_id, name, users=[ana, new], root=root(password=True, virtual=True), **options
     )
@@ -120,7 +122,7 @@ def denied(number: int, *, first: int = 0) -> list[Json]:
 def test_ten_accounts_of_a_cause_are_listed_and_the_others_counted(
     serve: Serve, run_program: Program
 ) -> None:
-    unlisted = [account(numbered(n), "no-list", deny=["ListUsers"]) for n in range(20, 30)]
+    unlisted = [account(numbered(n), "no-list", deny=LISTS) for n in range(20, 30)]
     result = run_program(serve(*denied(13), *unlisted).env())
     assert len(result.failures) == 23
     shown = re.findall(r"^    (\d{12}) (no-[a-z]+)", result.stdout, re.MULTILINE)
@@ -164,7 +166,7 @@ def other_denial(account_id: str) -> Json:
         ([account(ONE, "one"), *denied(25)], []),
         (denied(25), [other_denial(numbered(0))]),
         (denied(25), [rule("AssumeRole", error="ValidationError")]),
-        ([account(numbered(n), "one", deny=["ListUsers"]) for n in range(25)], []),
+        ([account(numbered(n), "one", deny=LISTS) for n in range(25)], []),
     ],
     ids=["fewer", "one audited", "another cause", "no denial", "another step"],
 )
@@ -300,14 +302,13 @@ def test_users_of_another_account_fail_the_account(serve: Serve, run_program: Pr
         f"<member><Path>/</Path><UserName>ana</UserName><UserId>1</UserId><Arn>arn:aws:iam::{THREE}:user/ana</Arn>"
         "<CreateDate>2024-01-31T12:00:00Z</CreateDate></member>"
     )
-    users = answer_of("ListUsers", f"<Users>{member}</Users><IsTruncated>false</IsTruncated>")
+    body = f"<UserDetailList>{member}</UserDetailList><IsTruncated>false</IsTruncated>"
+    users = answer_of(LIST, body)
     result = run_program(
-        serve(
-            account(ONE, "one"), account(TWO, "two"), rules=[rule("ListUsers", TWO, raw=users)]
-        ).env()
+        serve(account(ONE, "one"), account(TWO, "two"), rules=[rule(LIST, TWO, raw=users)]).env()
     )
     assert (result.exit_code, result.csvs) == (3, {ONE})
-    assert result.failures[TWO][0] == "ListUsers"
+    assert result.failures[TWO][0] == LIST
 
 
 def test_a_report_that_is_never_ready_is_given_up_at_the_deadline(
@@ -371,14 +372,15 @@ def test_not_yet_is_waited_out(serve: Serve, run_program: Program) -> None:
 
 
 def list_of_users(*users: tuple[str, str]) -> str:
-    """ListUsers' answer with these names and creation dates."""
+    """The list of users with these names and creation dates."""
     ids = {name: f"AIDA{zlib.crc32((name + created).encode()):016}" for name, created in users}
     members = "".join(
         f"<member><Path>/</Path><UserName>{name}</UserName><UserId>{ids[name]}</UserId>"
         f"<Arn>arn:aws:iam::{ONE}:user/{name}</Arn><CreateDate>{created}</CreateDate></member>"
         for name, created in users
     )
-    return answer_of("ListUsers", f"<Users>{members}</Users><IsTruncated>false</IsTruncated>")
+    body = f"<UserDetailList>{members}</UserDetailList><IsTruncated>false</IsTruncated>"
+    return answer_of(LIST, body)
 
 
 def test_a_user_created_while_the_report_is_generated_is_read(
@@ -391,7 +393,7 @@ def test_a_user_created_while_the_report_is_generated_is_read(
     )
     gone = user("gone", in_list=False, password=True, created=now - timedelta(minutes=10))
     users = [user("old"), young, gone]
-    first = rule("ListUsers", ONE, raw=list_of_users(("old", "2024-01-31T12:00:00Z")), times=1)
+    first = rule(LIST, ONE, raw=list_of_users(("old", "2024-01-31T12:00:00Z")), times=1)
     endpoint = serve(account(ONE, "one", users=users, report_delay=1), rules=[first])
     rows = run_program(endpoint.env()).rows(ONE)
     assert [(one["username"], one["password_status"], one["access_key_id"]) for one in rows] == [
@@ -400,7 +402,7 @@ def test_a_user_created_while_the_report_is_generated_is_read(
         ("young", "Configurada", "AKIA0000000000YOUNG1"),
     ]
     counts = endpoint.stats()["by_account"][ONE]
-    assert (counts["ListUsers"], counts["ListAccessKeys"]) == (2, 2)
+    assert (counts[LIST], counts["ListAccessKeys"]) == (2, 2)
 
 
 @pytest.mark.parametrize("then", ["is there", "is gone when read", "is gone when listed once more"])
@@ -416,10 +418,8 @@ def test_keys_and_password_are_of_the_same_user_though_another_had_the_name(
         keys=[key("AKIA000000000000NEW1", created=now)],
         in_list=in_list,
     )
-    listed = [rule("ListUsers", ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")), times=1)]
-    listed += [rule("ListUsers", ONE, raw=list_of_users())] * (
-        then == "is gone when listed once more"
-    )
+    listed = [rule(LIST, ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")), times=1)]
+    listed += [rule(LIST, ONE, raw=list_of_users())] * (then == "is gone when listed once more")
     none = "<AccessKeyMetadata></AccessKeyMetadata><IsTruncated>false</IsTruncated>"
     no_keys = rule("ListAccessKeys", ONE, raw=answer_of("ListAccessKeys", none), times=1)
     endpoint = serve(account(ONE, "one", users=[ana], report_delay=1), rules=[*listed, no_keys])
@@ -435,11 +435,11 @@ def test_a_creation_date_that_differs_costs_nobody_their_row(
 ) -> None:
     """Years ago, by a second: the user was not created meanwhile and must not vanish."""
     ana = user("ana", created="2024-01-31T12:00:01Z", keys=[key("AKIA00000000000ANA01")])
-    listed = rule("ListUsers", ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")))
+    listed = rule(LIST, ONE, raw=list_of_users(("ana", "2024-01-31T12:00:00Z")))
     endpoint = serve(account(ONE, "one", users=[ana], report_delay=1), rules=[listed])
     result = run_program(endpoint.env())
     assert [one["access_key_id"] for one in result.rows(ONE)] == ["N/A", "AKIA00000000000ANA01"]
-    assert endpoint.stats()["by_account"][ONE]["ListUsers"] == 1
+    assert endpoint.stats()["by_account"][ONE][LIST] == 1
 
 
 def test_the_step_is_the_one_that_failed(serve: Serve, run_program: Program) -> None:
@@ -468,6 +468,7 @@ def test_a_key_whose_last_use_is_denied_fails_the_account(
 
 # --- what is waited out -----------------------------------------------------------------------------------------------
 
+HALF = f"<{LIST}Response><{LIST}Result><UserDetailList><mem"
 TROUBLES: dict[str, Json] = {
     "Throttling": {"error": "Throttling", "message": "Rate exceeded", "status": 400, "times": 4},
     "TooManyRequests": {"error": "TooManyRequestsException", "status": 429, "times": 4},
@@ -478,7 +479,7 @@ TROUBLES: dict[str, Json] = {
         "times": 1,
     },
     "dropped": {"drop": True, "times": 1},
-    "half an answer": {"raw": "<ListUsersResponse><ListUsersResult><Users><mem", "times": 1},
+    "half an answer": {"raw": HALF, "times": 1},
 }
 
 
@@ -551,12 +552,12 @@ def test_trouble_that_does_not_end_fails_the_account(
         numbered(3): ("ConnectionClosedError", {"drop": True}),
         numbered(4): ("ReadTimeoutError", {"hang": True}),
     }
-    rules = [rule("ListUsers", one, **trouble) for one, (_, trouble) in troubles.items()]
+    rules = [rule(LIST, one, **trouble) for one, (_, trouble) in troubles.items()]
     rules.append(rule("ListAccessKeys", TWO, hang=True, times=1))
     accounts = [full(ONE, "well"), full(TWO, "slow once"), *(account(one, one) for one in troubles)]
     result = less_patient({**serve(*accounts, rules=rules).env(), "PROGRAM": program.path})
     assert (result.exit_code, result.csvs) == (3, {ONE, TWO})
-    assert result.failures == {one: ("ListUsers", code) for one, (code, _) in troubles.items()}
+    assert result.failures == {one: (LIST, code) for one, (code, _) in troubles.items()}
 
 
 def test_a_session_that_expires_is_renewed(serve: Serve, run_program: Program) -> None:
@@ -574,11 +575,9 @@ def test_a_session_that_expires_is_renewed(serve: Serve, run_program: Program) -
 def test_a_session_that_stays_expired_is_renewed_once_and_fails_the_account(
     serve: Serve, run_program: Program
 ) -> None:
-    endpoint = serve(
-        account(ONE, "one"), rules=[rule("ListUsers", ONE, error="ExpiredToken", status=403)]
-    )
+    endpoint = serve(account(ONE, "one"), rules=[rule(LIST, ONE, error="ExpiredToken", status=403)])
     result = run_program(endpoint.env())
-    assert result.failures == {ONE: ("ListUsers", "ExpiredToken")}
+    assert result.failures == {ONE: (LIST, "ExpiredToken")}
     assert endpoint.stats()["by_account"][ONE]["AssumeRole"] == 2
 
 
@@ -1182,14 +1181,14 @@ def test_no_secret_is_told_of_accounts_that_fail(serve: Serve, run_program: Prog
         + "<Expiration>soon</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>"
     )
     rules = [
-        rule("ListUsers", numbered(1), message=signature_does_not_match(TOKEN), **mismatch),
-        rule("ListUsers", numbered(2), message=f"Signature {SIGNATURE} is wrong", **mismatch),
+        rule(LIST, numbered(1), message=signature_does_not_match(TOKEN), **mismatch),
+        rule(LIST, numbered(2), message=f"Signature {SIGNATURE} is wrong", **mismatch),
         rule("AssumeRole", numbered(3), message=signature_does_not_match(TOKEN), **mismatch),
         rule("AssumeRole", numbered(4), raw=broken_assume_role(numbered(4), TOKEN), times=1),
         rule("AssumeRole", numbered(5), raw=no_token),
         rule("AssumeRole", numbered(6), raw=odd_date),
         rule(
-            "ListUsers",
+            LIST,
             numbered(7),
             error="InvalidClientTokenId",
             status=403,
@@ -1238,7 +1237,7 @@ def test_names_cannot_steer_the_terminal(serve: Serve, program: Program) -> None
         account(ONE, f"one {evil}"),
         account(TWO, f"two {evil}", role="denied"),
         account(THREE, f"three {evil}", state="SUSPENDED"),
-        rules=[rule("ListUsers", ONE, error="Odd", message="\x9b31m\x85\u202egnp.exe")],
+        rules=[rule(LIST, ONE, error="Odd", message="\x9b31m\x85\u202egnp.exe")],
     )
     env = {**endpoint.env(), "NO_COLOR": "1"}
     result = program.in_terminal(env, "--verbose", everything=True)

@@ -396,7 +396,6 @@ def requests(made: MadeAccount) -> dict[str, int]:
         "AssumeRole": 1,
         "GenerateCredentialReport": 1,
         "GetCredentialReport": 1,
-        "ListUsers": 1,
         "ListServiceSpecificCredentials": 1,
         "GetAccountAuthorizationDetails": 1,
         "ListAccessKeys": len(users),
@@ -457,7 +456,9 @@ def test_throttling_is_waited_out_and_a_denied_call_fails_its_account(
     server: MotoServer, organization: MadeOrganization, run_program: Program
 ) -> None:
     server.fail("ListAccessKeys", "Throttling", account="100000000009", times=3)
-    server.fail("ListUsers", "ServiceFailure", 500, account="100000000002", times=1)
+    server.fail(
+        "GetAccountAuthorizationDetails", "ServiceFailure", 500, account="100000000002", times=1
+    )
     server.fail("GetAccessKeyLastUsed", "AccessDenied", 403, account="100000000003")
     result = run_program(server.env(), role=DEFAULT_ROLE)
     assert (result.exit_code, result.csvs) == (3, IDS - {"100000000003"})

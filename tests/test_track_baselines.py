@@ -849,7 +849,7 @@ def test_a_csv_that_disappears_during_the_run_costs_one_comparison(
         nights.run(before, days=2)
     nights.run(before, days=1)
     now = [machine(ONE, OLD_KEY, NEW_KEY), machine(TWO, OLD_KEY)]
-    endpoint = serve(*now, rules=[rule("ListUsers", ONE, hold=True)])
+    endpoint = serve(*now, rules=[rule("ListAccessKeys", ONE, hold=True)])
     path = nights.folder(1) / CSV
 
     def deleted() -> bool:
