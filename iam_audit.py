@@ -929,11 +929,11 @@ class Pace:
         return now - self._throttled_since < self.PATIENCE
 
 
-# --workers auto begins with FIRST_THREADS. Once calls have waited for a thread for a second and the
-# process used less than BUSY of one CPU meanwhile, it adds threads: up to as many as the CPU can
-# feed at that rate and to GROWTH times those there are (new connections cost CPU too), and never
-# more than there are calls waiting. A throttled account's pauses hold no thread: refusals add none.
-FIRST_THREADS, MOST_THREADS, GROWTH, BUSY = 16, 128, 2, 0.85
+# --workers auto begins with FIRST_THREADS. Once calls have waited for a thread for WAITED seconds
+# and the process used less than BUSY of one CPU meanwhile, it adds half as many threads again, or
+# as many again if it used less than half of that; never more than there are calls waiting. A
+# throttled account's pauses hold no thread: refusals add none.
+FIRST_THREADS, MOST_THREADS, WAITED, BUSY = 16, 256, 0.5, 0.85
 # One call per account needs few connections: so many, and one more for every 16 threads added
 ASSUME_ROLE_AT_ONCE, THREADS_PER_ASSUME_ROLE = 4, 16
 
@@ -969,17 +969,20 @@ class Threads:
             self._unanswered -= 1
 
     def _adapt(self) -> None:
-        """Add threads by the rule above. The second begins anew whenever no call waits."""
+        """Add threads by the rule above. The time begins anew whenever no call waits."""
         now, cpu = time.monotonic(), time.process_time()
         seconds, used = now - self._measured[0], cpu - self._measured[1]
         waiting = self._unanswered - self.size
-        if waiting > 0 and seconds < 1:
+        if waiting > 0 and seconds < WAITED:
             return
         self._measured = now, cpu
-        of_use = int(self.size * min(BUSY * seconds / max(used, 0.01), GROWTH))
-        more = min(of_use, MOST_THREADS, self.size + waiting) - self.size  # none if negative
+        of_use = 0
+        if used < BUSY * seconds:
+            of_use = self.size if used < BUSY * seconds / 2 else self.size // 2
+        more = min(of_use, waiting, MOST_THREADS - self.size)  # none if negative
+        before = self.size
         self._start(more)
-        for _ in range(more // THREADS_PER_ASSUME_ROLE):
+        for _ in range(self.size // THREADS_PER_ASSUME_ROLE - before // THREADS_PER_ASSUME_ROLE):
             self.assume_role_gate.release()
 
     def _start(self, number: int) -> None:
@@ -1314,7 +1317,8 @@ def frames_of(error: BaseException) -> list[str]:
 
 # === Audit: one account, from AssumeRole to its users; all accounts concurrently =================
 
-ACCOUNTS_PER_WORKER = 8  # accounts in hand; most of them wait for their report and hold no thread
+# Accounts in hand; most of them wait for their report and hold no thread
+ACCOUNTS_PER_WORKER, ACCOUNTS_IF_AUTO = 8, 256
 # IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
 READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
 
@@ -1325,7 +1329,7 @@ async def audit_organization(
     """Audit the accounts, the first of them while others are still being listed. `finish` gets each
     outcome as soon as there is one; if it raises, the audit ends with its error."""
     organization, plan, scope = run.organization, run.plan, run.plan.scope
-    slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or MOST_THREADS)
+    slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or ACCOUNTS_IF_AUTO)
     listed, tasks = list[Account](), list[asyncio.Task[None]]()
     names, naming, checked = dict[str, str](), asyncio.Lock(), asyncio.Event()
     if scope == Scope(include_management=scope.include_management):

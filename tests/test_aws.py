@@ -364,14 +364,14 @@ async def sizes(
 @pytest.mark.parametrize(
     ("size", "seconds", "expected"),
     [
-        (0, [(100, 0.1), (100, 0.1), (400, 0.2), (400, 0.3), (400, 0.4)], [32, 64, 128, 128, 128]),
-        (0, [(100, 0.7), (100, 0.84)], [19, 19]),
+        (0, [(400, 0.1), (400, 0.1), (400, 0.2), (400, 0.3), (400, 0.4)], [32, 64, 128, 256, 256]),
+        (0, [(100, 0.43), (100, 0.42), (100, 0.84)], [24, 48, 72]),
         (0, [(100, 0.85), (100, 1.0)], [16, 16]),
         (0, [(19, 0.0)], [20]),
         (0, [(13, 0.0), (15, 0.0)], [16, 16]),
         (4, [(100, 0.1), (100, 0.1)], [4, 4]),
     ],
-    ids=["doubled", "as the CPU can feed", "busy", "as wait", "none waited", "a number"],
+    ids=["doubled", "by half", "busy", "as wait", "none waited", "a number"],
 )
 def test_threads_are_added_while_calls_wait_and_the_cpu_does_not(
     monkeypatch: pytest.MonkeyPatch,
