@@ -3350,8 +3350,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 # === Terminal: the summary for stdout and for mail, summary.json; values in, text out ============
 
-FINDINGS_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
-LINES_SHOWN = 10  # of other lists
+LINES_SHOWN, ALIKE_SHOWN, ACCOUNTS_SHOWN, RUNS_LISTED = 10, 3, 5, 12
 MOST_GAPS = (RUN_GAPS[0], RUN_GAPS[2], "active_api_keys_without_expiry")
 ACCESS_DENIED = "AccessDenied|UnauthorizedOperation"
 Summary = Mapping[str, Any]  # the content of summary.json, or a part of it
@@ -3366,7 +3365,6 @@ NOT_CHECKED_WORDS = {
 }
 WITNESSES = {"not found": "has no matching event for", "unavailable": "could not be asked about"}
 # What a failed step and its error code match, and what to do about it; the first one counts
-# fmt: off
 NEXT_STEPS = {
     f"^AssumeRole: .*({ACCESS_DENIED})":
         "check that role {role} exists there, that its trust policy allows {arn} and the external "
@@ -3381,15 +3379,12 @@ NEXT_STEPS = {
     "ReportTimeout": "run the audit again, or allow more time with --report-timeout.",
     "Throttl|RequestLimitExceeded|TooManyRequests|SlowDown":
         "something else uses up the account's IAM request rate: run the audit again later.",
-}
-# fmt: on
+}  # fmt: skip
 # For each phase: its title, what is said if nothing can be counted, the gaps that decide it
+OLD_OR_OTHER = "active_(api_)?keys_(older_than_max_age|without_expiry)|active_(service|signing)_.*"
 PHASE_WORDS = {
     "phase1": ("Phase 1, multi-factor authentication", "no console users", "console_.*_mfa"),
-    "phase2": (
-        *("Phase 2, use temporary credentials", "no active keys"),
-        "active_(api_)?keys_(older_than_max_age|without_expiry)|active_(service|signing)_.*",
-    ),
+    "phase2": ("Phase 2, use temporary credentials", "no active keys", OLD_OR_OTHER),
 }
 
 
@@ -3397,35 +3392,35 @@ def terminal_summary(
     run: Run, summary: Summary, quiet: bool, width: int = TERMINAL_WIDTH, color: bool = False
 ) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
-    found = [finding for finding in run.findings if finding.exception is None]
     if quiet:
         title = printable(f"Organization {run.organization.id}, {summary['started']}: {run.folder}")
-        text = laid_out(quiet_lines(run, summary, found), width)
+        text = laid_out(quiet_lines(run, summary), width)
         return f"{title}\n{text}" if text else ""
-    blocks = [heading_lines(summary), failed_lines(summary), not_checked_lines(summary)]
-    blocks += [change_lines(run, summary), new_lines(run), witness_lines(summary)]
-    blocks += [[*phase_lines(summary, "phase1"), *phase_lines(summary, "phase2")]]
-    blocks += [priority_lines(run, summary, found)]
+    found = [finding for finding in run.findings if finding.exception is None]
     title = f"What to fix first (all {count(len(found), 'finding')}: findings.csv)"
-    blocks += [titled(title, finding_lines(run, found, FINDINGS_SHOWN, ALIKE_SHOWN))]
+    to_fix = titled(title, finding_lines(run, found, LINES_SHOWN, ALIKE_SHOWN))
+    phases = phase_lines(summary, "phase1") + phase_lines(summary, "phase2")
+    blocks: list[Iterable[str]] = [heading_lines(summary), failed_lines(summary)]
+    blocks += [not_checked_lines(summary), change_lines(run, summary), new_lines(run)]
+    blocks += [witness_lines(summary), phases, priority_lines(run, summary), to_fix]
     blocks += [most_gaps_lines(summary), gap_lines(summary), enforcement_lines(summary)]
     blocks += [run_lines(summary)]
-    text = "\n".join(laid_out(block, width) for block in blocks if block)
+    text = "\n".join(filter(None, (laid_out(block, width) for block in blocks)))
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
     for code, pattern in PAINT.items() if color else ():
         text = re.sub(pattern, f"\x1b[{code}m\\g<0>\x1b[0m", text)
     return text
 
 
-def quiet_lines(run: Run, summary: Summary, found: Iterable[Finding]) -> list[str]:
+def quiet_lines(run: Run, summary: Summary) -> list[str]:
     """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
-    standing = [one for one in found if one.priority == MOST_URGENT]
     new = run.tracking.urgent_new
-    lines = failed_lines(summary, quiet=True)
+    lines = list(failed_lines(summary, quiet=True))
     lines += titled("New findings of priority 1", finding_lines(run, new, len(new), len(new)))
-    lines += new_lines(run, quiet=True) + not_checked_lines(summary, quiet=True)
+    lines += new_lines(run, quiet=True)
+    lines += not_checked_lines(summary, quiet=True)
     lines += exception_lines(summary, "expired")
-    if lines and (number := len(standing) - len(new)):
+    if lines and (number := summary["findings"][str(MOST_URGENT)] - len(new)):
         lines.append(f"and {count(number, 'finding')} of priority 1, unchanged")
     return lines
 
@@ -3452,27 +3447,23 @@ def accounts_of(summary: Summary, result: str) -> list[Summary]:
     return [entry for entry in summary["accounts"] if entry["result"] == result]
 
 
-def heading_lines(summary: Summary) -> list[str]:
+def heading_lines(summary: Summary) -> Iterator[str]:
     totals, organization = summary["totals"], summary["organization"]
     finished, keys = parse_time(summary["finished"]), summary["gaps"]["organization"]["access_keys"]
     took = clock(finished - parse_time(summary["started"]))
+    yield f"Organization {organization['id']}, {summary['started']}, took {took}"
     accounts = f"{count(totals['audited'], 'account')} ({totals['production']:,} production)"
-    users = f"{count(totals['users'], 'user')}, {count(keys, 'access key')}"
-    lines = [f"Organization {organization['id']}, {summary['started']}, took {took}"]
-    lines.append(f"Audited: {accounts}, {users}")
+    yield f"Audited: {accounts}, {count(totals['users'], 'user')}, {count(keys, 'access key')}"
     if reports := [one["report_generated"] for one in accounts_of(summary, "audited")]:
-        span = age(finished - parse_time(min(reports)))
-        lines.append(f"  password and root data is up to {span} old")
-    if left_out := summary["out_of_scope"]:
-        lines.append(f"Out of scope: {count(len(left_out), 'account')}")
-        if (management := organization["management_account"]) in map(itemgetter("id"), left_out):
-            lines[-1] += (
-                f", including the management account {management} (see --include-management)"
-            )
-    return lines
+        yield f"  password and root data is up to {age(finished - parse_time(min(reports)))} old"
+    if left_out := [one["id"] for one in summary["out_of_scope"]]:
+        management = organization["management_account"]
+        including = f", including the management account {management} (see --include-management)"
+        which = including if management in left_out else ""
+        yield f"Out of scope: {count(len(left_out), 'account')}{which}"
 
 
-def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
+def failed_lines(summary: Summary, quiet: bool = False) -> Iterator[str]:
     """The failed accounts by cause, with the next steps; skipped accounts; missing roots."""
     failed, causes, lines = accounts_of(summary, "failed"), dict[str, list[str]](), list[str]()
     for one in failed:
@@ -3481,15 +3472,14 @@ def failed_lines(summary: Summary, quiet: bool = False) -> list[str]:
     for cause, told in causes.items():
         lines += titled(cause, told, LINES_SHOWN) + next_step(cause, summary)
     production = f"({sum(map(itemgetter('production'), failed)):,} production)"
-    lines = titled(f"{count(len(failed), 'account')} could not be audited {production}", lines)
+    yield from titled(f"{count(len(failed), 'account')} could not be audited {production}", lines)
     if not quiet or summary["scope"]["accounts"]:
         skipped = accounts_of(summary, "skipped")
         title = f"Skipped (not ACTIVE): {count(len(skipped), 'account')}"
-        lines += titled(title, map("{id} {name}: {state}".format_map, skipped))
+        yield from titled(title, map("{id} {name}: {state}".format_map, skipped))
     if rootless := sum(not one["root"] for one in accounts_of(summary, "audited")):
         where = f"the credential report of {count(rootless, 'account')}"
-        lines.append(f"Root is missing from {where} and is not covered there")
-    return lines
+        yield f"Root is missing from {where} and is not covered there"
 
 
 def next_step(cause: str, summary: Summary) -> list[str]:
@@ -3502,9 +3492,9 @@ def next_step(cause: str, summary: Summary) -> list[str]:
     return []
 
 
-def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
+def not_checked_lines(summary: Summary, quiet: bool = False) -> Iterator[str]:
     """What was denied without failing an account, once for each cause."""
-    causes, lines = dict[str, list[str]](), list[str]()
+    causes = dict[str, list[str]]()
     for account_id, error in (summary["cloudtrail"] or {}).get("unavailable", {}).items():
         causes.setdefault(": ".join(error.split(": ")[:2]), []).append(account_id)
     for one in () if quiet else accounts_of(summary, "audited"):
@@ -3512,15 +3502,13 @@ def not_checked_lines(summary: Summary, quiet: bool = False) -> list[str]:
             causes.setdefault(cause, []).append(one["id"])
     for cause, ids in causes.items():
         what = NOT_CHECKED_WORDS.get(cause.partition(":")[0], "CloudTrail could not be asked")
-        lines.append(f"{what} in {count(len(ids), 'account')}: {cause}")
         others = ", ..." if len(ids) > ACCOUNTS_SHOWN else ""
-        lines += [
-            f"  {', '.join(sorted(ids)[:ACCOUNTS_SHOWN])}{others}",
-            *next_step(cause, summary),
-        ]
+        yield f"{what} in {count(len(ids), 'account')}: {cause}"
+        yield f"  {', '.join(sorted(ids)[:ACCOUNTS_SHOWN])}{others}"
+        yield from next_step(cause, summary)
     if not quiet and (why_not := summary["ous_why_not"]):
-        lines += [f"OU names were not read: {why_not}", *next_step(why_not, summary)]
-    return lines
+        yield f"OU names were not read: {why_not}"
+        yield from next_step(why_not, summary)
 
 
 def change_lines(run: Run, summary: Summary) -> list[str]:
@@ -3542,9 +3530,8 @@ def change_lines(run: Run, summary: Summary) -> list[str]:
         was = f"--max-key-age was {' or '.join(map(str, others))} and is {days} now"
         lines.append(f"{was}: phase 2 and the numbers of old keys are not comparable")
     if number := changes["accounts_not_compared"]:
-        lines.append(
-            f"not compared: {count(number, 'account')} not audited in this run or not before"
-        )
+        accounts = count(number, "account")
+        lines.append(f"not compared: {accounts} not audited in this run or not before")
     return titled(f"Since the run of {changes['since']}", lines)
 
 
@@ -3556,7 +3543,7 @@ def level_in_words(then: str | None, now: str, compared_now: str | None) -> str:
     return f"{words}; in the accounts compared: {compared_now}" if differs else words
 
 
-def new_lines(run: Run, quiet: bool = False) -> list[str]:
+def new_lines(run: Run, quiet: bool = False) -> Iterator[str]:
     """New keys and users without MFA; earlier files that cannot be read, and the accounts in which
     new keys therefore cannot be ruled out."""
     tracking, keys = run.tracking, list[str]()
@@ -3564,19 +3551,17 @@ def new_lines(run: Run, quiet: bool = False) -> list[str]:
         where = "" if key.account_id in tracking.compared else " (account not compared)"
         keys.append(change_line(key) + where)
     removed = [change for change in tracking.changes if change.change == "mfa-removed"]
-    lines = titled("New keys since the last audit of their account", keys, LINES_SHOWN)
-    lines += titled("New console users without MFA", map(change_line, tracking.mfa_new))
-    lines += titled("MFA removed", map(change_line, removed))
+    yield from titled("New keys since the last audit of their account", keys, LINES_SHOWN)
+    yield from titled("New console users without MFA", map(change_line, tracking.mfa_new))
+    yield from titled("MFA removed", map(change_line, removed))
     messages = dict.fromkeys([*(() if quiet else tracking.unreadable), *tracking.passed_over])
     told = "\n".join(messages).replace(f"{run.folder.parent}{os.sep}", "").splitlines()
-    lines += titled("Files of earlier runs that cannot be read and were skipped", told)
-    blind = f"New keys cannot be ruled out in {count(len(tracking.blind), 'account')}"
-    accounts = map("{0.id} {0.name}".format, tracking.blind)
-    told = titled(f"{blind}: no earlier run can be read", accounts, ACCOUNTS_SHOWN)
-    advice = (
-        "give the user who runs the audit read access to the earlier runs, or restore the files."
-    )
-    return [*lines, *told, f"  Next: {advice}"] if told else lines
+    yield from titled("Files of earlier runs that cannot be read and were skipped", told)
+    if blind := [f"{account.id} {account.name}" for account in tracking.blind]:
+        title = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
+        yield from titled(f"{title}: no earlier run can be read", blind, ACCOUNTS_SHOWN)
+        access = "give the user who runs the audit read access to the earlier runs"
+        yield f"  Next: {access}, or restore the files."
 
 
 def new_keys(run: Run) -> list[Change]:
@@ -3596,21 +3581,19 @@ def change_line(change: Change) -> str:
     return " ".join(filter(None, parts))
 
 
-def witness_lines(summary: Summary) -> list[str]:
+def witness_lines(summary: Summary) -> Iterator[str]:
     """What CloudTrail says about the changes."""
-    trail, changes, told = summary["cloudtrail"], summary["changes"], list[str]()
+    trail, changes = summary["cloudtrail"], summary["changes"]
     if trail is None or trail["since"] is None:
-        return []
+        return
+    events = count(trail["events"], "IAM event")
+    yield f"CloudTrail since {trail['since']}: {events}, in events.csv"
     if trail["out_of_reach"]:
         kept = f"CloudTrail keeps events for {CLOUDTRAIL_KEEPS.days} days"
-        told.append(f"{kept}: who made earlier changes is unknown")
+        yield f"  {kept}: who made earlier changes is unknown"
     for witness, number in sorted(changes["witnesses"].items()) if changes else ():
         words = WITNESSES.get(witness, f"has {witness}")
-        told.append(f"CloudTrail {words} {count(number, 'change')}")
-    title = (
-        f"CloudTrail since {trail['since']}: {count(trail['events'], 'IAM event')}, in events.csv"
-    )
-    return titled(title, told) or [title]
+        yield f"  CloudTrail {words} {count(number, 'change')}"
 
 
 def phase_lines(summary: Summary, phase: str) -> list[str]:
@@ -3636,25 +3619,28 @@ def most_gaps_lines(summary: Summary) -> list[str]:
         numbers = itemgetter(*MOST_GAPS)(one["gaps"])
         if any(numbers):
             sized.append((-sum(numbers), label(one), *numbers))
-    titles = f"{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
-    lines = [f"{'Accounts with the most gaps':<35}{titles}"]
-    for _size, *cells in sorted(sized)[:ACCOUNTS_SHOWN]:  # of the same size: by ID
-        lines.append("  {}{:>14,}{:>14,}{:>16,}".format(*cells))
-    return lines if sized else []
+    title = (
+        f"{'Accounts with the most gaps':<35}{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
+    )
+    most = (cells for _size, *cells in sorted(sized)[:ACCOUNTS_SHOWN])  # of the same size: by ID
+    return titled(title, ("{}{:>14,}{:>14,}{:>16,}".format(*cells) for cells in most))
 
 
-def priority_lines(run: Run, summary: Summary, found: Sequence[Finding]) -> list[str]:
+def priority_lines(run: Run, summary: Summary) -> Iterator[str]:
     """How many findings of each priority there are, and the exceptions."""
-    numbers, covered, lines = summary["findings"], summary["exceptions"]["applied"], list[str]()
+    numbers = summary["findings"]
     rows = {"Findings by priority": map(int, numbers), "  to fix": numbers.values()}
     if run.tracking.earlier:
-        new = Counter(str(finding.priority) for finding in found if finding.new)
+        new = Counter(str(one.priority) for one in run.findings if one.new and not one.exception)
         rows["  new since the baseline"] = map(new.__getitem__, numbers)
-    for title, cells in rows.items() if found else ():
-        lines.append(f"{title:<24}{''.join(map('{:>8,}'.format, cells))}")
-    lines = lines or [f"No findings in {count(len(run.audited), 'audited account')}."]
-    lines += [f"{count(covered, 'finding')} covered by exceptions"] if covered else []
-    return lines + exception_lines(summary, "expired") + exception_lines(summary, "unused")
+    if not any(numbers.values()):
+        rows = {}
+        yield f"No findings in {count(len(run.audited), 'audited account')}."
+    for title, cells in rows.items():
+        yield f"{title:<24}{''.join(map('{:>8,}'.format, cells))}"
+    if covered := summary["exceptions"]["applied"]:
+        yield f"{count(covered, 'finding')} covered by exceptions"
+    yield from exception_lines(summary, "expired") + exception_lines(summary, "unused")
 
 
 def exception_lines(summary: Summary, which: str) -> list[str]:
@@ -3664,29 +3650,27 @@ def exception_lines(summary: Summary, which: str) -> list[str]:
     return titled(f"Exceptions that {title}", told, LINES_SHOWN)
 
 
-def finding_lines(run: Run, found: Iterable[Finding], most: int, most_alike: int) -> list[str]:
+def finding_lines(run: Run, found: Iterable[Finding], most: int, most_alike: int) -> Iterator[str]:
     """The most urgent findings; a line stands in for more of one kind in a row."""
-    lines = list[str]()
     for _kind, group in itertools.groupby(found, lambda one: (one.priority, one.finding)):
         alike = list(group)
         shown = alike[: min(most, most_alike)]
         for one in shown:
-            lines.append(f"{one.priority}  {one.finding:<24} {label(vars(one.account))} {one.user}")
+            yield f"{one.priority}  {one.finding:<24} {label(vars(one.account))} {one.user}"
             key_id = f"{one.key.id}: " if one.key else ""
-            lines.append(f"   {key_id}{'; '.join(reasons_of(one, run.plan))}")
+            yield f"   {key_id}{'; '.join(reasons_of(one, run.plan))}"
         if more := len(alike) - len(shown):
-            lines.append(f"   and {more:,} more like it")
+            yield f"   and {more:,} more like it"
         if (most := most - len(shown)) == 0:
             break
-    return lines
 
 
-def gap_lines(summary: Summary) -> list[str]:
+def gap_lines(summary: Summary) -> Iterator[str]:
     """The table of gaps: the organization beside its production accounts."""
     days, gaps = summary["max_key_age_days"], summary["gaps"]
     denied = sum(summary["not_checked"].get(LISTING, {}).values())
     unread = denied and denied == summary["totals"]["audited"]  # then 0 would be a claim
-    lines = [f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"]
+    yield f"{'Gaps, root included':<38}{'organization':>18}{'production':>18}"
     for name in (*GAP_COUNTS, "mfa_coverage_percent"):
         line = f"  {in_words(name, days):<36}"
         for each in gaps.values():
@@ -3694,11 +3678,10 @@ def gap_lines(summary: Summary) -> list[str]:
             if unread and name.startswith(("active_api_keys", "active_service_passwords")):
                 figure = "not checked"
             line += f"{figure:>18}"
-        lines.append(line)
+        yield line
     if oldest := gaps["organization"]["oldest_active_key"]:
         words = "  oldest active key: {age_days:,} days, {access_key_id} of {username} in "
-        lines.append(f"{words}{{account_id}} {{account_name}}".format_map(oldest))
-    return lines
+        yield f"{words}{{account_id}} {{account_name}}".format_map(oldest)
 
 
 def enforcement_lines(summary: Summary) -> list[str]:
@@ -3708,7 +3691,8 @@ def enforcement_lines(summary: Summary) -> list[str]:
         lines.append(f"not checked: {why_not}")
     for control, verdicts in enforcement["accounts"].items():
         words = f"{CONTROLS[control]:<36}{numbers_in_words(verdicts) or 'no account'}"
-        lines += titled(words, control_remarks(summary, control), LINES_SHOWN) or [words]
+        remarks = dict.fromkeys(control_remarks(summary, control))
+        lines += titled(words, remarks, LINES_SHOWN) or [words]
     managed = enforcement["root_credentials_managed_centrally"]
     why_not = enforcement["root_credentials_why_not_checked"] or ""
     words = {True: "yes", False: "no", None: f"not checked: {why_not}".rstrip(": ")}[managed]
@@ -3722,9 +3706,8 @@ def enforcement_lines(summary: Summary) -> list[str]:
     return titled("Enforced by service control policies", lines) + most_keys
 
 
-def control_remarks(summary: Summary, control: str) -> list[str]:
-    """The policies behind a control's verdicts, once each, with their exemptions and conditions."""
-    remarks = dict[str, None]()
+def control_remarks(summary: Summary, control: str) -> Iterator[str]:
+    """The policies behind a control's verdicts, with their exemptions and conditions."""
     for one in [*accounts_of(summary, "audited"), *accounts_of(summary, "failed")]:
         found = one["controls"][control]
         names = ", ".join(map(itemgetter("name"), found["policies"]))
@@ -3733,8 +3716,7 @@ def control_remarks(summary: Summary, control: str) -> list[str]:
         remark += f"; exempt: {', '.join(found['exemptions'])}" if found["exemptions"] else ""
         remark += f": {found['why_not_checked']}" if found["why_not_checked"] else ""
         if names:
-            remarks[remark] = None
-    return list(remarks)
+            yield remark
 
 
 def limit_in_words(text: str) -> str:
@@ -3837,9 +3819,8 @@ def figures_document(run: Run) -> dict[str, Any]:
         found = list(map(attrgetter(phase), run.audited))
         accounts = {**dict.fromkeys(LEVELS, 0), **Counter(found + [NOT_STARTED] * failed)}
         levels[phase] = {"level": organization_level(found, failed), "accounts": accounts}
-    findings = dict.fromkeys(map(str, range(MOST_URGENT, LEAST_URGENT + 1)), 0)
-    for finding in run.findings:
-        findings[str(finding.priority)] += finding.exception is None
+    to_fix = Counter(finding.priority for finding in run.findings if finding.exception is None)
+    findings = {str(each): to_fix[each] for each in range(MOST_URGENT, LEAST_URGENT + 1)}
     document = {"totals": totals, "not_checked": not_checked, "gaps": gaps, "maturity": levels}
     return {**document, "runs": [*run.tracking.runs, this_run], "findings": findings}
 
@@ -3881,20 +3862,18 @@ def level_changes(run: Run, phase: str) -> dict[str, Any]:
     then, compared_now = [], []
     for figures in run.audited:
         if earlier := run.tracking.compared.get(figures.account.id):
-            levels = earlier.accounts[figures.account.id].levels
-            then.append(LEVELS[levels[PHASES.index(phase)]])
+            level = earlier.accounts[figures.account.id].levels[PHASES.index(phase)]
+            then.append(LEVELS[level])
             compared_now.append(getattr(figures, phase))
     now = organization_level(map(attrgetter(phase), run.audited), len(run.failed))
-    if not then:
-        return {"then": None, "now": now, "compared_now": None}
-    lowest = organization_level(compared_now, failed=0)
-    return {"then": organization_level(then, failed=0), "now": now, "compared_now": lowest}
+    both = [organization_level(each, failed=0) if then else None for each in (then, compared_now)]
+    return {"then": both[0], "now": now, "compared_now": both[1]}
 
 
 def policies_and_events_document(run: Run) -> dict[str, Any]:
     """How many accounts in scope have each verdict of each control; how many events CloudTrail
     returned, and where it failed and why: None if it was not asked."""
-    accounts, found, tracking, unavailable = {}, run.enforcement, run.tracking, {}
+    accounts, found, tracking = {}, run.enforcement, run.tracking
     for control in CONTROLS:
         verdicts = Counter(each[control].verdict for each in run.controls.values())
         accounts[control] = {**dict.fromkeys(VERDICTS, 0), **verdicts}
@@ -3903,13 +3882,11 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
     enforcement["root_credentials_why_not_checked"] = found.root_why_not or None
     if run.plan.events_since is None:
         return {"enforcement": enforcement, "cloudtrail": None}
-    trail: dict[str, Any] = {"events": 0, "out_of_reach": tracking.events_out_of_reach}
-    trail["since"] = iso(tracking.events_from) if tracking.events_from else None
-    for account, found_there in run.trails:
-        trail["events"] += len(found_there.events)
-        if found_there.error:
-            unavailable[account.id] = found_there.error
-    return {"enforcement": enforcement, "cloudtrail": {**trail, "unavailable": unavailable}}
+    events = sum(len(trail.events) for _account, trail in run.trails)
+    cloudtrail: dict[str, Any] = {"events": events, "out_of_reach": tracking.events_out_of_reach}
+    cloudtrail["since"] = iso(tracking.events_from) if tracking.events_from else None
+    cloudtrail["unavailable"] = {one.id: trail.error for one, trail in run.trails if trail.error}
+    return {"enforcement": enforcement, "cloudtrail": cloudtrail}
 
 
 def exceptions_document(run: Run) -> dict[str, Any]:
@@ -3923,11 +3900,10 @@ def exceptions_document(run: Run) -> dict[str, Any]:
     for one in run.plan.exceptions:
         entry = {**one._asdict(), "until": one.until.isoformat()}
         anywhere = one.account_id == "*" and unknown - {run.organization.management_account}
+        used_or_unknown = one in covering or one.account_id in unknown or anywhere
         if one.until < run.started.date():
             expired.append(entry)
-        elif one in covering or one.account_id in unknown or anywhere:
-            continue
-        elif not any(is_excepted(finding, one) for finding in covered):
+        elif not (used_or_unknown or any(is_excepted(finding, one) for finding in covered)):
             unused.append(entry)
     return {"applied": len(covered), "expired": expired, "unused": unused}
 
@@ -3993,11 +3969,9 @@ def print_document(name: str, role: str = DEFAULT_ROLE, exempt_roles: Sequence[s
     reads = statement_of("Allow", "ReadIAM", ROLE_READS)
     role_policy = policy_of(reads, statement_of("Allow", "ReadCloudTrail", CLOUDTRAIL_READS))
     trust = {"Effect": "Allow", "Principal": {"AWS": "111122223333"}, "Action": "sts:AssumeRole"}
-    documents = (
-        *(policy_of(*callers.values(), assume), role_policy, policy_of(trust)),
-        *(role_template(role, role_policy), scp_require_mfa(), scp_deny_access_keys(exempt_roles)),
-        alert_rule(),
-    )
+    documents = [policy_of(*callers.values(), assume), role_policy, policy_of(trust)]
+    documents += [role_template(role, role_policy), scp_require_mfa()]
+    documents += [scp_deny_access_keys(exempt_roles), alert_rule()]
     return json.dumps(dict(zip(DOCUMENTS, documents))[name], indent=2) + "\n"
 
 
