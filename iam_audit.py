@@ -3039,13 +3039,12 @@ async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
     parent = functools.cache(lambda child: asyncio.create_task(aws.ask(list_parents, child)))
 
     async def read(account_id: str) -> None:
-        if paths[account_id] is None:
-            ids = [account_id, await parent(account_id)]
-            while ids[-1].startswith("ou-"):
-                ids.append(await parent(ids[-1]))
-            paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
+        ids = [account_id, await parent(account_id)]
+        while ids[-1].startswith("ou-"):
+            ids.append(await parent(ids[-1]))
+        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
 
-    await side_by_side(PARENTS_AT_ONCE, list(paths), read)
+    await side_by_side(PARENTS_AT_ONCE, [one for one, path in paths.items() if path is None], read)
 
 
 def controls_of_account(path: Sequence[str] | None, listed: Iterable[Policy]) -> dict[str, Control]:
