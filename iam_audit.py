@@ -2865,31 +2865,24 @@ def came_and_went(
 
 # Changes, each with the CloudTrail event that confirms it; after "=" is the status that it sets.
 # The event of the opposite change contradicts it. "-": too many events, which are not asked for
-EXPLANATIONS = """
-    mfa-added EnableMFADevice                    mfa-removed DeactivateMFADevice
+USER_EXPLANATIONS = """
+    mfa-added EnableMFADevice           mfa-removed DeactivateMFADevice
     mfa-changed EnableMFADevice+DeactivateMFADevice
-    console-enabled CreateLoginProfile           console-disabled DeleteLoginProfile
-    user-created CreateUser                      user-deleted DeleteUser
-    user-renamed UpdateUser                      administrator-added -
-    access-key-created CreateAccessKey           access-key-deleted DeleteAccessKey
-    access-key-activated UpdateAccessKey=Active  access-key-deactivated UpdateAccessKey=Inactive
-    api-key-created CreateServiceSpecificCredential
-    api-key-deleted DeleteServiceSpecificCredential
-    api-key-activated UpdateServiceSpecificCredential=Active
-    api-key-deactivated UpdateServiceSpecificCredential=Inactive
-    service-password-created CreateServiceSpecificCredential
-    service-password-deleted DeleteServiceSpecificCredential
-    service-password-activated UpdateServiceSpecificCredential=Active
-    service-password-deactivated UpdateServiceSpecificCredential=Inactive
-    signing-certificate-created UploadSigningCertificate
-    signing-certificate-deleted DeleteSigningCertificate
-    signing-certificate-activated UpdateSigningCertificate=Active
-    signing-certificate-deactivated UpdateSigningCertificate=Inactive
-""".split()
-EXPLAINED_BY = dict(zip(EXPLANATIONS[::2], EXPLANATIONS[1::2]))
+    console-enabled CreateLoginProfile  console-disabled DeleteLoginProfile
+    user-created CreateUser             user-deleted DeleteUser
+    user-renamed UpdateUser             administrator-added -
+"""
+KEY_EXPLANATIONS = """
+    {0}-created Create{1}               {0}-deleted Delete{1}
+    {0}-activated Update{1}=Active      {0}-deactivated Update{1}=Inactive
+"""
+IN_EVENTS = ("AccessKey", *["ServiceSpecificCredential"] * 2, "SigningCertificate")  # the KINDS
+EXPLANATIONS = USER_EXPLANATIONS + "".join(map(KEY_EXPLANATIONS.format, KINDS, IN_EVENTS))
+EXPLANATIONS = EXPLANATIONS.replace("CreateSigning", "UploadSigning")
+EXPLAINED_BY = dict(zip(EXPLANATIONS.split()[::2], EXPLANATIONS.split()[1::2]))
 ON, OFF = "created activated added enabled".split(), "deleted deactivated removed disabled".split()
 OPPOSITES = dict(zip(ON + OFF, OFF + ON))
-EVENT_NAMES = tuple(sorted({*re.findall(r"(?<!=)\b[A-Z]\w+", " ".join(EXPLANATIONS))}))
+EVENT_NAMES = tuple(sorted({*re.findall(r"(?<!=)\b[A-Z]\w+", EXPLANATIONS)}))
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
