@@ -2016,12 +2016,12 @@ NEVER, NO_TIME = timedelta.max, timedelta(0)
 # What gaps and rules judge: a user, their password, their active access keys if there are two, or
 # one credential, `key`. A password is as old as its last change, two keys are as the younger one.
 # `unused` is the time since the last use; NEVER: a key that was never used. Unknown: NO_TIME.
-Case = namedtuple("Case", "about user root no_mfa production max_age max_unused age unused key")
+Case = namedtuple("Case", "about user root no_mfa production max_unused age too_old unused key")
 
 
 def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterator[Case]:
-    limits, unknown = (plan.max_key_age, plan.max_unused), (NO_TIME, NO_TIME, None)
-    of_user = Case(USER, user, user.name == ROOT, not user.mfa, production, *limits, *unknown)
+    whose, unknown = (user, user.name == ROOT, not user.mfa), (NO_TIME, False, NO_TIME, None)
+    of_user = Case(USER, *whose, production, plan.max_unused, *unknown)
     yield of_user
     if user.password:
         changed = user.password_changed or now
@@ -2032,8 +2032,9 @@ def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterato
         yield of_user._replace(about=KEY_PAIR, age=min(ages))
     for key in (*user.keys, *user.others):
         about = f"{'active' if is_active(key.status) else 'inactive'} {key.kind}"
-        unused = now - key.last_used if key.last_used else NEVER
-        yield of_user._replace(about=about, key=key, age=now - key.created, unused=unused)
+        age, unused = now - key.created, now - key.last_used if key.last_used else NEVER
+        facts = {"age": age, "too_old": age > plan.max_key_age, "unused": unused}
+        yield of_user._replace(about=about, key=key, **facts)
 
 
 OldestKey = namedtuple("OldestKey", "created account_id account_name username access_key_id")
@@ -2056,7 +2057,7 @@ class Gaps:
     active_keys: int = counting(ACTIVE_KEY)
     inactive_keys: int = counting(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
     expired_keys: int = counting(INACTIVE_KEY, lambda it: it.key.status == "Expired")
-    active_keys_older_than_max_age: int = counting(ACTIVE_KEY, lambda it: it.age > it.max_age)
+    active_keys_older_than_max_age: int = counting(ACTIVE_KEY, lambda it: it.too_old)
     active_keys_older_than_1_year: int = counting(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
     active_keys_never_used: int = counting(ACTIVE_KEY, lambda it: it.unused == NEVER)
     active_keys_not_used_for_90_days: int = counting(
@@ -2067,9 +2068,7 @@ class Gaps:
     users_with_two_active_keys: int = counting(KEY_PAIR)
     active_api_keys: int = counting(ACTIVE_API_KEY)
     active_api_keys_without_expiry: int = counting(ACTIVE_API_KEY, lambda it: not it.key.expires)
-    active_api_keys_older_than_max_age: int = counting(
-        ACTIVE_API_KEY, lambda it: it.age > it.max_age
-    )
+    active_api_keys_older_than_max_age: int = counting(ACTIVE_API_KEY, lambda it: it.too_old)
     active_service_passwords: int = counting(ACTIVE_SERVICE)
     active_signing_certificates: int = counting(ACTIVE_CERTIFICATE)
     active_key_ages: tuple[int, ...] = (0,) * len(KEY_AGES)  # of access keys
@@ -2241,7 +2240,7 @@ RULES = (
          "never used", DEACTIVATE_UNUSED, IN_USE),  # a younger one may yet be used
     Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > it.max_unused < it.unused < NEVER,
          "not used for {max_unused} days", DEACTIVATE_UNUSED, IN_USE),
-    Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
+    Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.too_old,
          "older than {max_key_age} days", controls=ROTATED),
     Rule("two-active-keys", 6, KEY_PAIR, lambda it: it.age > DAYS_30 and not it.root,
          "two active keys, both older than 30 days", KEEP_ONE, ("1.12",)),
