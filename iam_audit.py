@@ -1789,8 +1789,9 @@ def allows_all_of_iam(statement: Entry, of_iam: str) -> bool:
 
 # === Files: rows, cells, atomic writing, reading a run back ======================================
 
-PASSWORD_SET, PASSWORD_NOT_SET, PASSWORD_NEVER_USED = "Configurada", "No configurada", "Nunca"
-KEY_NEVER_USED, NO_MFA = "Nunca utilizada", "None"
+PASSWORD, PASSWORD_SET, PASSWORD_NOT_SET = "password", "Configurada", "No configurada"
+NEVER_USED = {PASSWORD: "Nunca", ACCESS_KEY: "Nunca utilizada"}  # others: unknown
+NO_MFA = "None"
 AccountRow = namedtuple(
     "AccountRow",
     "account_id account_name username password_status password_last_used access_key_id status "
@@ -1835,16 +1836,20 @@ def account_csv(folder: Path, account_id: str) -> Path:
 def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
     """One row for each access key, one for a user without keys."""
     for user in audited.users:
-        last = iso(user.password_last_used) if user.password_last_used else PASSWORD_NEVER_USED
+        last = used_cell(PASSWORD, user.password_last_used)
         password = (PASSWORD_SET, last) if user.password else (PASSWORD_NOT_SET, NOT_APPLICABLE)
         whose = (audited.account.id, audited.account.name, user.name, *password)
         mfa = "+".join(user.mfa) or NO_MFA
         for key in user.keys:
-            last = iso(key.last_used) if key.last_used else KEY_NEVER_USED
+            last = used_cell(ACCESS_KEY, key.last_used)
             of_key = (key.id, key.status, iso(key.created), last, key.service_name)
             yield AccountRow._make((*whose, *of_key, mfa))
         if not user.keys:
             yield AccountRow._make((*whose, *[NOT_APPLICABLE] * 5, mfa))
+
+
+def used_cell(kind: str, used: datetime | None) -> str:
+    return iso(used) if used else NEVER_USED.get(kind, "")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -2009,7 +2014,7 @@ def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
 
 # === Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument ============
 
-PASSWORD, USER, KEY_PAIR, INACTIVE_KEY = "password", "user", "pair", f"inactive {ACCESS_KEY}"
+USER, KEY_PAIR, INACTIVE_KEY = "user", "pair", f"inactive {ACCESS_KEY}"
 ACTIVE_KEY, ACTIVE_API_KEY, ACTIVE_SERVICE, ACTIVE_CERTIFICATE = (f"active {it}" for it in KINDS)
 DAYS_30, DAYS_90, ONE_YEAR = timedelta(days=30), timedelta(days=90), timedelta(days=365)
 NEVER, NO_TIME = timedelta.max, timedelta(0)
@@ -2149,7 +2154,6 @@ CREDENTIALS_COLUMNS = tuple(
     "mfa_status".split()
 )
 FLAGS = {True: "true", False: "false", None: ""}
-NEVER_USED = {PASSWORD: PASSWORD_NEVER_USED, ACCESS_KEY: KEY_NEVER_USED}  # others: unknown
 NEVER_EXPIRES = {API_KEY: "never", SERVICE_PASSWORD: "never"}  # others cannot expire
 
 
@@ -2173,10 +2177,6 @@ def credential_rows(audited: AuditedAccount, plan: Plan, now: datetime) -> Itera
                 *(*where, user.name, user.owner, user.administrator, one.kind, one.id, one.status),
                 *(made, age, used, unused, one.service_name, expires, mfa),
             )
-
-
-def used_cell(kind: str, used: datetime | None) -> str:
-    return iso(used) if used else NEVER_USED.get(kind, "")
 
 
 FINDINGS_COLUMNS = tuple(
