@@ -1971,24 +1971,25 @@ def blaming(what: str, kinds: tuple[type[Exception], ...] = (OSError,)) -> Itera
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary.json of a finished run; to be called in `reading`."""
-    summary: dict[str, Any] = json.loads(read_regular(folder / "summary.json"))
+    text = regular(folder / "summary.json").read_bytes().decode("utf-8")
+    summary: dict[str, Any] = json.loads(text)
     if summary["tool"] != "iam-audit" or summary["format"] not in (1, SUMMARY_FORMAT):
         raise ValueError(f"it is not of format 1 or {SUMMARY_FORMAT}")
     return summary
 
 
-def read_regular(path: Path) -> str:
-    """A file's text. Opening a FIFO would hang, and a device may have no end."""
+def regular(path: Path) -> Path:
+    """The path, or ValueError: opening a FIFO would hang, and a device may have no end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a regular file")
-    return path.read_bytes().decode("utf-8")
+    return path
 
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
     """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
     found = []
     with reading(path):
-        text = read_regular(path)
+        text = regular(path).read_bytes().decode("utf-8")
         if not text.endswith("\n"):
             raise ValueError("it does not end with a line feed")
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -2434,9 +2435,7 @@ class Change(NamedTuple):
     change: str = ""
     before: str = ""
     after: str = ""
-    witness: str = (
-        ""  # confirmed, contradicted, not found, unavailable; "" if CloudTrail was not asked
-    )
+    witness: str = ""  # confirmed, contradicted, not found, unavailable; "": CloudTrail not asked
     event: Event | None = None
     since: datetime | None = None  # when the run began that the account is compared with
 
@@ -2576,9 +2575,8 @@ def earlier_run(folder: Path) -> EarlierRun:
         if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
             included = organization["management_account_included"]
             scope = scope_document(Scope(include_management=included))
-        return EarlierRun(
-            folder, started, typed(str, organization["id"]), scope, days, runs, accounts
-        )
+        organization_id = typed(str, organization["id"])
+        return EarlierRun(folder, started, organization_id, scope, days, runs, accounts)
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
@@ -2663,17 +2661,14 @@ def tables_of(tracking: Tracking, folder: Path) -> tuple[Any, Any]:
 
 def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
     """These cells of the rows of a table that may be large. Raises AuditError if it is damaged."""
-    with reading(path):
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            header = next(rows, [])
-            wanted = itemgetter(*map(header.index, columns))
-            for number, row in enumerate(rows, 2):
-                if len(row) != len(header):
-                    raise ValueError(f"row {number} has more or fewer cells than the header")
-                yield tuple(map(original, wanted(row)))
+    with reading(path), regular(path).open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        wanted = itemgetter(*map(header.index, columns))
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has more or fewer cells than the header")
+            yield tuple(map(original, wanted(row)))
 
 
 def track_account(
@@ -2684,9 +2679,8 @@ def track_account(
     baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)
     run, since = baseline.run, baseline.since
     tracking.passed_over.update(dict.fromkeys(baseline.passed_over))
-    if trail is not None and since is not None:
-        # --since may ask for older events, which explain nothing
-        events = tuple(event for event in trail.events if event.time >= since)
+    if trail is not None:  # --since may ask for older events, which explain nothing
+        events = tuple(event for event in trail.events if since and event.time >= since)
         audited = replace(audited, trail=replace(trail, events=events))
     if LISTING in audited.not_checked:
         baseline = baseline._replace(unknown=(*KINDS_LISTED, *baseline.unknown))
@@ -2729,7 +2723,7 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
     for name, key_id, state in (baseline.others or {}).get(account.id, ()):
         if name in before and state.kind not in unknown:
             before[name].keys[key_id] = state
-    events = trail.events if trail and baseline.since else ()
+    events = trail.events if trail else ()
     found += came_and_went(account, before, after, events)
     persons = list(persons_of(before, after, events)) if baseline.run else []
     found += changes_between(account, persons)
@@ -2926,9 +2920,8 @@ change_order = attrgetter(*Change._fields[:8])
 
 def change_row(change: Change) -> tuple[str, ...]:
     """The change's row in changes.csv."""
-    seen = ("", "", "", "")
-    if event := change.event:
-        seen = (event.name, iso(event.time), event.actor, event.source_ip)
+    event = change.event
+    seen = (event.name, iso(event.time), event.actor, event.source_ip) if event else ("",) * 4
     return (*change_order(change), *seen, iso(change.since) if change.since else "")
 
 
