@@ -1809,8 +1809,9 @@ def allows_all_of_iam(statement: Entry, of_iam: str) -> bool:
 
 # === Files: rows, cells, atomic writing, reading a run back ======================================
 
-PASSWORD_SET, PASSWORD_NOT_SET, PASSWORD_NEVER_USED = "Configurada", "No configurada", "Nunca"
-KEY_NEVER_USED, NO_MFA = "Nunca utilizada", "None"
+PASSWORD, PASSWORD_SET, PASSWORD_NOT_SET = "password", "Configurada", "No configurada"
+NEVER_USED = {PASSWORD: "Nunca", ACCESS_KEY: "Nunca utilizada"}  # others: unknown
+NO_MFA = "None"
 AccountRow = namedtuple(
     "AccountRow",
     "account_id account_name username password_status password_last_used access_key_id status "
@@ -1855,16 +1856,20 @@ def account_csv(folder: Path, account_id: str) -> Path:
 def rows_of(audited: AuditedAccount) -> Iterator[AccountRow]:
     """One row for each access key, one for a user without keys."""
     for user in audited.users:
-        last = iso(user.password_last_used) if user.password_last_used else PASSWORD_NEVER_USED
+        last = used_cell(PASSWORD, user.password_last_used)
         password = (PASSWORD_SET, last) if user.password else (PASSWORD_NOT_SET, NOT_APPLICABLE)
         whose = (audited.account.id, audited.account.name, user.name, *password)
         mfa = "+".join(user.mfa) or NO_MFA
         for key in user.keys:
-            last = iso(key.last_used) if key.last_used else KEY_NEVER_USED
+            last = used_cell(ACCESS_KEY, key.last_used)
             of_key = (key.id, key.status, iso(key.created), last, key.service_name)
             yield AccountRow._make((*whose, *of_key, mfa))
         if not user.keys:
             yield AccountRow._make((*whose, *[NOT_APPLICABLE] * 5, mfa))
+
+
+def used_cell(kind: str, used: datetime | None) -> str:
+    return iso(used) if used else NEVER_USED.get(kind, "")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -1986,24 +1991,25 @@ def blaming(what: str, kinds: tuple[type[Exception], ...] = (OSError,)) -> Itera
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary.json of a finished run; to be called in `reading`."""
-    summary: dict[str, Any] = json.loads(read_regular(folder / "summary.json"))
+    text = regular(folder / "summary.json").read_bytes().decode("utf-8")
+    summary: dict[str, Any] = json.loads(text)
     if summary["tool"] != "iam-audit" or summary["format"] not in (1, SUMMARY_FORMAT):
         raise ValueError(f"it is not of format 1 or {SUMMARY_FORMAT}")
     return summary
 
 
-def read_regular(path: Path) -> str:
-    """A file's text. Opening a FIFO would hang, and a device may have no end."""
+def regular(path: Path) -> Path:
+    """The path, or ValueError: opening a FIFO would hang, and a device may have no end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a regular file")
-    return path.read_bytes().decode("utf-8")
+    return path
 
 
 def read_states(path: Path, account_id: str) -> dict[str, UserState]:
     """The users in an earlier run's CSV of this account. Raises AuditError if it is damaged."""
     found = []
     with reading(path):
-        text = read_regular(path)
+        text = regular(path).read_bytes().decode("utf-8")
         if not text.endswith("\n"):
             raise ValueError("it does not end with a line feed")
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -2029,19 +2035,19 @@ def states_of(rows: Iterable[AccountRow]) -> dict[str, UserState]:
 
 # === Assess: gaps, maturity levels, what to fix first; pure, the clock is an argument ============
 
-PASSWORD, USER, KEY_PAIR, INACTIVE_KEY = "password", "user", "pair", f"inactive {ACCESS_KEY}"
+USER, KEY_PAIR, INACTIVE_KEY = "user", "pair", f"inactive {ACCESS_KEY}"
 ACTIVE_KEY, ACTIVE_API_KEY, ACTIVE_SERVICE, ACTIVE_CERTIFICATE = (f"active {it}" for it in KINDS)
 DAYS_30, DAYS_90, ONE_YEAR = timedelta(days=30), timedelta(days=90), timedelta(days=365)
 NEVER, NO_TIME = timedelta.max, timedelta(0)
 # What gaps and rules judge: a user, their password, their active access keys if there are two, or
 # one credential, `key`. A password is as old as its last change, two keys are as the younger one.
 # `unused` is the time since the last use; NEVER: a key that was never used. Unknown: NO_TIME.
-Case = namedtuple("Case", "about user root no_mfa production max_age max_unused age unused key")
+Case = namedtuple("Case", "about user root no_mfa production max_unused age too_old unused key")
 
 
 def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterator[Case]:
-    limits, unknown = (plan.max_key_age, plan.max_unused), (NO_TIME, NO_TIME, None)
-    of_user = Case(USER, user, user.name == ROOT, not user.mfa, production, *limits, *unknown)
+    whose, unknown = (user, user.name == ROOT, not user.mfa), (NO_TIME, False, NO_TIME, None)
+    of_user = Case(USER, *whose, production, plan.max_unused, *unknown)
     yield of_user
     if user.password:
         changed = user.password_changed or now
@@ -2052,8 +2058,9 @@ def cases_of(user: User, production: bool, plan: Plan, now: datetime) -> Iterato
         yield of_user._replace(about=KEY_PAIR, age=min(ages))
     for key in (*user.keys, *user.others):
         about = f"{'active' if is_active(key.status) else 'inactive'} {key.kind}"
-        unused = now - key.last_used if key.last_used else NEVER
-        yield of_user._replace(about=about, key=key, age=now - key.created, unused=unused)
+        age, unused = now - key.created, now - key.last_used if key.last_used else NEVER
+        facts = {"age": age, "too_old": age > plan.max_key_age, "unused": unused}
+        yield of_user._replace(about=about, key=key, **facts)
 
 
 OldestKey = namedtuple("OldestKey", "created account_id account_name username access_key_id")
@@ -2076,7 +2083,7 @@ class Gaps:
     active_keys: int = counting(ACTIVE_KEY)
     inactive_keys: int = counting(INACTIVE_KEY, lambda it: it.key.status == "Inactive")
     expired_keys: int = counting(INACTIVE_KEY, lambda it: it.key.status == "Expired")
-    active_keys_older_than_max_age: int = counting(ACTIVE_KEY, lambda it: it.age > it.max_age)
+    active_keys_older_than_max_age: int = counting(ACTIVE_KEY, lambda it: it.too_old)
     active_keys_older_than_1_year: int = counting(ACTIVE_KEY, lambda it: it.age > ONE_YEAR)
     active_keys_never_used: int = counting(ACTIVE_KEY, lambda it: it.unused == NEVER)
     active_keys_not_used_for_90_days: int = counting(
@@ -2087,9 +2094,7 @@ class Gaps:
     users_with_two_active_keys: int = counting(KEY_PAIR)
     active_api_keys: int = counting(ACTIVE_API_KEY)
     active_api_keys_without_expiry: int = counting(ACTIVE_API_KEY, lambda it: not it.key.expires)
-    active_api_keys_older_than_max_age: int = counting(
-        ACTIVE_API_KEY, lambda it: it.age > it.max_age
-    )
+    active_api_keys_older_than_max_age: int = counting(ACTIVE_API_KEY, lambda it: it.too_old)
     active_service_passwords: int = counting(ACTIVE_SERVICE)
     active_signing_certificates: int = counting(ACTIVE_CERTIFICATE)
     active_key_ages: tuple[int, ...] = (0,) * len(KEY_AGES)  # of access keys
@@ -2170,7 +2175,6 @@ CREDENTIALS_COLUMNS = tuple(
     "mfa_status".split()
 )
 FLAGS = {True: "true", False: "false", None: ""}
-NEVER_USED = {PASSWORD: PASSWORD_NEVER_USED, ACCESS_KEY: KEY_NEVER_USED}  # others: unknown
 NEVER_EXPIRES = {API_KEY: "never", SERVICE_PASSWORD: "never"}  # others cannot expire
 
 
@@ -2194,10 +2198,6 @@ def credential_rows(audited: AuditedAccount, plan: Plan, now: datetime) -> Itera
                 *(*where, user.name, user.owner, user.administrator, one.kind, one.id, one.status),
                 *(made, age, used, unused, one.service_name, expires, mfa),
             )
-
-
-def used_cell(kind: str, used: datetime | None) -> str:
-    return iso(used) if used else NEVER_USED.get(kind, "")
 
 
 FINDINGS_COLUMNS = tuple(
@@ -2261,7 +2261,7 @@ RULES = (
          "never used", DEACTIVATE_UNUSED, IN_USE),  # a younger one may yet be used
     Rule("unused-key", 5, ACTIVE_KEY, lambda it: it.age > it.max_unused < it.unused < NEVER,
          "not used for {max_unused} days", DEACTIVATE_UNUSED, IN_USE),
-    Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.age > it.max_age,
+    Rule("key-older-than-90-days", 6, ACTIVE_KEY, lambda it: it.too_old,
          "older than {max_key_age} days", controls=ROTATED),
     Rule("two-active-keys", 6, KEY_PAIR, lambda it: it.age > DAYS_30 and not it.root,
          "two active keys, both older than 30 days", KEEP_ONE, ("1.12",)),
@@ -2455,9 +2455,7 @@ class Change(NamedTuple):
     change: str = ""
     before: str = ""
     after: str = ""
-    witness: str = (
-        ""  # confirmed, contradicted, not found, unavailable; "" if CloudTrail was not asked
-    )
+    witness: str = ""  # confirmed, contradicted, not found, unavailable; "": CloudTrail not asked
     event: Event | None = None
     since: datetime | None = None  # when the run began that the account is compared with
 
@@ -2597,9 +2595,8 @@ def earlier_run(folder: Path) -> EarlierRun:
         if scope is None and len(summary["out_of_scope"]) < 2:  # format 1, the whole organization
             included = organization["management_account_included"]
             scope = scope_document(Scope(include_management=included))
-        return EarlierRun(
-            folder, started, typed(str, organization["id"]), scope, days, runs, accounts
-        )
+        organization_id = typed(str, organization["id"])
+        return EarlierRun(folder, started, organization_id, scope, days, runs, accounts)
 
 
 def earlier_account(entry: Mapping[str, Any]) -> EarlierAccount:
@@ -2684,17 +2681,14 @@ def tables_of(tracking: Tracking, folder: Path) -> tuple[Any, Any]:
 
 def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
     """These cells of the rows of a table that may be large. Raises AuditError if it is damaged."""
-    with reading(path):
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            header = next(rows, [])
-            wanted = itemgetter(*map(header.index, columns))
-            for number, row in enumerate(rows, 2):
-                if len(row) != len(header):
-                    raise ValueError(f"row {number} has more or fewer cells than the header")
-                yield tuple(map(original, wanted(row)))
+    with reading(path), regular(path).open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        wanted = itemgetter(*map(header.index, columns))
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has more or fewer cells than the header")
+            yield tuple(map(original, wanted(row)))
 
 
 def track_account(
@@ -2705,9 +2699,8 @@ def track_account(
     baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)
     run, since = baseline.run, baseline.since
     tracking.passed_over.update(dict.fromkeys(baseline.passed_over))
-    if trail is not None and since is not None:
-        # --since may ask for older events, which explain nothing
-        events = tuple(event for event in trail.events if event.time >= since)
+    if trail is not None:  # --since may ask for older events, which explain nothing
+        events = tuple(event for event in trail.events if since and event.time >= since)
         audited = replace(audited, trail=replace(trail, events=events))
     if LISTING in audited.not_checked:
         baseline = baseline._replace(unknown=(*KINDS_LISTED, *baseline.unknown))
@@ -2750,7 +2743,7 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
     for name, key_id, state in (baseline.others or {}).get(account.id, ()):
         if name in before and state.kind not in unknown:
             before[name].keys[key_id] = state
-    events = trail.events if trail and baseline.since else ()
+    events = trail.events if trail else ()
     found += came_and_went(account, before, after, events)
     persons = list(persons_of(before, after, events)) if baseline.run else []
     found += changes_between(account, persons)
@@ -2885,31 +2878,24 @@ def came_and_went(
 
 # Changes, each with the CloudTrail event that confirms it; after "=" is the status that it sets.
 # The event of the opposite change contradicts it. "-": too many events, which are not asked for
-EXPLANATIONS = """
-    mfa-added EnableMFADevice                    mfa-removed DeactivateMFADevice
+USER_EXPLANATIONS = """
+    mfa-added EnableMFADevice           mfa-removed DeactivateMFADevice
     mfa-changed EnableMFADevice+DeactivateMFADevice
-    console-enabled CreateLoginProfile           console-disabled DeleteLoginProfile
-    user-created CreateUser                      user-deleted DeleteUser
-    user-renamed UpdateUser                      administrator-added -
-    access-key-created CreateAccessKey           access-key-deleted DeleteAccessKey
-    access-key-activated UpdateAccessKey=Active  access-key-deactivated UpdateAccessKey=Inactive
-    api-key-created CreateServiceSpecificCredential
-    api-key-deleted DeleteServiceSpecificCredential
-    api-key-activated UpdateServiceSpecificCredential=Active
-    api-key-deactivated UpdateServiceSpecificCredential=Inactive
-    service-password-created CreateServiceSpecificCredential
-    service-password-deleted DeleteServiceSpecificCredential
-    service-password-activated UpdateServiceSpecificCredential=Active
-    service-password-deactivated UpdateServiceSpecificCredential=Inactive
-    signing-certificate-created UploadSigningCertificate
-    signing-certificate-deleted DeleteSigningCertificate
-    signing-certificate-activated UpdateSigningCertificate=Active
-    signing-certificate-deactivated UpdateSigningCertificate=Inactive
-""".split()
-EXPLAINED_BY = dict(zip(EXPLANATIONS[::2], EXPLANATIONS[1::2]))
+    console-enabled CreateLoginProfile  console-disabled DeleteLoginProfile
+    user-created CreateUser             user-deleted DeleteUser
+    user-renamed UpdateUser             administrator-added -
+"""
+KEY_EXPLANATIONS = """
+    {0}-created Create{1}               {0}-deleted Delete{1}
+    {0}-activated Update{1}=Active      {0}-deactivated Update{1}=Inactive
+"""
+IN_EVENTS = ("AccessKey", *["ServiceSpecificCredential"] * 2, "SigningCertificate")  # the KINDS
+EXPLANATIONS = USER_EXPLANATIONS + "".join(map(KEY_EXPLANATIONS.format, KINDS, IN_EVENTS))
+EXPLANATIONS = EXPLANATIONS.replace("CreateSigning", "UploadSigning")
+EXPLAINED_BY = dict(zip(EXPLANATIONS.split()[::2], EXPLANATIONS.split()[1::2]))
 ON, OFF = "created activated added enabled".split(), "deleted deactivated removed disabled".split()
 OPPOSITES = dict(zip(ON + OFF, OFF + ON))
-EVENT_NAMES = tuple(sorted({*re.findall(r"(?<!=)\b[A-Z]\w+", " ".join(EXPLANATIONS))}))
+EVENT_NAMES = tuple(sorted({*re.findall(r"(?<!=)\b[A-Z]\w+", EXPLANATIONS)}))
 
 
 def with_witness(change: Change, trail: Trail | None) -> Change:
@@ -2954,9 +2940,8 @@ change_order = attrgetter(*Change._fields[:8])
 
 def change_row(change: Change) -> tuple[str, ...]:
     """The change's row in changes.csv."""
-    seen = ("", "", "", "")
-    if event := change.event:
-        seen = (event.name, iso(event.time), event.actor, event.source_ip)
+    event = change.event
+    seen = (event.name, iso(event.time), event.actor, event.source_ip) if event else ("",) * 4
     return (*change_order(change), *seen, iso(change.since) if change.since else "")
 
 
@@ -3059,13 +3044,12 @@ async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
     parent = functools.cache(lambda child: asyncio.create_task(aws.ask(list_parents, child)))
 
     async def read(account_id: str) -> None:
-        if paths[account_id] is None:
-            ids = [account_id, await parent(account_id)]
-            while ids[-1].startswith("ou-"):
-                ids.append(await parent(ids[-1]))
-            paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
+        ids = [account_id, await parent(account_id)]
+        while ids[-1].startswith("ou-"):
+            ids.append(await parent(ids[-1]))
+        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
 
-    await side_by_side(PARENTS_AT_ONCE, list(paths), read)
+    await side_by_side(PARENTS_AT_ONCE, [one for one, path in paths.items() if path is None], read)
 
 
 def controls_of_account(path: Sequence[str] | None, listed: Iterable[Policy]) -> dict[str, Control]:
