@@ -19,7 +19,7 @@ Every AWS action that the program can call:
     organizations:DescribeOrganization   which account is the management account
     organizations:ListAccounts           the accounts
     organizations:DescribeOrganizationalUnit   the names of organizational units
-    organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy, ListParents
+    organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in the accounts that are audited
@@ -228,7 +228,7 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     drawing = asyncio.create_task(status.draw())  # after an error, asyncio.run cancels it
     await audit_organization(aws, run, progress, finish, status.log)
     run.enforcement = await enforcement
-    await apply_enforcement(aws, run)
+    apply_enforcement(run)
     drawing.cancel()
 
 
@@ -629,7 +629,6 @@ CALLER_READS = {
     "organizations:DescribePolicy": "what an SCP says",
     "organizations:ListTargetsForPolicy": "where an SCP is attached",
     "organizations:DescribeOrganizationalUnit": "the names of organizational units (OUs)",
-    "organizations:ListParents": "an account's OUs, where ListAccounts does not give them",
     "iam:ListOrganizationsFeatures": "whether root credentials are managed centrally",
 }
 POLICY_READS = ("organizations:DescribePolicy", "organizations:ListTargetsForPolicy")  # on one SCP
@@ -647,7 +646,6 @@ IAM_REGIONS = {"aws": "us-east-1", "aws-us-gov": "us-gov-west-1", "aws-cn": "cn-
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}  # seconds
 GUESS_TIMEOUT = 3  # seconds to connect to a guessed partition: a firewall may drop the packets
 REFRESH_TIMEOUT = 60.0  # seconds for new credentials of the profile, once the audit runs
-PARENTS_AT_ONCE = 4
 UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException"}
 # The profile's name, for advice on what keeps the program from starting
 PROFILE: contextvars.ContextVar[str] = contextvars.ContextVar("PROFILE", default="default")
@@ -740,11 +738,10 @@ class Aws:
         home, iam_home = caller.region, IAM_REGIONS.get(caller.partition, caller.region)
         # AccountSession retries what is called for an account: botocore has one quota per client.
         most: Any = {"max_pool_connections": workers or MOST_THREADS}
-        few: Any = {"max_pool_connections": PARENTS_AT_ONCE, "retries": 9}
         self.sts = signed_client(session, "sts", home, **most)
         self.iam = signed_client(session, "iam", home, **most)
         self.cloudtrail = signed_client(session, "cloudtrail", iam_home, **most)
-        self.organizations = signed_client(session, "organizations", home, **few)
+        self.organizations = signed_client(session, "organizations", home, retries=9)
         self._refresh_failure = ""
 
     async def profile_credentials(self) -> Credentials:
@@ -775,7 +772,7 @@ class Aws:
         try:
             return await self.threads.run(FIRST, functools.partial(call_as, credentials, call, {}))
         except SDK_ERRORS as error:
-            step = operation.__name__.title().replace("_", "")  # list_parents: ListParents
+            step = operation.__name__.title().replace("_", "")  # list_policies: ListPolicies
             raise step_failed(step, error) from None
 
 
@@ -1062,14 +1059,6 @@ def list_targets_for_policy(aws: Aws, policy_id: str) -> frozenset[str]:
     pages = aws.organizations.get_paginator("list_targets_for_policy")
     found = pages.paginate(PolicyId=policy_id).build_full_result()
     return frozenset(map(itemgetter("TargetId"), found["Targets"]))
-
-
-def list_parents(aws: Aws, child_id: str) -> str:
-    """The root or OU directly above an account or OU; empty if that has left the organization."""
-    try:
-        return str(aws.organizations.list_parents(ChildId=child_id)["Parents"][0]["Id"])
-    except aws.organizations.exceptions.ChildNotFoundException:
-        return ""
 
 
 def describe_organizational_unit(aws: Aws, ou_id: str) -> str:
@@ -3025,37 +3014,22 @@ async def read_policies(aws: Aws, organization: str) -> list[Policy]:
     return policies
 
 
-async def apply_enforcement(aws: Aws, run: Run) -> None:
+def apply_enforcement(run: Run) -> None:
     """Decide the controls of each account, audited or failed."""
     everyone: list[Any] = [*run.audited, *run.failed]
-    paths = {one.account.id: one.account.path for one in everyone}
-    if run.organization.management_account in paths:
-        paths[run.organization.management_account] = ""  # no service control policy applies to it
-    if not run.enforcement.why_not:
-        _, why_not = await best_effort(read_paths(aws, paths), None)
-        run.enforcement = run.enforcement._replace(why_not=why_not)
-    for account_id, path in paths.items():
-        ids = None if run.enforcement.why_not or path is None else path.split("/")
-        run.controls[account_id] = controls_of_account(ids, run.enforcement.policies)
+    unknown = None if run.enforcement.why_not else "ListAccounts did not give its place (Paths)"
+    for account in map(attrgetter("account"), everyone):
+        path = account.path
+        if account.id == run.organization.management_account:
+            path = ""  # no service control policy applies to it
+        if run.enforcement.why_not or path is None:
+            controls = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, why_not_checked=unknown))
+        else:
+            controls = controls_of_account(path.split("/"), run.enforcement.policies)
+        run.controls[account.id] = controls
 
 
-async def read_paths(aws: Aws, paths: dict[str, str | None]) -> None:
-    """Add the paths that ListAccounts did not give; each account and OU is asked about once."""
-    parent = functools.cache(lambda child: asyncio.create_task(aws.ask(list_parents, child)))
-
-    async def read(account_id: str) -> None:
-        ids = [account_id, await parent(account_id)]
-        while ids[-1].startswith("ou-"):
-            ids.append(await parent(ids[-1]))
-        paths[account_id] = "/".join(ids) if ids[-1] else None  # it left since it was listed
-
-    await side_by_side(PARENTS_AT_ONCE, [one for one, path in paths.items() if path is None], read)
-
-
-def controls_of_account(path: Sequence[str] | None, listed: Iterable[Policy]) -> dict[str, Control]:
-    """The controls of the account with this path; not checked if the path is None."""
-    if path is None:
-        return dict.fromkeys(CONTROLS, Control(NOT_CHECKED))
+def controls_of_account(path: Sequence[str], listed: Iterable[Policy]) -> dict[str, Control]:
     applying = [policy for policy in listed if not policy.targets.isdisjoint(path)]
     return {control: judge_together(control, path, applying) for control in CONTROLS}
 
@@ -3696,10 +3670,10 @@ def control_remarks(summary: Summary, control: str) -> Iterator[str]:
         found = one["controls"][control]
         names = ", ".join(map(itemgetter("name"), found["policies"]))
         limits = "; or ".join(map(limit_in_words, found["conditions"]))
-        remark = f"{found['verdict']}: {names} {limits}".rstrip()
+        remark = f"{found['verdict']}: {names} {limits}".rstrip(" :")
         remark += f"; exempt: {', '.join(found['exemptions'])}" if found["exemptions"] else ""
         remark += f": {found['why_not_checked']}" if found["why_not_checked"] else ""
-        if names:
+        if names or found["why_not_checked"]:
             yield remark
 
 

@@ -1331,22 +1331,6 @@ class Services:
         ]
         return _organizations_page("Targets", targets, request)
 
-    def list_parents(self, request: Request) -> Json:
-        """The parent of an account or organizational unit, by the paths of the accounts."""
-        self._organization_in_use()
-        child = request.fields["ChildId"]
-        for index in range(self.world.total):
-            for path in self.world.paths(self.world.at(index)):
-                parts = path.split("/")
-                if child in parts[2:]:
-                    parent = parts[parts.index(child) - 1]
-                    kind = "ROOT" if parent.startswith("r-") else "ORGANIZATIONAL_UNIT"
-                    return {"Parents": [{"Id": parent, "Type": kind}]}
-        raise AwsError(
-            "ChildNotFoundException",
-            "We can't find an organizational unit (OU) or account with that ID.",
-        )
-
     def describe_organizational_unit(self, request: Request) -> Json:
         """The name of an organizational unit that is in an account's path."""
         self._organization_in_use()
@@ -1648,7 +1632,6 @@ OPERATIONS: dict[tuple[str, str], Callable[[Services, Request], str | Json]] = {
     ("organizations", "ListPolicies"): Services.list_policies,
     ("organizations", "DescribePolicy"): Services.describe_policy,
     ("organizations", "ListTargetsForPolicy"): Services.list_targets_for_policy,
-    ("organizations", "ListParents"): Services.list_parents,
     ("organizations", "DescribeOrganizationalUnit"): Services.describe_organizational_unit,
     ("iam", "GenerateCredentialReport"): Services.generate_credential_report,
     ("iam", "GetCredentialReport"): Services.get_credential_report,

@@ -17,11 +17,10 @@ from builders import (
     THREE,
     TWO,
     in_units,
-    released,
     summary_of,
 )
 from conftest import Program, Result, Serve
-from endpoint import Json, key, policy, rule, user
+from endpoint import Json, account, key, policy, rule, user
 from organization import (
     DEFAULT_ROLE,
     VIRTUAL,
@@ -166,63 +165,16 @@ def placed(account_id: str, *units: str, **options: Any) -> Json:
     return in_units(account_id, f"a{account_id[0]}", *units, **options)
 
 
-def test_without_paths_each_parent_is_asked_once(serve: Serve, run_program: Program) -> None:
-    units = ("ou-test-aaaaaaaa", "ou-test-bbbbbbbb")
-    policies = [
-        policy("p-fullawsaccess", "FullAWSAccess", FULL, ["r-test"]),
-        policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, [units[0]]),
-    ]
-    accounts = [placed(ONE, *units), placed(TWO, *units), placed(THREE)]
-    endpoint = serve(*accounts, policies=policies, omit=["Paths"])
-    result = run_program(endpoint.env())
-    assert [controls(result, one)[0] for one in (ONE, TWO, THREE)] == [ENFORCED, ENFORCED, ABSENT]
-    assert endpoint.stats()["requests"]["ListParents"] == 3 + 2  # each account, each unit
-
-
-def test_without_paths_four_parents_are_asked_at_a_time(serve: Serve, run_program: Program) -> None:
-    """The first four are held until all of them are in flight; no fifth one is then."""
-    units = ("ou-test-aaaaaaaa", "ou-test-bbbbbbbb")
-    accounts = [placed(f"1000000000{n:02}", *units) for n in range(10)]
-    hold = rule("ListParents", hold=True, times=4)
-    endpoint = serve(
-        *accounts,
-        policies=[policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, [units[0]])],
-        omit=["Paths"],
-        rules=[hold],
-    )
-    with released(endpoint, lambda: endpoint.stats()["held"] == 4):
-        result = run_program(endpoint.env())
-    assert {controls(result, one)[0] for one in result.accounts} == {ENFORCED}
-    stats = endpoint.stats()
-    assert stats["requests"]["ListParents"] == 10 + 2  # each account, each unit
-    assert stats["connections_peak"]["organizations"] == 4
-
-
-def test_a_parent_that_is_denied_leaves_every_account_unchecked(
-    serve: Serve, run_program: Program
-) -> None:
-    """Whichever came first: a verdict must not depend on the order in which accounts are done."""
+def test_an_account_without_a_path_is_unchecked_alone(serve: Serve, run_program: Program) -> None:
+    """Its place is unknown, and so is what is attached above it."""
     policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
-    denied = rule("ListParents", error="AccessDeniedException", skip=1)
-    endpoint = serve(placed(ONE), placed(TWO), policies=policies, omit=["Paths"], rules=[denied])
+    lost = account(TWO, "lost", paths=[])
+    endpoint = serve(placed(ONE), lost, policies=policies)
     result = run_program(endpoint.env())
-    assert {controls(result, one) for one in (ONE, TWO)} == {(NOT_CHECKED, NOT_CHECKED)}
-    assert "not checked: ListParents: AccessDeniedException" in result.stdout
-    assert endpoint.stats()["requests"]["ListParents"] == 2
-
-
-def test_an_account_that_has_left_meanwhile_is_unchecked_alone(
-    serve: Serve, run_program: Program
-) -> None:
-    policies = [policy("p-requiremfa1", "RequireMFA", REQUIRE_MFA, ["r-test"])]
-    left = rule("ListParents", error="ChildNotFoundException", fields={"ChildId": TWO})
-    accounts = [placed(ONE), placed(TWO, role="denied"), placed(THREE)]
-    result = run_program(serve(*accounts, policies=policies, omit=["Paths"], rules=[left]).env())
-    assert [controls(result, one)[0] for one in (ONE, TWO, THREE)] == [
-        ENFORCED,
-        NOT_CHECKED,
-        ENFORCED,
-    ]
+    assert [controls(result, one)[0] for one in (ONE, TWO)] == [ENFORCED, NOT_CHECKED]
+    assert "not checked: ListAccounts did not give its place (Paths)" in result.stdout
+    of_lost = result.accounts[TWO]["controls"]["mfa-required"]
+    assert of_lost["why_not_checked"] == "ListAccounts did not give its place (Paths)"
 
 
 def test_accounts_that_could_not_be_audited_are_under_policies_too(
