@@ -84,15 +84,7 @@ import threading
 import time
 import traceback
 from collections import Counter, namedtuple
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
@@ -1011,8 +1003,8 @@ def describe_organization(aws: Aws) -> Organization:
     return Organization(found["Id"], found["MasterAccountId"], found.get("FeatureSet", "ALL"))
 
 
-async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
-    """All accounts, page by page as they arrive; a page may be empty."""
+async def list_accounts(aws: Aws, found: Callable[[Account], None]) -> None:
+    """Hand over all accounts, page by page as they arrive; a page may be empty."""
     pages = map(itemgetter("Accounts"), aws.organizations.get_paginator("list_accounts").paginate())
     seen, read_page = set[str](), functools.partial(next, pages, None)
     while True:
@@ -1024,7 +1016,7 @@ async def list_accounts(aws: Aws) -> AsyncIterator[Account]:
             # An account that joins meanwhile may shift another to the next page.
             if entry["Id"] not in seen:
                 seen.add(entry["Id"])
-                yield account_of(entry)
+                found(account_of(entry))
 
 
 def account_of(entry: Mapping[str, Any]) -> Account:
@@ -1332,7 +1324,7 @@ async def audit_organization(
             ou, outcome = await asyncio.gather(place, audit_account(session, plan))
             finish(replace(outcome, account=replace(account, ou=ou)))
 
-    async for account in list_accounts(aws):
+    def found(account: Account) -> None:
         listed.append(account)
         left_out = left_out_outcome(account, organization, scope)
         if left_out is None:
@@ -1340,6 +1332,8 @@ async def audit_organization(
             tasks.append(asyncio.create_task(audit(account, len(tasks))))
         else:
             finish(left_out)
+
+    await list_accounts(aws, found)
     progress.all_listed = True
     check_scope(scope, organization, listed)
     checked.set()
