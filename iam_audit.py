@@ -195,30 +195,28 @@ def plan_of(
 
     own_account = caller.account if caller.account == organization.management_account else None
     policy = session_policy([*ROLE_READS, *(CLOUDTRAIL_READS if options.cloudtrail else ())])
-    role = Role(options.role, caller.partition, policy, options.external_id, own_account)
-    values = {**vars(options), "role": role, "event_names": EVENT_NAMES}
+    values = {**vars(options), "own_account": own_account, "session_policy": policy}
+    values["event_names"] = EVENT_NAMES
     values["events_since"] = events_since if options.cloudtrail else None
     return Plan(**{each.name: values[each.name] for each in fields(Plan)})
 
 
 async def audit_into(run: Run, aws: Aws, options: Any) -> None:
     """Audit the accounts side by side while the service control policies are read."""
-    progress = Progress()
-    status = Status(progress, options.quiet, options.verbose)
+    status = Status(run, options.quiet, options.verbose)
 
     def finish(outcome: Outcome) -> None:
         """Write the account's CSV file at once; nothing else keeps its users."""
         if isinstance(outcome, AuditedAccount):
             write_csv(account_csv(run.folder, outcome.account.id), CSV_COLUMNS, rows_of(outcome))
         keep(run, outcome)
-        progress.failed, progress.done = len(run.failed), len(run.audited) + len(run.failed)
         status.log(outcome_line(outcome))
         if isinstance(outcome, FailedAccount):
             warn_of_role(run, status)
 
     enforcement = asyncio.create_task(read_enforcement(aws, run.organization))
     drawing = asyncio.create_task(status.draw())  # after an error, asyncio.run cancels it
-    await audit_organization(aws, run, progress, finish, status.log)
+    await audit_organization(aws, run, finish, status.log)
     run.enforcement = await enforcement
     apply_enforcement(run)
     drawing.cancel()
@@ -244,7 +242,7 @@ def warn_of_role(run: Run, status: Status) -> None:
     causes = set(map(attrgetter("step", "code"), run.failed))
     just_now = len(run.failed) == FIRST_ACCOUNTS and not run.audited
     if just_now and causes == {("AssumeRole", "AccessDenied")}:
-        wrong = f"the name of role {run.plan.role.name} or its trust policy is probably wrong"
+        wrong = f"the name of role {run.plan.role} or its trust policy is probably wrong"
         status.warn(f"AssumeRole was denied in all of the first {FIRST_ACCOUNTS} accounts: {wrong}")
 
 
@@ -477,20 +475,11 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Role:
-    name: str
-    partition: str
-    session_policy: str
-    external_id: str | None = None
-    own_account: str | None = None  # read with the profile's own credentials instead
-
-    def arn(self, account_id: str) -> str:
-        return f"arn:{self.partition}:iam::{account_id}:role/{self.name}"
-
-
-@dataclass(frozen=True)
 class Plan:
-    role: Role
+    role: str
+    external_id: str | None
+    session_policy: str
+    own_account: str | None  # read with the profile's own credentials, without the role
     scope: Scope
     workers: int
     report_timeout: float  # seconds
@@ -524,13 +513,7 @@ class Run:
     controls: dict[str, Mapping[str, Control]] = field(default_factory=dict)
     ous_why_not: str = ""  # why some OUs have no names
     credentials: Spool | None = None  # the rows of credentials.csv
-
-
-@dataclass
-class Progress:
-    listed: int = 0  # accounts in scope so far
-    done: int = 0
-    failed: int = 0
+    to_audit: int = 0  # how many accounts, as far as they are listed
     all_listed: bool = False
 
 
@@ -811,8 +794,8 @@ CLOUDTRAIL_GAP = 0.5  # seconds between LookupEvents calls: AWS allows two per s
 class AccountSession:
     """The calls for one account, which was begun as number `turn`: credentials, pace, retries."""
 
-    def __init__(self, aws: Aws, account: Account, role: Role, turn: int, log: Log) -> None:
-        self.aws, self.iam, self.account, self.role = aws, aws.iam, account, role
+    def __init__(self, aws: Aws, account: Account, plan: Plan, turn: int, log: Log) -> None:
+        self.aws, self.iam, self.account, self.plan = aws, aws.iam, account, plan
         self.log, self._turn, self._logged = log, turn, set[str]()
         self._pace, self._cloudtrail_pace = Pace(), Pace(least_gap=CLOUDTRAIL_GAP)
         self._renewal = asyncio.Lock()
@@ -822,8 +805,8 @@ class AccountSession:
         """Get credentials: the role's or, in the profile's own account, the profile's."""
         STEP.set(PROFILE_STEP)
         credentials = await self.aws.profile_credentials()
-        if self.role.own_account != self.account.id:
-            arguments = {"aws": self.aws, "role": self.role, "account_id": self.account.id}
+        if self.plan.own_account != self.account.id:
+            arguments = {"aws": self.aws, "plan": self.plan, "account_id": self.account.id}
             credentials = await self._retry("AssumeRole", credentials, assume_role, arguments)
         self._credentials = credentials
 
@@ -1068,11 +1051,12 @@ def list_organizations_features(aws: Aws) -> bool:
         return False  # IAM has never had trusted access in this organization
 
 
-def assume_role(aws: Aws, role: Role, account_id: str) -> Credentials:
-    request = {"RoleArn": role.arn(account_id), "RoleSessionName": "iam-audit"}
-    if role.external_id is not None:
-        request["ExternalId"] = role.external_id
-    issued = aws.sts.assume_role(Policy=role.session_policy, **request)["Credentials"]
+def assume_role(aws: Aws, plan: Plan, account_id: str) -> Credentials:
+    arn = f"arn:{aws.caller.partition}:iam::{account_id}:role/{plan.role}"
+    request = {"RoleArn": arn, "RoleSessionName": "iam-audit", "Policy": plan.session_policy}
+    if plan.external_id is not None:
+        request["ExternalId"] = plan.external_id
+    issued = aws.sts.assume_role(**request)["Credentials"]
     return Credentials(issued["AccessKeyId"], issued["SecretAccessKey"], issued["SessionToken"])
 
 
@@ -1305,7 +1289,7 @@ READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
 
 
 async def audit_organization(
-    aws: Aws, run: Run, progress: Progress, finish: Callable[[Outcome], None], log: Log
+    aws: Aws, run: Run, finish: Callable[[Outcome], None], log: Log
 ) -> None:
     """Audit the accounts, the first of them while others are still being listed. `finish` gets each
     outcome as soon as there is one; if it raises, the audit ends with its error."""
@@ -1319,22 +1303,23 @@ async def audit_organization(
     async def audit(account: Account, turn: int) -> None:
         await checked.wait()
         async with slots:
-            session = AccountSession(aws, account, plan.role, turn, log)
+            session = AccountSession(aws, account, plan, turn, log)
             place = name_ous(aws, run, account, names, naming)
-            ou, outcome = await asyncio.gather(place, audit_account(session, plan))
+            ou, outcome = await asyncio.gather(place, audit_account(session))
             finish(replace(outcome, account=replace(account, ou=ou)))
 
     def found(account: Account) -> None:
         listed.append(account)
-        left_out = left_out_outcome(account, organization, scope)
-        if left_out is None:
-            progress.listed += 1
-            tasks.append(asyncio.create_task(audit(account, len(tasks))))
+        if not in_scope(account, organization, scope):
+            finish(OutOfScopeAccount(account))
+        elif account.state != "ACTIVE":
+            finish(SkippedAccount(account))
         else:
-            finish(left_out)
+            run.to_audit += 1
+            tasks.append(asyncio.create_task(audit(account, len(tasks))))
 
     await list_accounts(aws, found)
-    progress.all_listed = True
+    run.all_listed = True
     check_scope(scope, organization, listed)
     checked.set()
     await asyncio.gather(*tasks)
@@ -1347,8 +1332,7 @@ def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Acc
         if account.path is None and (scope.ous or scope.exclude_ous):
             raise sdk_too_old("Paths for --ou and --exclude-ou")
         known.update((account.id, *(account.path or "").split("/")))
-        out = isinstance(left_out_outcome(account, organization, scope), OutOfScopeAccount)
-        if account.id in named and out:
+        if account.id in named and not in_scope(account, organization, scope):
             if account.id == organization.management_account and not scope.include_management:
                 option = "--retry-failed" if scope.retry_failed else "--accounts"
                 hint = "is the management account: add --include-management."
@@ -1364,19 +1348,15 @@ def check_scope(scope: Scope, organization: Organization, accounts: Sequence[Acc
             raise AuditError(f"{option}: organization {organization.id} {nobody}")
 
 
-def left_out_outcome(account: Account, organization: Organization, scope: Scope) -> Outcome | None:
-    """The outcome of an account that is not audited; None if it is."""
+def in_scope(account: Account, organization: Organization, scope: Scope) -> bool:
     places = set((account.path or "").split("/"))
-    in_scope = (
+    return (
         (scope.include_management or account.id != organization.management_account)
         and (not scope.accounts or account.id in scope.accounts)
-        and (not scope.ous or scope.ous & places)
+        and (not scope.ous or not scope.ous.isdisjoint(places))
         and account.id not in scope.exclude
-        and not scope.exclude_ous & places
+        and scope.exclude_ous.isdisjoint(places)
     )
-    if not in_scope:
-        return OutOfScopeAccount(account)
-    return None if account.state == "ACTIVE" else SkippedAccount(account)
 
 
 async def name_ous(
@@ -1395,10 +1375,10 @@ async def name_ous(
     return "/".join(names.get(ou_id, ou_id) for ou_id in ou_ids)
 
 
-async def audit_account(session: AccountSession, plan: Plan) -> AuditedAccount | FailedAccount:
+async def audit_account(session: AccountSession) -> AuditedAccount | FailedAccount:
     """Read one account in full, or say why not. No error here stops the other accounts."""
     try:
-        return await naming_step(session, read_account, plan)
+        return await naming_step(session, read_account)
     except StepFailed as failure:
         return FailedAccount(session.account, failure.step, failure.code, failure.message)
 
@@ -1416,33 +1396,33 @@ async def naming_step(session: AccountSession, work: Callable[..., Awaitable[T]]
         raise StepFailed(STEP.get(), type(error).__name__, message) from None
 
 
-async def read_account(session: AccountSession, plan: Plan) -> AuditedAccount:
+async def read_account(session: AccountSession) -> AuditedAccount:
     """All users there are now, and root from the credential report."""
     await session.sign_in()
     # Nothing else is asked until IAM has accepted this: a role that may read nothing fails here.
     answer = await ask_for_report(session)
     # The users are read while IAM generates the report: only their passwords and MFA wait for it.
-    waiting = naming_step(session, wait_for_report, answer, plan.report_timeout)
+    waiting = naming_step(session, wait_for_report, answer)
     report = asyncio.create_task(waiting)
     try:
-        users, denied = await read_users(session, plan, report)
+        users, denied = await read_users(session, report)
         generated, rows = await report
     finally:
         report.cancel()
         await asyncio.gather(report, return_exceptions=True)  # an earlier error takes precedence
     if ROOT in rows:
         users.insert(0, await read_root(session, rows[ROOT]))
-    trail = await read_trail(session, plan)
+    trail = await read_trail(session)
     return AuditedAccount(session.account, to_second(generated), tuple(users), trail, denied)
 
 
-async def read_trail(session: AccountSession, plan: Plan) -> Trail | None:
+async def read_trail(session: AccountSession) -> Trail | None:
     """CloudTrail's events of the account. A refusal only leaves the changes unexplained."""
-    if plan.events_since is None:
+    if session.plan.events_since is None:
         return None
-    events, since = [], plan.events_since(session.account.id)
+    events, since = [], session.plan.events_since(session.account.id)
     try:
-        for name in plan.event_names:
+        for name in session.plan.event_names:
             events += await lookup_events(session, name, since)
     except (StepFailed, KeyError, TypeError, AttributeError, ValueError) as error:
         damaged = f"LookupEvents: DamagedEvent: {type(error).__name__}"  # not as AWS documents it
@@ -1480,10 +1460,11 @@ async def ask_for_report(session: AccountSession) -> CredentialReport | StepFail
 
 
 async def wait_for_report(
-    session: AccountSession, answer: CredentialReport | StepFailed, timeout: float
+    session: AccountSession, answer: CredentialReport | StepFailed
 ) -> CredentialReport:
-    """Ask for the report until it is complete. Raises StepFailed after `timeout` seconds."""
-    deadline, pause = time.monotonic() + timeout, REPORT_FIRST_PAUSE
+    """Ask for the report until it is complete. Raises StepFailed after `report_timeout` seconds."""
+    timeout, pause = session.plan.report_timeout, REPORT_FIRST_PAUSE
+    deadline = time.monotonic() + timeout
     while isinstance(answer, StepFailed):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -1580,7 +1561,7 @@ class Lists(NamedTuple):
 
 
 async def read_users(
-    session: AccountSession, plan: Plan, report: asyncio.Task[CredentialReport]
+    session: AccountSession, report: asyncio.Task[CredentialReport]
 ) -> tuple[list[User], Mapping[str, str]]:
     """The users there are now, by name, and what was denied. Whoever is listed is read until all of
     it is there, under their present name; whoever a later list lacks is gone."""
@@ -1613,7 +1594,7 @@ async def read_users(
         await asyncio.sleep(pause)
     users = []
     for entry in sorted(lists.users, key=itemgetter("UserName")):
-        users.append(complete(read[name_and_id(entry)], entry, lists, plan.owner_tags))
+        users.append(complete(read[name_and_id(entry)], entry, lists, session.plan.owner_tags))
     return users, lists.denied
 
 
@@ -1721,7 +1702,7 @@ def mfa_kind(serial: str) -> str:
 
 async def read_root(session: AccountSession, row: ReportRow) -> User:
     """Root as the report shows it. ListVirtualMFADevices is asked only if root has MFA."""
-    no_console = session.role.partition == "aws-us-gov"  # nor has root MFA there
+    no_console = session.aws.caller.partition == "aws-us-gov"  # nor has root MFA there
     password, last_used, changed = (False, None, None) if no_console else report_password(row)
     mfa: tuple[str, ...] = ()
     if report_cell(row, "mfa_active"):
@@ -3738,7 +3719,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     """The content of summary.json; README.md documents its keys."""
     plan, tracking, included = run.plan, run.tracking, run.plan.scope.include_management
     document: dict[str, Any] = {"format": SUMMARY_FORMAT, "tool": "iam-audit", "version": VERSION}
-    document.update(started=iso(run.started), finished=iso(finished), role=plan.role.name)
+    document.update(started=iso(run.started), finished=iso(finished), role=plan.role)
     document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
     document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
     document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
@@ -4238,8 +4219,8 @@ def columns_of(stream: Any) -> int:
 class Status:
     """stderr: the progress line on a terminal, and --verbose."""
 
-    def __init__(self, progress: Progress, quiet: bool, verbose: bool) -> None:
-        self._progress, self._verbose, self._started = progress, verbose, time.monotonic()
+    def __init__(self, run: Run, quiet: bool, verbose: bool) -> None:
+        self._run, self._verbose, self._started = run, verbose, time.monotonic()
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self._draws = terminal and os.environ.get("TERM", "dumb") != "dumb" and not quiet
 
@@ -4260,12 +4241,13 @@ class Status:
             self._write("")
 
     def _progress_line(self) -> str:
-        now, elapsed = self._progress, time.monotonic() - self._started
-        line = f"{now.done:,} of {now.listed:,}{'' if now.all_listed else '+'} accounts"
-        line += f", {now.failed:,} failed" if now.failed else ""
+        run, elapsed = self._run, time.monotonic() - self._started
+        failed, done = len(run.failed), len(run.audited) + len(run.failed)
+        line = f"{done:,} of {run.to_audit:,}{'' if run.all_listed else '+'} accounts"
+        line += f", {failed:,} failed" if failed else ""
         line += f", {clock(timedelta(seconds=elapsed))}"
-        if now.done and now.all_listed:
-            left = elapsed / now.done * (now.listed - now.done)
+        if done and run.all_listed:
+            left = elapsed / done * (run.to_audit - done)
             line += f", about {clock(timedelta(seconds=left))} left"
         return line
 

@@ -27,7 +27,7 @@ from conftest import Program, Result, Serve
 from endpoint import TIMEOUT, Json, account, key, user
 
 import iam_audit
-from iam_audit import Account, AuditError, Organization, OutOfScopeAccount, Scope
+from iam_audit import Account, AuditError, Organization, Scope
 
 pytestmark = pytest.mark.program
 
@@ -430,6 +430,5 @@ def test_a_scope_that_does_not_fit_is_refused(check: Check, scope: Scope, named:
 def test_an_account_without_a_path_is_below_no_unit() -> None:
     organization = Organization("o-test123456", MANAGEMENT, "ALL")
     one = Account(ONE, "one", "ACTIVE")
-    inside = iam_audit.left_out_outcome(one, organization, Scope(ous=ids(UNIT)))
-    assert inside == OutOfScopeAccount(one)
-    assert iam_audit.left_out_outcome(one, organization, Scope(exclude_ous=ids(UNIT))) is None
+    assert not iam_audit.in_scope(one, organization, Scope(ous=ids(UNIT)))
+    assert iam_audit.in_scope(one, organization, Scope(exclude_ous=ids(UNIT)))
