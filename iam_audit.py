@@ -95,7 +95,6 @@ from typing import Any, NamedTuple, TypeVar, Union
 from urllib.request import getproxies
 
 import boto3
-import botocore
 import botocore.exceptions
 import botocore.session
 import botocore.utils
@@ -216,14 +215,13 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
 
     enforcement = asyncio.create_task(read_enforcement(aws, run.organization))
     drawing = asyncio.create_task(status.draw())  # after an error, asyncio.run cancels it
-    await audit_organization(aws, run, finish, status.log)
+    await audit_accounts(aws, run, finish, status.log)
     run.enforcement = await enforcement
     apply_enforcement(run)
     drawing.cancel()
 
 
 def keep(run: Run, outcome: Outcome) -> None:
-    """Add an account's outcome to the run."""
     if not isinstance(outcome, AuditedAccount):
         lists: dict[Any, list[Any]] = {FailedAccount: run.failed, SkippedAccount: run.skipped}
         lists.get(type(outcome), run.out_of_scope).append(outcome)
@@ -280,8 +278,8 @@ def what_stopped_it(error: Exception) -> str:
     """One or two sentences: what failed and, where known, what to do about it."""
     if isinstance(error, (AuditError, StepFailed)):
         return str(error)
-    if in_words := sdk_error_in_words(error):
-        return in_words
+    if isinstance(error, SDK_ERRORS):
+        return sdk_error_in_words(error)
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or 'no file named'}"
     message = without_secrets(str(error))
@@ -365,23 +363,20 @@ class Account:
 
 @dataclass(frozen=True)
 class Credential:
-    """A long-term credential other than a password, of one of KINDS. AWS reports the last use only
-    of access keys: None, with `service_name` N/A, means never. Access keys do not expire."""
+    """A long-term credential other than a password."""
 
     id: str
     status: str
     created: datetime
-    last_used: datetime | None
+    last_used: datetime | None  # of access keys only: None, with service_name N/A, means never
     service_name: str
-    kind: str = ACCESS_KEY
-    expires: datetime | None = None
+    kind: str = ACCESS_KEY  # or another of KINDS
+    expires: datetime | None = None  # access keys do not
 
 
 @dataclass(frozen=True)
 class User:
-    """An IAM user, or root."""
-
-    name: str
+    name: str  # of an IAM user; ROOT is root's
     password: bool
     password_last_used: datetime | None  # None: there is no password, or it was never used
     mfa: tuple[str, ...]  # the kinds of their MFA devices
@@ -417,14 +412,11 @@ class Trail:
 
 @dataclass(frozen=True)
 class AuditedAccount:
-    """An account that was read in full: root first, if it is in the report, then the users by name.
-    `not_checked` has the error codes of the operations that were denied without failing the
-    account: what they read is unknown."""
-
-    account: Account
+    account: Account  # it was read in full
     report_generated: datetime
-    users: tuple[User, ...]
+    users: tuple[User, ...]  # root first, if it is in the report, then the users by name
     trail: Trail | None = None  # None: CloudTrail was not asked
+    # The error codes of operations that were denied without failing the account, by operation
     not_checked: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -511,6 +503,7 @@ class Run:
     findings: list[Finding] = field(default_factory=list)
     trails: list[tuple[Account, Trail]] = field(default_factory=list)
     controls: dict[str, Mapping[str, Control]] = field(default_factory=dict)
+    ou_names: dict[str, str] = field(default_factory=dict)
     ous_why_not: str = ""  # why some OUs have no names
     credentials: Spool | None = None  # the rows of credentials.csv
     to_audit: int = 0  # how many accounts, as far as they are listed
@@ -641,8 +634,7 @@ def open_session(profile: str | None) -> boto3.Session:
         why = {"provider": f"profile {name}", "error_msg": f"{type(error).__name__}: {error}"}
         raise botocore.exceptions.CredentialRetrievalError(**why) from error
     session = boto3.Session(botocore_session=core)
-    # The SDK's user agent with ours at its end, built once: otherwise the SDK builds it again for
-    # each request, which takes a fifth of the CPU time of a call.
+    # The SDK would build its user agent for each request, in a fifth of the CPU time of a call.
     core.set_default_client_config(Config(user_agent=f"{core.user_agent()} iam-audit/{VERSION}"))
     parsers = core.get_component("response_parser_factory")
     parsers.set_parser_defaults(timestamp_parser=parse_timestamp)
@@ -724,8 +716,7 @@ class Aws:
         found: Any = self.session.get_credentials()
         if not isinstance(found, RefreshableCredentials) or not found.refresh_needed():
             return frozen(found)
-        # A refresh may hang, for example if a credential_process waits for a person: it runs in a
-        # thread of its own, and what has hung once is not tried again.
+        # It may hang, as a credential_process that waits for a person: then it is not tried again.
         if not self._refresh_failure:
             answer: Future[Credentials] = Future()
             work = (answer, functools.partial(frozen, found))
@@ -883,7 +874,6 @@ class Pace:
         self._next = self._throttled_since = 0.0
 
     async def wait(self) -> None:
-        """Wait until this account may be called again."""
         start = max(time.monotonic(), self._next)
         self._next = start + self._gap
         if (pause := start - time.monotonic()) > 0:
@@ -921,7 +911,8 @@ class Threads:
         # Python runs one thread at a time: on several CPUs a run costs a fifth more CPU and time.
         with contextlib.suppress(AttributeError, OSError):  # not on Linux; in some containers
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
-        self._start(size or FIRST_THREADS)
+        for _ in range(size or FIRST_THREADS):
+            self._start()
 
     @functools.cached_property
     def assume_role_gate(self) -> asyncio.Semaphore:
@@ -951,16 +942,14 @@ class Threads:
         of_use = 0
         if used < BUSY * seconds:
             of_use = self.size if used < BUSY * seconds / 2 else self.size // 2
-        more = min(of_use, waiting, MOST_THREADS - self.size)  # none if negative
-        before = self.size
-        self._start(more)
-        for _ in range(self.size // THREADS_PER_ASSUME_ROLE - before // THREADS_PER_ASSUME_ROLE):
-            self.assume_role_gate.release()
+        for _ in range(min(of_use, waiting, MOST_THREADS - self.size)):  # none if negative
+            self._start()
+            if self.size % THREADS_PER_ASSUME_ROLE == 0:
+                self.assume_role_gate.release()
 
-    def _start(self, number: int) -> None:
-        for _ in range(number):
-            self.size += 1
-            threading.Thread(target=self._work, daemon=True).start()
+    def _start(self) -> None:
+        self.size += 1
+        threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
         while True:
@@ -1113,15 +1102,11 @@ async def list_service_specific_credentials(session: AccountSession) -> dict[str
     return found
 
 
-async def get_account_authorization_details(
-    session: AccountSession,
-) -> tuple[list[Entry], dict[str, Entry]]:
-    """All users with tags, groups and policies, which botocore has decoded; the groups by name."""
+async def get_account_authorization_details(session: AccountSession) -> list[Entry]:
+    """All users, with their tags, and groups, both with their policies decoded by botocore."""
     both, lists = ["User", "Group"], ("UserDetailList", "GroupDetailList")
     operation = session.iam.get_account_authorization_details
-    found = await list_all(session, operation, *lists, Filter=both, MaxItems=1000)
-    users = [entry for entry in found if "UserId" in entry]
-    return users, {entry["GroupName"]: entry for entry in found if "UserId" not in entry}
+    return await list_all(session, operation, *lists, Filter=both, MaxItems=1000)
 
 
 async def get_login_profile(session: AccountSession, user_name: str) -> bool:
@@ -1252,9 +1237,7 @@ def step_failed(step: str, error: Exception) -> StepFailed:
 
 
 def sdk_error_in_words(error: Exception) -> str:
-    """What an error of the SDK at the start means, and what to do; empty for any other error."""
-    if not isinstance(error, SDK_ERRORS):
-        return ""
+    """What an error of the SDK at the start means, and what to do about it."""
     step = error.operation_name if isinstance(error, ClientError) else ""
     failure = step_failed(step, error)
     words = str(failure).removeprefix(": ")
@@ -1288,15 +1271,13 @@ ACCOUNTS_PER_WORKER, ACCOUNTS_IF_AUTO = 8, 256
 READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
 
 
-async def audit_organization(
-    aws: Aws, run: Run, finish: Callable[[Outcome], None], log: Log
-) -> None:
+async def audit_accounts(aws: Aws, run: Run, finish: Callable[[Outcome], None], log: Log) -> None:
     """Audit the accounts, the first of them while others are still being listed. `finish` gets each
     outcome as soon as there is one; if it raises, the audit ends with its error."""
     organization, plan, scope = run.organization, run.plan, run.plan.scope
     slots = asyncio.Semaphore(plan.workers * ACCOUNTS_PER_WORKER or ACCOUNTS_IF_AUTO)
     listed, tasks = list[Account](), list[asyncio.Task[None]]()
-    names, naming, checked = dict[str, str](), asyncio.Lock(), asyncio.Event()
+    naming, checked = asyncio.Lock(), asyncio.Event()
     if scope == Scope(include_management=scope.include_management):
         checked.set()  # otherwise all accounts must be known before the first is audited
 
@@ -1304,7 +1285,7 @@ async def audit_organization(
         await checked.wait()
         async with slots:
             session = AccountSession(aws, account, plan, turn, log)
-            place = name_ous(aws, run, account, names, naming)
+            place = name_ous(aws, run, account, naming)
             ou, outcome = await asyncio.gather(place, audit_account(session))
             finish(replace(outcome, account=replace(account, ou=ou)))
 
@@ -1359,20 +1340,18 @@ def in_scope(account: Account, organization: Organization, scope: Scope) -> bool
     )
 
 
-async def name_ous(
-    aws: Aws, run: Run, account: Account, names: dict[str, str], naming: asyncio.Lock
-) -> str:
+async def name_ous(aws: Aws, run: Run, account: Account, naming: asyncio.Lock) -> str:
     """The names of the account's OUs. Each OU is asked about once, and none after a failure: then
     their IDs stand in, and no account fails."""
     ou_ids = re.findall("ou-[^/]+", account.path or "")
     for ou_id in ou_ids:
         async with naming:
             try:
-                if ou_id not in names and not run.ous_why_not:
-                    names[ou_id] = await aws.ask(describe_organizational_unit, ou_id)
+                if ou_id not in run.ou_names and not run.ous_why_not:
+                    run.ou_names[ou_id] = await aws.ask(describe_organizational_unit, ou_id)
             except StepFailed as failure:
                 run.ous_why_not = str(failure)
-    return "/".join(names.get(ou_id, ou_id) for ou_id in ou_ids)
+    return "/".join(run.ou_names.get(ou_id, ou_id) for ou_id in ou_ids)
 
 
 async def audit_account(session: AccountSession) -> AuditedAccount | FailedAccount:
@@ -1402,8 +1381,7 @@ async def read_account(session: AccountSession) -> AuditedAccount:
     # Nothing else is asked until IAM has accepted this: a role that may read nothing fails here.
     answer = await ask_for_report(session)
     # The users are read while IAM generates the report: only their passwords and MFA wait for it.
-    waiting = naming_step(session, wait_for_report, answer)
-    report = asyncio.create_task(waiting)
+    report = asyncio.create_task(naming_step(session, wait_for_report, answer))
     try:
         users, denied = await read_users(session, report)
         generated, rows = await report
@@ -1436,7 +1414,6 @@ async def read_trail(session: AccountSession) -> Trail | None:
 REPORT_FIRST_PAUSE, REPORT_LONGEST_PAUSE, REPORT_PAUSE_GROWTH = 2.0, 10.0, 1.1
 # botocore retries none of these, and rightly: they mean "not yet".
 REPORT_NOT_YET = {"LimitExceeded", "ReportNotPresent", "ReportExpired", "ReportInProgress"}
-REPORT_NO_DATE = {"n/a", "no_information", "not_supported"}
 ReportRow = Mapping[str, str]
 
 
@@ -1511,7 +1488,7 @@ def report_cell(row: ReportRow, column: str) -> Any:
     if column.endswith(("_active", "_enabled")):
         if text in {"true", "false", "not_supported"}:  # the last of root, who then has a password
             return text != "false"
-    elif text in REPORT_NO_DATE:
+    elif text in {"n/a", "no_information", "not_supported"}:
         return None
     else:
         with contextlib.suppress(ValueError):
@@ -1554,8 +1531,8 @@ name_and_id = itemgetter("UserName", "UserId")  # either may be another user's l
 class Lists(NamedTuple):
     users: Sequence[Entry]
     credentials: Mapping[str, Sequence[Credential]]  # by user name
-    groups: Mapping[str, Entry] | None  # by name; None: nobody's rights could be read
-    step: str  # the operation that listed the users
+    groups: Mapping[str, Entry]  # by name
+    step: str  # the operation that listed the users; ListUsers tells nothing of their rights
     list_users: Callable[[], Awaitable[list[Entry]]]  # asked once, and only if it is needed
     denied: Mapping[str, str]  # AuditedAccount.not_checked
 
@@ -1615,13 +1592,13 @@ async def read_lists(session: AccountSession) -> Lists:
     def listing() -> asyncio.Task[list[Entry]]:
         return asyncio.create_task(naming_step(session, list_users))
 
-    details, step = await unless_denied(get_account_authorization_details), "ListUsers"
-    if details is None:
-        users, groups = await listing(), None
-    else:
-        (users, groups), step = details, "GetAccountAuthorizationDetails"
-    for entry in (*users, *(groups or {}).values()):
+    details = await unless_denied(get_account_authorization_details)
+    step = "ListUsers" if details is None else "GetAccountAuthorizationDetails"
+    entries = await listing() if details is None else details
+    for entry in entries:
         check_account(entry["Arn"], session.account.id, step)
+    users = [entry for entry in entries if "UserId" in entry]
+    groups = {entry["GroupName"]: entry for entry in entries if "UserId" not in entry}
     credentials = await unless_denied(list_service_specific_credentials)
     return Lists(users, credentials or {}, groups, step, listing, denied)
 
@@ -1723,7 +1700,7 @@ QUARANTINE = ":aws:policy/AWSCompromisedKeyQuarantine"  # ...V2, ...V3
 def complete(user: User, entry: Entry, lists: Lists, owner_tags: Sequence[str]) -> User:
     """The user with what the lists say of them."""
     others = in_order((*user.others, *lists.credentials.get(user.name, ())))
-    if lists.groups is None:
+    if lists.step == "ListUsers":
         return replace(user, others=others)
     tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
     owner = next(filter(None, map(tags.get, owner_tags)), user.owner)

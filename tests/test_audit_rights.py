@@ -103,7 +103,7 @@ def read(
 
     async def audit() -> None:
         aws = iam_audit.connect(iam_audit.open_session(None), 8)
-        await iam_audit.audit_organization(aws, run, finish, lambda _: None)
+        await iam_audit.audit_accounts(aws, run, finish, lambda _: None)
 
     asyncio.run(audit())
     return Read(run, outcomes)
