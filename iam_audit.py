@@ -19,25 +19,21 @@ Every AWS action that the program can call:
     organizations:DescribeOrganization   which account is the management account
     organizations:ListAccounts           the accounts
     organizations:DescribeOrganizationalUnit   the names of organizational units
-    organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy
-                                         the service control policies and where they are attached
+    organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy   service control policies
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in the accounts that are audited
-  with the assumed role; in the management account, if the profile belongs to it, with the
-  profile's credentials
-    iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
-    iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile,
-    iam:ListServiceSpecificCredentials, iam:GetAccountAuthorizationDetails;
-    with --cloudtrail also cloudtrail:LookupEvents
+  with the assumed role; in the management account with the profile, if that belongs to it
+    iam:GenerateCredentialReport, GetCredentialReport, ListUsers, ListAccessKeys, ListMFADevices,
+    GetAccessKeyLastUsed, ListVirtualMFADevices, GetLoginProfile, ListServiceSpecificCredentials,
+    GetAccountAuthorizationDetails; with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; no other call changes anything in AWS. Every
-session of the role has a policy that allows only the role's actions above: even an administrator
-role is read-only in the hands of this program. The profile's own credentials are not restricted in
-this way. To get and refresh them, the SDK may call other services, run a credential_process (which
-is ended if it hangs) and write its own token cache. The program itself never writes or logs
-credentials or puts them on a command line. An account that cannot be read in full gets no CSV
-file: it is reported as failed, with the reason. Where the role lacks one of the last two IAM
-actions, what that action reads is reported as not checked.
+session of the role has a policy that allows only the role's actions above: here even an
+administrator role is read-only. The profile's own credentials are not restricted like this. To get
+and refresh them, the SDK may call other services, run a credential_process (which is ended if it
+hangs) and write its own token cache. The program itself never writes or logs credentials or puts
+them on a command line. An account that cannot be read in full gets no CSV file: it is reported as
+failed, with the reason. What the last two IAM actions read is reported as not checked if denied.
 
 Sections, in reading order. To trust it with a role, read the run, AWS and audit: about 1,400 lines.
 Nothing else opens a connection.
