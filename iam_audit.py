@@ -9,9 +9,9 @@ Reads   the AWS profile's credentials, as the SDK finds them;
         the files that --accounts @FILE, --exclude @FILE and --exceptions name;
         in OUTPUT_DIR or --previous DIR, summaries and tables of earlier runs, to compare with.
 Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, credentials.csv, findings.csv, changes.csv (if
-        there is an earlier run), events.csv (with --cloudtrail) and, last, summary.json; files
-        with mode 0600, folders 0700; OUTPUT_DIR/latest, a link to the run. The summary goes to
-        stdout. With --print, a document goes to stdout and nothing else happens.
+        there is an earlier run), events.csv (with --cloudtrail), report.html and, last,
+        summary.json; files with mode 0600, folders 0700; OUTPUT_DIR/latest, a link to the run. The
+        summary goes to stdout. With --print, a document goes to stdout and nothing else happens.
 
 Every AWS action that the program can call:
   with the profile's credentials
@@ -23,8 +23,7 @@ Every AWS action that the program can call:
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in the accounts that are audited
-  with the assumed role; in the management account, if the profile belongs to it, with the
-  profile's credentials
+  with the role's credentials; in the management account, if the profile belongs to it, the profile's
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
     iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile,
     iam:ListServiceSpecificCredentials, iam:GetAccountAuthorizationDetails;
@@ -50,6 +49,7 @@ Nothing else opens a connection.
   track      what changed since an account's last audit, with CloudTrail as a witness
   enforce    what the organization's service control policies already prevent
   terminal   the summary as text and as summary.json
+  page       report.html, a page that loads nothing
   documents  the policies and templates that --print prints
   options    the command line, its validators and its help; the progress line
 """
@@ -64,11 +64,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import asyncio
+import base64
 import bisect
 import contextlib
 import contextvars
 import csv
 import functools
+import hashlib
+import html
 import io
 import itertools
 import json
@@ -167,6 +170,8 @@ def run_audit(options: Any, started: datetime) -> int:
         raise
     write_tables(run)
     summary = summary_document(run, utc_now())
+    if plan.page:
+        write_file(folder / "report.html", [report_page(run, summary)])
     write_file(folder / "summary.json", [json.dumps(summary, indent=2), "\n"])
     if (why_not := link_latest(folder)) and options.verbose:
         complain(f"iam_audit.py: {printable(why_not)}")
@@ -510,6 +515,7 @@ class Plan:
     max_unused: timedelta
     owner_tags: tuple[str, ...]
     exceptions: tuple[KnownException, ...]
+    page: bool = True  # whether report.html is written
 
 
 @dataclass
@@ -3392,6 +3398,8 @@ def terminal_summary(
     blocks += [run_lines(summary)]
     text = "\n".join(laid_out(block, width) for block in blocks if block)
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
+    if summary["page"]:
+        text += f"Page: {printable(str(run.folder / summary['page']))}\n"
     for code, pattern in PAINT.items() if color else ():
         text = re.sub(pattern, f"\x1b[{code}m\\g<0>\x1b[0m", text)
     return text
@@ -3788,7 +3796,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
     document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
     document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
-    document.update(caller=vars(run.caller))
+    document.update(page="report.html" if plan.page else None, caller=vars(run.caller))
     document["organization"] = {**vars(run.organization), "management_account_included": included}
     document.update(ous_why_not=run.ous_why_not or None, **figures_document(run))
     document.update(changes=changes_document(run), **policies_and_events_document(run))
@@ -3936,6 +3944,346 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
             policies = [{"id": each, "name": policy} for each, policy in control.policies.items()]
             entry["controls"][name] = {**vars(control), "policies": policies}
     return sorted(entries, key=itemgetter("id"))
+
+
+# === Page: report.html, which loads nothing; values in, text out =================================
+
+FINDINGS_ON_PAGE, CHANGES_ON_PAGE = 2000, 200
+# Headings, those of numbers with a #, and in two tables how wide their columns are
+# fmt: off
+FINDINGS_HEADINGS = {
+    "#Priority": 6, "Finding": 14, "Account": 12, "User": 11, "Owner": 11, "Credential": 10,
+    "#Age in days": 6, "What to do": 23, "Controls": 7}
+ACCOUNTS_HEADINGS = {
+    "Account": 17, "OU": 13, "Phase 1": 8, "Phase 2": 8, "#Console users without MFA": 10,
+    "#Old active keys": 9, **dict.fromkeys(CONTROLS.values(), 8), "State": 11}
+# fmt: on
+OLDEST = "{access_key_id} of {username} in {account_id} {account_name}, {age_days:,} days"
+RUNS_HEADINGS = ("Run", "#Accounts audited", "#Without MFA", "#Active keys", "#Old keys")
+ROUND_NUMBERS = tuple(step * 10**power for power in range(9) for step in (2, 4, 6, 10))
+FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></label>{}<label>
+<input type="checkbox" value="p"> Production only</label>{}<output></output></div>"""
+WORDS = """<dl><dt>Phase 1, multi-factor authentication
+<dd>In Progress: console users (root, or IAM users with a password) lack MFA. Complete: none does.
+Advanced: a policy also keeps them from acting without MFA.<dt>Phase 2, use temporary credentials
+<dd>In Progress: access keys or API keys are older than the maximum age, or never expire. Complete:
+none is. Advanced: there are none.<dt>Not Started<dd>The account could not be audited.
+<dt>Baseline<dd>The newest earlier run that audited the account. What it does not have is new.
+<dt>Enforced, partial, absent<dd>A service control policy prevents it for all but those exempt; only
+under conditions; not at all.<dt>Witness<dd>What CloudTrail says about a change.</dl>"""
+STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;--line:#d5d8de;
+--accent:#0062cc;--tint:#e6f0fc}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#0f151d;--soft:#19212c;--ink:#ebeef2;
+--dim:#adb5c1;--line:#38424f;--accent:#5cb3ff;--tint:#15304d}}
+*{box-sizing:border-box} [hidden]{display:none!important} code{font:.75rem/1.4 Consolas,monospace}
+html{background:var(--bg);color:var(--ink);font:.875rem/1.45 "Segoe UI",Roboto,Arial,sans-serif}
+body{max-width:105rem;margin:0 auto;padding:2rem clamp(1rem,3vw,3rem);overflow-wrap:anywhere}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem} h3,dt{font-size:1rem;margin:0}
+h2{font-size:1.25rem;margin:2.5rem 0 1rem;padding-top:1rem;border-top:1px solid var(--line)}
+h1,h2,h3,th,dt,.big,.in0:has(+.in2){font-weight:600} .big{font-size:1.75rem} .in2{padding-left:1rem}
+p{margin:.125rem 0} dd{margin:0 0 .5rem} .in4{padding-left:2rem} .in6{padding-left:3rem}
+a,b,p,td,li,small,code{unicode-bidi:isolate} a,summary{color:var(--accent)}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px} small,dd{color:var(--dim)}
+small{display:block;font-size:.75rem} .warning h2{border:0;padding:0;margin:0 0 .5rem}
+.warning{border-left:.25rem solid var(--ink);background:var(--soft);padding:1rem;margin:1rem 0}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:2rem}
+.ladder{display:flex;align-items:end;gap:.25rem;list-style:none;margin:1rem 0;padding:0}
+.ladder li{flex:1;border-top:.25rem solid var(--line);background:var(--soft);padding:.5rem}
+.ladder li:nth-child(1){min-height:5rem} .ladder li:nth-child(2){min-height:6.25rem}
+.ladder li:nth-child(3){min-height:7.5rem} .ladder li:nth-child(4){min-height:8.75rem}
+.ladder .here{border-color:var(--accent);background:var(--tint)} svg line{stroke:var(--line)}
+svg{display:block;max-width:36rem;margin-top:.5rem;font-size:11px} svg text{fill:var(--dim)}
+svg circle{fill:var(--accent)} polyline{fill:none;stroke:var(--accent);stroke-width:2}
+.table{overflow:auto;max-height:44rem;border:1px solid var(--line);margin:.75rem 0}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums} .end{text-anchor:end}
+th,td{padding:.5rem .625rem;vertical-align:top;border-bottom:1px solid var(--line)}
+th{text-align:left} .n,th.n{text-align:right}
+th{overflow-wrap:break-word;background:var(--soft);position:sticky;top:0;vertical-align:bottom}
+th button{all:unset;cursor:pointer} [aria-sort=ascending] button::after{content:" \\25B2"}
+[aria-sort=descending] button::after{content:" \\25BC"} .ages{max-width:60rem}
+i{display:block;height:.25rem;margin-top:.25rem;background:var(--accent)}
+.ages td{white-space:nowrap;padding-right:3rem} .ages th:first-child{width:9rem}
+.ages i{display:inline-block;height:.875rem;margin:0 .5rem 0 0;vertical-align:-.125rem}
+.filters{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1.25rem;margin-top:.75rem}
+input,select{font:inherit;color:inherit;background:var(--bg);border:1px solid;padding:.375rem}
+.cards :is(table,thead,tbody){display:block} .cards thead{position:sticky;top:0;z-index:1}
+.cards tr{display:grid} .cards tr:nth-child(n+31){content-visibility:auto;
+contain-intrinsic-size:auto 4rem} @media print,(min-width:60rem){.cards td::before{display:none}}
+@media screen and (max-width:60rem){.cards thead{display:none} .cards tr{padding:.5rem 0;
+grid-template-columns:1fr;border-top:1px solid var(--line)}
+.cards td{display:flow-root;padding:.125rem .75rem .125rem 9rem;border:0;text-align:left}
+.cards td::before{float:left;width:7.75rem;margin-left:-8.25rem;color:var(--dim)}
+.ladder{flex-direction:column-reverse;align-items:stretch} .ladder li:nth-child(n){min-height:0}}
+@media print{@page{size:A4;margin:12mm} html{font-size:8pt} body{padding:0}
+.filters,.cards tr:nth-child(n+61){display:none} *{print-color-adjust:exact}
+.table{overflow:visible;max-height:none;border:0} th,td{position:static;padding:.25rem}
+tr,li,.grid{break-inside:avoid} h2,h3,thead,.cards tr:first-child{break-after:avoid}}
+"""
+SCRIPT = """
+const order = new Intl.Collator("en", {numeric: true});
+for (const box of document.querySelectorAll(".filters")) {
+  const rows = [...box.nextElementSibling.querySelectorAll("tbody tr")];
+  const words = rows.map(row => row.textContent.toLowerCase());
+  box.oninput = () => {
+    const wanted = box.querySelector("input").value.toLowerCase().split(/\\s+/);
+    const marks = [...box.querySelectorAll(":checked")].map(one => one.value).filter(Boolean);
+    rows.forEach((row, index) => {
+      row.hidden = !wanted.every(word => words[index].includes(word))
+        || !marks.every(mark => row.classList.contains(mark));
+    });
+    const shown = rows.filter(row => !row.hidden).length;
+    box.lastElementChild.textContent = `${shown} of ${rows.length} shown`;
+  };
+  box.oninput();
+  box.hidden = false;
+}
+for (const head of document.querySelectorAll(".cards th")) {
+  const button = document.createElement("button");
+  button.append(...head.childNodes);
+  head.append(button);
+  button.onclick = () => {
+    const up = head.ariaSort !== "ascending";
+    for (const other of head.parentNode.cells) other.ariaSort = null;
+    head.ariaSort = up ? "ascending" : "descending";
+    const body = head.closest("table").tBodies[0];
+    const key = row => row.cells[head.cellIndex].textContent.replaceAll(",", "");
+    const compare = (a, b) => order.compare(key(a), key(b)) * (up ? 1 : -1);
+    body.append(...[...body.rows].sort(compare));
+  };
+}
+"""
+
+
+def report_page(run: Run, summary: Summary) -> str:
+    """The page. By its policy a browser loads nothing, and runs no style or script but these."""
+    style, policy, body = page_style(), "default-src 'none'; base-uri 'none'", ""
+    for kind, content in (("style", style), ("script", SCRIPT)):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy += f"; {kind}-src 'sha256-{digest}'"
+    for title, content in (
+        ("Maturity", maturity_part(summary)),
+        ("Trend", trend_part(summary)),
+        ("Age of the active access keys", ages_part(summary)),
+        ("What to fix first", findings_part(run, summary)),
+        ("Accounts", accounts_part(summary)),
+        ("What has changed", changes_part(run, summary)),
+        ("What policies enforce", outline(enforcement_lines(summary))),
+        ("About this page", about_part(summary)),
+    ):
+        body += f"<section><h2>{title}</h2>{content}</section>\n"
+    return f"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}; form-action 'none'">
+<meta name="referrer" content="no-referrer">
+<meta name="viewport" content="width=device-width"><title>IAM audit {summary["started"]}</title>
+<style>{style}</style><header>{heading_part(summary)}</header>
+<main>{body}</main><script>{SCRIPT}</script></html>
+"""
+
+
+def page_style() -> str:
+    """STYLE with the lengths of bars and, for narrow screens, the heading in each cell."""
+    style = STYLE + "".join(f".b{length}{{width:{length}%}}" for length in range(5, 101, 5))
+    for css, headings in (("findings", FINDINGS_HEADINGS), ("accounts", ACCOUNTS_HEADINGS)):
+        columns = "fr ".join(map(str, headings.values()))
+        style += f"@media print,(min-width:60rem){{.{css} tr{{grid-template-columns:{columns}fr}}}}"
+        for number, heading in enumerate(headings, 1):
+            style += f".{css} td:nth-child({number})::before{{content:{heading.strip('#')!r}}}"
+    return style
+
+
+def safe(value: Any) -> str:
+    """A value as text that is neither markup nor steers the display."""
+    return html.escape(printable(str(value)))
+
+
+def outline(lines: Iterable[str]) -> str:
+    """Lines of the terminal, as deep as they are indented there."""
+    text = ""
+    for line in lines:
+        text += f'<p class="in{len(line) - len(line.lstrip())}">{safe(line.strip())}'
+    return text
+
+
+def bar(part: int, whole: int) -> str:
+    """A bar, with its length in a class: the policy forbids style attributes."""
+    return f'<i class="b{-(-20 * part // whole) * 5}"></i>' if part else ""
+
+
+def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls, by keyboard too. Rows have their class, then their cells in HTML."""
+    head, starts, body = "", list[str](), list[str]()
+    for heading in headings:
+        mark, words = ' class="n"' if heading[0] == "#" else "", heading.strip("#")
+        head += f'<th scope="col"{mark}>{words[0].upper()}{words[1:]}</th>'
+        starts.append(f"\n<td{mark}>")
+    for marks, *cells in rows:
+        body.append(f'<tr class="{marks}">' if marks else "<tr>")
+        for start, cell in zip(starts, cells):
+            body += (start, cell)
+    region = f'<div class="table {css}" tabindex="0" role="region" aria-label="{title}">'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f"{region}<table>{inside}</table></div>"
+
+
+def heading_part(summary: Summary) -> str:
+    """What was audited, and a warning of what was not."""
+    title, *facts = heading_lines(summary)
+    warnings = [*failed_lines(summary, quiet=True), *not_checked_lines(summary)]
+    if why_not := summary["enforcement"]["why_not_checked"]:
+        warnings.append(f"Service control policies were not checked: {why_not}")
+    text = f"<h1>{safe(title)}</h1>" + outline(facts)
+    if warnings:
+        title = "<h2>Warning: what is not known</h2>"
+        text += f'<div class="warning">{title}{outline(warnings)}</div>'
+    return text
+
+
+def maturity_part(summary: Summary) -> str:
+    """For each phase what holds the organization on its rung, the ladder, and what has changed."""
+    text, changes = "", summary["changes"]
+    for phase, maturity in summary["maturity"].items():
+        title, *reasons, _accounts = phase_lines(summary, phase)
+        reason = "; ".join(map(str.strip, reasons))
+        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason))
+        text += f'<div><h3>{title}</h3>{reason}<ol class="ladder">'
+        for level, number in maturity["accounts"].items():
+            here = (' class="here" aria-current="step"', " &#9664; here")
+            mark, words = here if level == maturity["level"] else ("", "")
+            text += f"<li{mark}><b>{level}{words}</b><small>{count(number, 'account')}</small>"
+        change = level_in_words(**changes["maturity"][phase]) if changes else "this run is it"
+        text += f"</ol>Since the baseline: {change}</div>"
+    return f'<div class="grid">{text}</div>'
+
+
+def trend_part(summary: Summary) -> str:
+    """Charts of the finished runs of this scope, and their figures as a table."""
+    runs, rows, text = summary["runs"], [], ""
+    old = f"Active access keys older than {summary['max_key_age_days']} days"
+    titles = ("Console users without MFA", "Active access keys", old)
+    for name, title, unit in zip(RUN_GAPS, titles, ("users", "keys", "keys")):
+        text += chart(title, unit, [(parse_time(one["started"]), one[name]) for one in runs])
+    for one in runs:
+        numbers = map("{:,}".format, itemgetter("audited", *RUN_GAPS)(one))
+        rows.append(("", one["started"], *numbers))
+    figures = table("The figures of the charts", "runs", RUNS_HEADINGS, rows)
+    text = f'<div class="grid">{text}</div>{"" if rows[1:] else "This run is the baseline."}'
+    return f"{text}<details><summary>The figures as a table</summary>{figures}</details>"
+
+
+def chart(title: str, unit: str, points: Sequence[tuple[datetime, int]]) -> str:
+    """A line through the points over time, from 0 to a round number."""
+    (first, before), (last, now) = points[0], points[-1]
+    highest, span = max(map(itemgetter(1), points)), (last - first).total_seconds()
+    top = next(each for each in ROUND_NUMBERS if each >= highest)
+    text, line, told = "", "", f"{unit}, {before:,} on {first:%Y-%m-%d}" if span else unit
+    for number in (0, top // 2, top):
+        y = 140 - 120 * number // top
+        text += f'<line x1="44" x2="356" y1="{y}" y2="{y}"/>'
+        text += f'<text x="38" y="{y + 4}" class="end">{number:,}</text>'
+    for moment, number in points:
+        x = 50 + 300 * ((moment - first).total_seconds() / span if span else 0.5)
+        at = f"{x:.1f}", f"{140 - 120 * number / top:.1f}"
+        line += ",".join(at) + " "
+        text += '<circle cx="{}" cy="{}" r="3"/>'.format(*at)
+    text += f'<polyline points="{line}"/><text x="44" y="160">{first:%Y-%m-%d}</text>'
+    text += f'<text x="356" y="160" class="end">{last:%Y-%m-%d}</text>' if span else ""
+    caption = f'<h3>{title}</h3><b class="big">{now:,}</b> {told}'
+    image = f'<svg viewBox="0 0 360 165" role="img"><title>{title}: {now:,} {told}</title>'
+    return f'<div>{caption}{image}<text y="10">{unit}</text>{text}</svg></div>'
+
+
+def ages_part(summary: Summary) -> str:
+    """A histogram, with the production accounts apart, and the oldest key."""
+    rows, (whole, production) = [], map(itemgetter("active_key_ages"), summary["gaps"].values())
+    for name, *numbers in zip(KEY_AGES, whole, production):
+        rows.append(("", name, *(f"{bar(number, max(whole))}{number:,}" for number in numbers)))
+    text = table("Age of the active access keys", "ages", ("Age", "All", "In production"), rows)
+    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
+        text += f"<p>The oldest: {safe(OLDEST.format(**oldest))}"
+    return text
+
+
+def findings_part(run: Run, summary: Summary) -> str:
+    """The most urgent findings, and the exceptions that no longer serve."""
+    rows = []
+    for finding in run.findings[:FINDINGS_ON_PAGE]:
+        row = {name: safe(cell) for name, cell in zip(FINDINGS_COLUMNS, finding_row(finding, run))}
+        rows.append(finding_cells(row))
+    options = "".join(map("<option>{}</option>".format, summary["findings"]))
+    text = FILTERS.format(
+        f'<label>Priority <select><option value="">all</option>{options}</select></label>',
+        '<label><input type="checkbox" value="new"> New since the baseline</label>',
+    )
+    text += table("What to fix first", "cards findings", FINDINGS_HEADINGS, rows)
+    number = f"{len(rows):,} of {count(len(run.findings), 'finding')}"
+    text += f'<p>These are {number}; all are in <a href="findings.csv">findings.csv</a>'
+    return text + outline(exception_lines(summary, "expired") + exception_lines(summary, "unused"))
+
+
+def finding_cells(row: Mapping[str, str]) -> Sequence[str]:
+    """A finding's classes, for the filters, and cells; what belongs together is in one."""
+    production, new = row["production"] == "true", row["new"] == "true"
+    what = f"{row['finding']}{' <b>(new)</b>' * new}<small>{row['reasons']}</small>"
+    if row["exception"]:
+        what += f"<small>Exception until {row['until']}: {row['exception']}</small>"
+    account = f"{row['account_name']}<small>{row['account_id']}{', production' * production}"
+    account += f"</small><small>{row['ou']}</small>"
+    admin = "<small>administrator</small>" * (row["administrator"] == "true")
+    advice = re.sub("`(.*?)`", r"<code>\1</code>", row["recommendation"])
+    which = (account, row["username"] + admin, row["owner"], row["access_key_id"], row["age_days"])
+    marks = f"{row['priority']}{' p' * production}{' new' * new}"
+    return (marks, row["priority"], what, *which, advice, row["controls"])
+
+
+def accounts_part(summary: Summary) -> str:
+    """The accounts with the most gaps, then all in scope: first those that were not audited."""
+    entries = sorted(summary["accounts"], key=lambda one: bool(one["result"] == "audited"))
+    rows = table("Accounts", "cards accounts", ACCOUNTS_HEADINGS, map(account_cells, entries))
+    return f"{outline(most_gaps_lines(summary))}{FILTERS.format('', '')}{rows}"
+
+
+def account_cells(one: Summary) -> Sequence[str]:
+    """An account's class and cells. Of skipped and failed ones little or nothing is known."""
+    name, state, shares = safe(one["name"] or one["id"]), one["result"], ["", ""]
+    levels = ["", ""] if state == "skipped" else [*one["maturity"].values()]
+    verdicts = [one["controls"][each]["verdict"] if "controls" in one else "" for each in CONTROLS]
+    if state == "audited":
+        name, gaps = f'<a href="accounts/{safe(one["id"])}.csv">{name}</a>', one["gaps"]
+        users = (gaps["console_users_without_mfa"], gaps["console_users"])
+        keys = (gaps["active_keys_older_than_max_age"], gaps["active_keys"])
+        shares = [f"{part:,} of {whole:,}{bar(part, whole)}" for part, whole in (users, keys)]
+    elif state == "failed":
+        state += f" at {one['step']}: {one['error']['code']}"
+    else:
+        state += f": {one['state']}"
+    state += "".join(f", without {operation}" for operation in one["not_checked"])
+    production = one["result"] != "skipped" and one["production"]
+    name += f"<small>{safe(one['id'])}{', production' * production}</small>"
+    unit = f"{safe(one['ou'])}<small>{safe(one['email'])}</small>"
+    return ("p" * production, name, unit, *levels, *shares, *verdicts, safe(state))
+
+
+def changes_part(run: Run, summary: Summary) -> str:
+    """What is new, fixed and gone, with who did it as far as CloudTrail tells."""
+    text = outline(change_lines(run, summary) + witness_lines(summary))
+    if summary["changes"] is None:
+        return text
+    changes = run.tracking.changes[:CHANGES_ON_PAGE]
+    rows = [("", *map(safe, change_row(change))) for change in changes]
+    text += table("What has changed", "changes", CHANGES_COLUMNS, rows) if rows else ""
+    return f'{text}<p>All changes are in <a href="changes.csv">changes.csv</a>'
+
+
+def about_part(summary: Summary) -> str:
+    """The files, the options and thresholds, and what each word means."""
+    files = '<a href="summary.json">summary.json</a> <a href="credentials.csv">credentials.csv</a>'
+    settings = {**summary["scope"], **summary["options"]}
+    for name in ("version", "role", "max_key_age_days", "max_unused_days", "production_pattern"):
+        settings[name] = summary[name]
+    lines = [f"{name}: {value}" for name, value in settings.items() if value]
+    return f"<p>Files: {files}{outline(lines)}{WORDS}"
 
 
 # === Documents: what --print prints ==============================================================
@@ -4174,6 +4522,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="folder in which each run creates a folder (default: %(default)s)")
+    add("--no-page", action="store_false", dest="page", help="do not write report.html")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
         help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
              f"priority N ({MOST_URGENT} to {LEAST_URGENT}) or more urgent, or new-keys (access or "

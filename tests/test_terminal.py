@@ -626,6 +626,14 @@ def test_a_limit_of_a_policy_is_a_sentence(condition: str, words: str) -> None:
 # --- the last line, colors --------------------------------------------------------------------------------------------
 
 
+def test_the_last_line_names_the_page_if_there_is_one() -> None:
+    found = run_of([audited()])
+    assert shown(found)[-2:] == [f"Files: {found.folder}", f"Page: {found.folder}/report.html"]
+    found.plan = dataclasses.replace(found.plan, page=False)
+    assert shown(found)[-1] == f"Files: {found.folder}"
+    assert document(found)["page"] is None
+
+
 def test_colors_are_never_the_only_sign_and_never_in_the_mail() -> None:
     found = run_of([*OF_PRIORITY.values(), failed()])
     summary = summary_document(found, FINISHED)
