@@ -23,7 +23,7 @@ Every AWS action that the program can call:
                                          the service control policies and where they are attached
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in the accounts that are audited
-  with the role's credentials; in the management account, if the profile belongs to it, the profile's
+  with the role's credentials; in the management account, if the profile is of it, the profile's
     iam:GenerateCredentialReport, iam:GetCredentialReport, iam:ListUsers, iam:ListAccessKeys,
     iam:GetAccessKeyLastUsed, iam:ListMFADevices, iam:ListVirtualMFADevices, iam:GetLoginProfile,
     iam:ListServiceSpecificCredentials, iam:GetAccountAuthorizationDetails;
