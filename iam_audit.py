@@ -3948,149 +3948,130 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
 
 # === Page: report.html, which loads nothing; values in, text out =================================
 
-FINDINGS_ON_PAGE, CHANGES_ON_PAGE = 2000, 200
-# Headings, those of numbers with a #, and in two tables how wide their columns are
-# fmt: off
-FINDINGS_HEADINGS = {
-    "#Priority": 6, "Finding": 14, "Account": 12, "User": 11, "Owner": 11, "Credential": 10,
-    "#Age in days": 6, "What to do": 23, "Controls": 7}
-ACCOUNTS_HEADINGS = {
-    "Account": 17, "OU": 13, "Phase 1": 8, "Phase 2": 8, "#Console users without MFA": 10,
-    "#Old active keys": 9, **dict.fromkeys(CONTROLS.values(), 8), "State": 11}
-# fmt: on
+FINDINGS_ON_PAGE = 2000
+# Headings of tables; a # stands before those of numbers
+FINDINGS_HEADINGS = ("#Priority", "Finding", "Account", "User", "#Age in days", "What to do")
+ACCOUNTS_HEADINGS = (
+    *("Account", "OU", "Phase 1", "Phase 2", "#Console users without MFA", "#Old access keys"),
+    *("#API keys without expiry", *CONTROLS.values(), "State"),
+)
+STATES = {"failed": "failed at {step}: {error[code]}", "skipped": "skipped: {state}"}
 OLDEST = "{access_key_id} of {username} in {account_id} {account_name}, {age_days:,} days"
-RUNS_HEADINGS = ("Run", "#Accounts audited", "#Without MFA", "#Active keys", "#Old keys")
 ROUND_NUMBERS = tuple(step * 10**power for power in range(9) for step in (2, 4, 6, 10))
-FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></label>{}<label>
-<input type="checkbox" value="p"> Production only</label>{}<output></output></div>"""
-WORDS = """<dl><dt>Phase 1, multi-factor authentication
-<dd>In Progress: console users (root, or IAM users with a password) lack MFA. Complete: none does.
-Advanced: a policy also keeps them from acting without MFA.<dt>Phase 2, use temporary credentials
-<dd>In Progress: access keys or API keys are older than the maximum age, or never expire. Complete:
-none is. Advanced: there are none.<dt>Not Started<dd>The account could not be audited.
-<dt>Baseline<dd>The newest earlier run that audited the account. What it does not have is new.
-<dt>Enforced, partial, absent<dd>A service control policy prevents it for all but those exempt; only
-under conditions; not at all.<dt>Witness<dd>What CloudTrail says about a change.</dl>"""
+FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></label>{}
+<label><input type="checkbox" value="p"> Production only</label>{}<output></output></div>"""
+BAR = '<svg class="bar" width="{}%"></svg>'  # the page's policy forbids style attributes
+WORDS = """<dl><dt>Phase 1<dd>In Progress: root or users with a password lack MFA. Complete: none.
+Advanced: a policy also enforces MFA.<dt>Phase 2<dd>In Progress: active access keys or API keys are
+older than the maximum age, or API keys never expire. Complete: none of these. Advanced: no access
+key, API key, service password or signing certificate is active.<dt>Baseline<dd>The newest earlier
+run that audited the account. What it does not have is new.<dt>Enforced, partial, absent<dd>Service
+control policies prevent it for all but those exempt; under conditions only; not at all.</dl>"""
 STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;--line:#d5d8de;
---accent:#0062cc;--tint:#e6f0fc}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#0f151d;--soft:#19212c;--ink:#ebeef2;
+:root{color-scheme:light dark;--back:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;
+--line:#d5d8de;--accent:#0062cc;--tint:#e6f0fc}
+@media screen and (prefers-color-scheme:dark){:root{--back:#0f151d;--soft:#19212c;--ink:#ebeef2;
 --dim:#adb5c1;--line:#38424f;--accent:#5cb3ff;--tint:#15304d}}
-*{box-sizing:border-box} [hidden]{display:none!important} code{font:.75rem/1.4 Consolas,monospace}
-html{background:var(--bg);color:var(--ink);font:.875rem/1.45 "Segoe UI",Roboto,Arial,sans-serif}
+*{box-sizing:border-box} [hidden]{display:none!important} h3::first-letter{text-transform:uppercase}
+html{background:var(--back);color:var(--ink);font:.875rem/1.45 "Segoe UI",Roboto,Arial,sans-serif}
 body{max-width:105rem;margin:0 auto;padding:2rem clamp(1rem,3vw,3rem);overflow-wrap:anywhere}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem} h3,dt{font-size:1rem;margin:0}
-h2{font-size:1.25rem;margin:2.5rem 0 1rem;padding-top:1rem;border-top:1px solid var(--line)}
-h1,h2,h3,th,dt,.big,.in0:has(+.in2){font-weight:600} .big{font-size:1.75rem} .in2{padding-left:1rem}
-p{margin:.125rem 0} dd{margin:0 0 .5rem} .in4{padding-left:2rem} .in6{padding-left:3rem}
+h1,.big{font-size:1.75rem;line-height:1.2} h2{font-size:1.25rem} h3,dt{font-size:1rem}
+h1,h2,h3,p{margin:0 0 .375rem} h1,h2,h3,th,dt,.big,.in0:has(+.in2){font-weight:600}
+section{margin-top:2rem;padding-top:1rem;border-top:1px solid var(--line)}
+dd{margin:0 0 .5rem} small,dd{color:var(--dim)} .in2{padding-left:1rem} .in4{padding-left:2rem}
+small{display:block;font-size:.75rem} code{font:.75rem/1.4 Consolas,monospace}
 a,b,p,td,li,small,code{unicode-bidi:isolate} a,summary{color:var(--accent)}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px} small,dd{color:var(--dim)}
-small{display:block;font-size:.75rem} .warning h2{border:0;padding:0;margin:0 0 .5rem}
-.warning{border-left:.25rem solid var(--ink);background:var(--soft);padding:1rem;margin:1rem 0}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.warning{border-left:.25rem solid var(--ink);background:var(--soft);padding:1rem;margin-top:1rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:2rem}
-.ladder{display:flex;align-items:end;gap:.25rem;list-style:none;margin:1rem 0;padding:0}
-.ladder li{flex:1;border-top:.25rem solid var(--line);background:var(--soft);padding:.5rem}
-.ladder li:nth-child(1){min-height:5rem} .ladder li:nth-child(2){min-height:6.25rem}
-.ladder li:nth-child(3){min-height:7.5rem} .ladder li:nth-child(4){min-height:8.75rem}
-.ladder .here{border-color:var(--accent);background:var(--tint)} svg line{stroke:var(--line)}
-svg{display:block;max-width:36rem;margin-top:.5rem;font-size:11px} svg text{fill:var(--dim)}
-svg circle{fill:var(--accent)} polyline{fill:none;stroke:var(--accent);stroke-width:2}
+.ladder{display:flex;flex-direction:column-reverse;gap:.25rem;padding:0;list-style:none}
+.ladder li{display:flex;justify-content:space-between;padding:.375rem .75rem;
+border-left:.25rem solid var(--line);background:var(--soft)}
+li.here{border-color:var(--accent);background:var(--tint)} .here b::after{content:" \\25C0  here"}
+.chart{display:block;max-width:36rem;margin-top:.5rem;font-size:11px;fill:var(--dim)}
+.chart line{stroke:var(--line)} .chart circle{fill:var(--accent)} polyline{stroke:var(--accent)}
+.bar{display:block;height:.25rem;margin:.25rem 0 0 auto;background:var(--accent)}
+.ages td{white-space:nowrap} .ages .bar{display:inline-block;height:.75rem;margin:0 .5rem 0 0}
 .table{overflow:auto;max-height:44rem;border:1px solid var(--line);margin:.75rem 0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums} .end{text-anchor:end}
-th,td{padding:.5rem .625rem;vertical-align:top;border-bottom:1px solid var(--line)}
-th{text-align:left} .n,th.n{text-align:right}
-th{overflow-wrap:break-word;background:var(--soft);position:sticky;top:0;vertical-align:bottom}
-th button{all:unset;cursor:pointer} [aria-sort=ascending] button::after{content:" \\25B2"}
-[aria-sort=descending] button::after{content:" \\25BC"} .ages{max-width:60rem}
-i{display:block;height:.25rem;margin-top:.25rem;background:var(--accent)}
-.ages td{white-space:nowrap;padding-right:3rem} .ages th:first-child{width:9rem}
-.ages i{display:inline-block;height:.875rem;margin:0 .5rem 0 0;vertical-align:-.125rem}
-.filters{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1.25rem;margin-top:.75rem}
-input,select{font:inherit;color:inherit;background:var(--bg);border:1px solid;padding:.375rem}
-.cards :is(table,thead,tbody){display:block} .cards thead{position:sticky;top:0;z-index:1}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:.5rem;vertical-align:top;text-align:left;border-bottom:1px solid var(--line)}
+th{position:sticky;top:0;background:var(--soft);vertical-align:bottom;overflow-wrap:break-word}
+th.n,td.n{text-align:right} th button{all:unset;cursor:pointer}
+[aria-sort] button::after{content:" \\25B2"} [aria-sort=descending] button::after{content:" \\25BC"}
+.filters{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1.25rem}
+input,select{font:inherit;color:inherit;background:var(--back);border:1px solid;padding:.375rem}
+.cards :is(table,thead,tbody){display:block} .cards thead{position:sticky;top:0}
 .cards tr{display:grid} .cards tr:nth-child(n+31){content-visibility:auto;
-contain-intrinsic-size:auto 4rem} @media print,(min-width:60rem){.cards td::before{display:none}}
-@media screen and (max-width:60rem){.cards thead{display:none} .cards tr{padding:.5rem 0;
-grid-template-columns:1fr;border-top:1px solid var(--line)}
-.cards td{display:flow-root;padding:.125rem .75rem .125rem 9rem;border:0;text-align:left}
-.cards td::before{float:left;width:7.75rem;margin-left:-8.25rem;color:var(--dim)}
-.ladder{flex-direction:column-reverse;align-items:stretch} .ladder li:nth-child(n){min-height:0}}
+contain-intrinsic-size:auto 4rem} .findings tr{grid-template-columns:7fr 20fr 16fr 21fr 6fr 37fr}
+.accounts tr{grid-template-columns:15fr 14fr 9fr 9fr repeat(6,8fr) 12fr}
 @media print{@page{size:A4;margin:12mm} html{font-size:8pt} body{padding:0}
 .filters,.cards tr:nth-child(n+61){display:none} *{print-color-adjust:exact}
 .table{overflow:visible;max-height:none;border:0} th,td{position:static;padding:.25rem}
 tr,li,.grid{break-inside:avoid} h2,h3,thead,.cards tr:first-child{break-after:avoid}}
+@media screen and (max-width:75rem){.cards thead,.cards td:empty{display:none}
+.cards tr{grid-template-columns:1fr;padding:.5rem 0;border-bottom:1px solid var(--line)}
+.cards td{padding:.125rem .5rem .125rem 9rem;border:0;text-align:left} .cards .bar{margin-left:0}
+.cards td::before{float:left;width:8rem;margin-left:-8.5rem;color:var(--dim)}}
+@media print,(min-width:75rem){.cards td::before{display:none}}
 """
 SCRIPT = """
 const order = new Intl.Collator("en", {numeric: true});
 for (const box of document.querySelectorAll(".filters")) {
-  const rows = [...box.nextElementSibling.querySelectorAll("tbody tr")];
-  const words = rows.map(row => row.textContent.toLowerCase());
+  const table = box.nextElementSibling.firstChild, rows = [...table.tBodies[0].rows];
+  const words = new Map(rows.map(row => [row, row.textContent.toLowerCase()]));
+  box.hidden = false;
   box.oninput = () => {
     const wanted = box.querySelector("input").value.toLowerCase().split(/\\s+/);
     const marks = [...box.querySelectorAll(":checked")].map(one => one.value).filter(Boolean);
-    rows.forEach((row, index) => {
-      row.hidden = !wanted.every(word => words[index].includes(word))
+    for (const row of rows)
+      row.hidden = !wanted.every(word => words.get(row).includes(word))
         || !marks.every(mark => row.classList.contains(mark));
-    });
-    const shown = rows.filter(row => !row.hidden).length;
-    box.lastElementChild.textContent = `${shown} of ${rows.length} shown`;
+    box.lastChild.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} shown`;
   };
   box.oninput();
-  box.hidden = false;
-}
-for (const head of document.querySelectorAll(".cards th")) {
-  const button = document.createElement("button");
-  button.append(...head.childNodes);
-  head.append(button);
-  button.onclick = () => {
-    const up = head.ariaSort !== "ascending";
-    for (const other of head.parentNode.cells) other.ariaSort = null;
-    head.ariaSort = up ? "ascending" : "descending";
-    const body = head.closest("table").tBodies[0];
-    const key = row => row.cells[head.cellIndex].textContent.replaceAll(",", "");
-    const compare = (a, b) => order.compare(key(a), key(b)) * (up ? 1 : -1);
-    body.append(...[...body.rows].sort(compare));
-  };
+  for (const head of table.tHead.rows[0].cells) {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.onclick = () => {
+      const sign = head.ariaSort === "ascending" ? -1 : 1;
+      for (const other of head.parentNode.cells) other.ariaSort = null;
+      head.ariaSort = sign > 0 ? "ascending" : "descending";
+      const key = row => row.cells[head.cellIndex].textContent.replaceAll(",", "");
+      table.tBodies[0].append(...rows.sort((a, b) => order.compare(key(a), key(b)) * sign));
+    };
+  }
 }
 """
 
 
 def report_page(run: Run, summary: Summary) -> str:
     """The page. By its policy a browser loads nothing, and runs no style or script but these."""
-    style, policy, body = page_style(), "default-src 'none'; base-uri 'none'", ""
+    style, policy, body = STYLE, "default-src 'none'; base-uri 'none'; form-action 'none'", ""
+    for css, headings in (("findings", FINDINGS_HEADINGS), ("accounts", ACCOUNTS_HEADINGS)):
+        for number, heading in enumerate(headings, 1):  # on narrow screens each cell has its own
+            style += f".{css} td:nth-child({number})::before{{content:{heading.strip('#')!r}}}"
     for kind, content in (("style", style), ("script", SCRIPT)):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {kind}-src 'sha256-{digest}'"
+    changes = [*change_lines(run, summary), *new_lines(run), *witness_lines(summary)]
     for title, content in (
         ("Maturity", maturity_part(summary)),
         ("Trend", trend_part(summary)),
         ("Age of the active access keys", ages_part(summary)),
         ("What to fix first", findings_part(run, summary)),
         ("Accounts", accounts_part(summary)),
-        ("What has changed", changes_part(run, summary)),
+        ("What has changed", outline(changes)),
         ("What policies enforce", outline(enforcement_lines(summary))),
         ("About this page", about_part(summary)),
     ):
         body += f"<section><h2>{title}</h2>{content}</section>\n"
-    return f"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}; form-action 'none'">
-<meta name="referrer" content="no-referrer">
-<meta name="viewport" content="width=device-width"><title>IAM audit {summary["started"]}</title>
-<style>{style}</style><header>{heading_part(summary)}</header>
-<main>{body}</main><script>{SCRIPT}</script></html>
+    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="referrer" content="no-referrer"><meta name="viewport" content="width=device-width">
+<title>IAM audit {summary["started"]}</title><style>{style}</style>
+<header>{heading_part(summary)}</header><main>{body}</main><script>{SCRIPT}</script></html>
 """
-
-
-def page_style() -> str:
-    """STYLE with the lengths of bars and, for narrow screens, the heading in each cell."""
-    style = STYLE + "".join(f".b{length}{{width:{length}%}}" for length in range(5, 101, 5))
-    for css, headings in (("findings", FINDINGS_HEADINGS), ("accounts", ACCOUNTS_HEADINGS)):
-        columns = "fr ".join(map(str, headings.values()))
-        style += f"@media print,(min-width:60rem){{.{css} tr{{grid-template-columns:{columns}fr}}}}"
-        for number, heading in enumerate(headings, 1):
-            style += f".{css} td:nth-child({number})::before{{content:{heading.strip('#')!r}}}"
-    return style
 
 
 def safe(value: Any) -> str:
@@ -4099,27 +4080,23 @@ def safe(value: Any) -> str:
 
 
 def outline(lines: Iterable[str]) -> str:
-    """Lines of the terminal, as deep as they are indented there."""
+    """Lines of the terminal, as deep as they are indented there; a column there is a colon here."""
     text = ""
     for line in lines:
-        text += f'<p class="in{len(line) - len(line.lstrip())}">{safe(line.strip())}'
+        words = safe(re.sub(" {2,}", ": ", line.strip()))
+        text += f'<p class="in{len(line) - len(line.lstrip())}">{words}</p>'
     return text
 
 
-def bar(part: int, whole: int) -> str:
-    """A bar, with its length in a class: the policy forbids style attributes."""
-    return f'<i class="b{-(-20 * part // whole) * 5}"></i>' if part else ""
-
-
 def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls, by keyboard too. Rows have their class, then their cells in HTML."""
+    """A table that scrolls, by keyboard too. Rows have their classes, then their cells in HTML."""
     head, starts, body = "", list[str](), list[str]()
     for heading in headings:
         mark, words = ' class="n"' if heading[0] == "#" else "", heading.strip("#")
         head += f'<th scope="col"{mark}>{words[0].upper()}{words[1:]}</th>'
-        starts.append(f"\n<td{mark}>")
+        starts.append(f"<td{mark}>")
     for marks, *cells in rows:
-        body.append(f'<tr class="{marks}">' if marks else "<tr>")
+        body.append(f'\n<tr class="{marks}">' if marks else "\n<tr>")
         for start, cell in zip(starts, cells):
             body += (start, cell)
     region = f'<div class="table {css}" tabindex="0" role="region" aria-label="{title}">'
@@ -4130,160 +4107,145 @@ def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence
 def heading_part(summary: Summary) -> str:
     """What was audited, and a warning of what was not."""
     title, *facts = heading_lines(summary)
+    name, _, when = title.partition(", ")
+    text = f"<h1>{safe(name)}</h1>{outline([f'IAM audit of {when}', *facts])}"
     warnings = [*failed_lines(summary, quiet=True), *not_checked_lines(summary)]
     if why_not := summary["enforcement"]["why_not_checked"]:
         warnings.append(f"Service control policies were not checked: {why_not}")
-    text = f"<h1>{safe(title)}</h1>" + outline(facts)
-    if warnings:
-        title = "<h2>Warning: what is not known</h2>"
-        text += f'<div class="warning">{title}{outline(warnings)}</div>'
-    return text
+    title = "<h2>Warning: what is not known</h2>"
+    return text + f'<div class="warning">{title}{outline(warnings)}</div>' * bool(warnings)
 
 
 def maturity_part(summary: Summary) -> str:
-    """For each phase what holds the organization on its rung, the ladder, and what has changed."""
-    text, changes = "", summary["changes"]
-    for phase, maturity in summary["maturity"].items():
-        title, *reasons, _accounts = phase_lines(summary, phase)
-        reason = "; ".join(map(str.strip, reasons))
-        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason))
-        text += f'<div><h3>{title}</h3>{reason}<ol class="ladder">'
+    """Each phase as a ladder, with what holds the organization on its rung and what has changed."""
+    text, then = "", "There is no earlier run to compare with."
+    for phase, gap in zip(PHASES, (RUN_GAPS[0], RUN_GAPS[2])):
+        (title, reason, *more), maturity = phase_lines(summary, phase), summary["maturity"][phase]
+        text += f'<div><h3>{title}</h3><ol class="ladder">'
         for level, number in maturity["accounts"].items():
-            here = (' class="here" aria-current="step"', " &#9664; here")
-            mark, words = here if level == maturity["level"] else ("", "")
-            text += f"<li{mark}><b>{level}{words}</b><small>{count(number, 'account')}</small>"
-        change = level_in_words(**changes["maturity"][phase]) if changes else "this run is it"
-        text += f"</ol>Since the baseline: {change}</div>"
+            here = ' class="here" aria-current="step"' if level == maturity["level"] else ""
+            text += f"<li{here}><b>{level}</b>{count(number, 'account')}</li>"
+        if changes := summary["changes"]:
+            then = f"Since {changes['since'][:10]}: {level_in_words(**changes['maturity'][phase])}"
+            for one in summary["runs"]:
+                if one["started"] == changes["since"]:
+                    then += f", then {one[gap]:,} {in_words(gap, summary['max_key_age_days'])}"
+        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason.strip()))
+        text += f"</ol><p>{reason}</p>{outline(map(str.strip, [*more[:-1], then]))}</div>"
     return f'<div class="grid">{text}</div>'
 
 
 def trend_part(summary: Summary) -> str:
     """Charts of the finished runs of this scope, and their figures as a table."""
-    runs, rows, text = summary["runs"], [], ""
-    old = f"Active access keys older than {summary['max_key_age_days']} days"
-    titles = ("Console users without MFA", "Active access keys", old)
-    for name, title, unit in zip(RUN_GAPS, titles, ("users", "keys", "keys")):
-        text += chart(title, unit, [(parse_time(one["started"]), one[name]) for one in runs])
+    runs, headings, charts, rows = summary["runs"], ["Run", "#Accounts audited"], "", []
+    for name in RUN_GAPS:
+        title = in_words(name, summary["max_key_age_days"]).replace("active", "active access")
+        headings.append(f"#{title}")
+        charts += chart(title, [(parse_time(one["started"]), one[name]) for one in runs])
     for one in runs:
-        numbers = map("{:,}".format, itemgetter("audited", *RUN_GAPS)(one))
-        rows.append(("", one["started"], *numbers))
-    figures = table("The figures of the charts", "runs", RUNS_HEADINGS, rows)
-    text = f'<div class="grid">{text}</div>{"" if rows[1:] else "This run is the baseline."}'
+        numbers = itemgetter("audited", *RUN_GAPS)(one)
+        rows.append(("", one["started"], *map("{:,}".format, numbers)))
+    figures = table("The figures of the charts", "runs", headings, rows)
+    text = f'<div class="grid">{charts}</div>{"" if runs[1:] else "This run is the baseline."}'
     return f"{text}<details><summary>The figures as a table</summary>{figures}</details>"
 
 
-def chart(title: str, unit: str, points: Sequence[tuple[datetime, int]]) -> str:
+def chart(title: str, points: Sequence[tuple[datetime, int]]) -> str:
     """A line through the points over time, from 0 to a round number."""
-    (first, before), (last, now) = points[0], points[-1]
-    highest, span = max(map(itemgetter(1), points)), (last - first).total_seconds()
-    top = next(each for each in ROUND_NUMBERS if each >= highest)
-    text, line, told = "", "", f"{unit}, {before:,} on {first:%Y-%m-%d}" if span else unit
-    for number in (0, top // 2, top):
-        y = 140 - 120 * number // top
-        text += f'<line x1="44" x2="356" y1="{y}" y2="{y}"/>'
-        text += f'<text x="38" y="{y + 4}" class="end">{number:,}</text>'
+    (first, before), (last, now), line, dots = points[0], points[-1], "", ""
+    top = next(each for each in ROUND_NUMBERS if each >= max(map(itemgetter(1), points)))
     for moment, number in points:
-        x = 50 + 300 * ((moment - first).total_seconds() / span if span else 0.5)
-        at = f"{x:.1f}", f"{140 - 120 * number / top:.1f}"
-        line += ",".join(at) + " "
-        text += '<circle cx="{}" cy="{}" r="3"/>'.format(*at)
-    text += f'<polyline points="{line}"/><text x="44" y="160">{first:%Y-%m-%d}</text>'
-    text += f'<text x="356" y="160" class="end">{last:%Y-%m-%d}</text>' if span else ""
-    caption = f'<h3>{title}</h3><b class="big">{now:,}</b> {told}'
-    image = f'<svg viewBox="0 0 360 165" role="img"><title>{title}: {now:,} {told}</title>'
-    return f'<div>{caption}{image}<text y="10">{unit}</text>{text}</svg></div>'
+        x = 50 + 300 * ((moment - first) / (last - first) if moment > first else 0)
+        y = 140 - 120 * number / top
+        line += f"{x:.1f},{y:.1f} "
+        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+    end, unit = f"{last:%Y-%m-%d}" if last > first else "", re.findall("users|keys", title)[0]
+    told = f"now, {before:,} on {first:%Y-%m-%d}" if end else "now"
+    return f"""<div><h3>{title}</h3><b class="big">{now:,}</b> {told}
+<svg class="chart" viewBox="0 0 360 165" role="img"><title>{title}: {now:,} {told}</title>
+<line x1="44" x2="356" y1="20" y2="20"/><line x1="44" x2="356" y1="140" y2="140"/>
+<text y="10">{unit}</text><text x="38" y="24" text-anchor="end">{top:,}</text>
+<text x="38" y="144" text-anchor="end">0</text><text x="44" y="160">{first:%Y-%m-%d}</text>
+<text x="356" y="160" text-anchor="end">{end}</text>{dots}
+<polyline points="{line}" fill="none" stroke-width="2"/></svg></div>"""
 
 
 def ages_part(summary: Summary) -> str:
     """A histogram, with the production accounts apart, and the oldest key."""
     rows, (whole, production) = [], map(itemgetter("active_key_ages"), summary["gaps"].values())
     for name, *numbers in zip(KEY_AGES, whole, production):
-        rows.append(("", name, *(f"{bar(number, max(whole))}{number:,}" for number in numbers)))
+        bars = (BAR.format(85 * number // (max(whole) or 1)) + f"{number:,}" for number in numbers)
+        rows.append(("", name, *bars))
     text = table("Age of the active access keys", "ages", ("Age", "All", "In production"), rows)
     if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
-        text += f"<p>The oldest: {safe(OLDEST.format(**oldest))}"
+        text += f"<p>The oldest: {safe(OLDEST.format(**oldest))}</p>"
     return text
 
 
 def findings_part(run: Run, summary: Summary) -> str:
     """The most urgent findings, and the exceptions that no longer serve."""
-    rows = []
-    for finding in run.findings[:FINDINGS_ON_PAGE]:
-        row = {name: safe(cell) for name, cell in zip(FINDINGS_COLUMNS, finding_row(finding, run))}
-        rows.append(finding_cells(row))
+    rows = [finding_cells(finding, run) for finding in run.findings[:FINDINGS_ON_PAGE]]
     options = "".join(map("<option>{}</option>".format, summary["findings"]))
-    text = FILTERS.format(
-        f'<label>Priority <select><option value="">all</option>{options}</select></label>',
-        '<label><input type="checkbox" value="new"> New since the baseline</label>',
-    )
-    text += table("What to fix first", "cards findings", FINDINGS_HEADINGS, rows)
+    which = f'<label>Priority <select><option value="">all</option>{options}</select></label>'
+    new = '<label><input type="checkbox" value="new"> New since the baseline</label>'
+    text = FILTERS.format(which, new) + table("Findings", "cards findings", FINDINGS_HEADINGS, rows)
     number = f"{len(rows):,} of {count(len(run.findings), 'finding')}"
-    text += f'<p>These are {number}; all are in <a href="findings.csv">findings.csv</a>'
+    text += f'<p>These are {number}; all are in <a href="findings.csv">findings.csv</a>.</p>'
     return text + outline(exception_lines(summary, "expired") + exception_lines(summary, "unused"))
 
 
-def finding_cells(row: Mapping[str, str]) -> Sequence[str]:
+def finding_cells(finding: Finding, run: Run) -> Sequence[str]:
     """A finding's classes, for the filters, and cells; what belongs together is in one."""
-    production, new = row["production"] == "true", row["new"] == "true"
-    what = f"{row['finding']}{' <b>(new)</b>' * new}<small>{row['reasons']}</small>"
-    if row["exception"]:
-        what += f"<small>Exception until {row['until']}: {row['exception']}</small>"
-    account = f"{row['account_name']}<small>{row['account_id']}{', production' * production}"
-    account += f"</small><small>{row['ou']}</small>"
-    admin = "<small>administrator</small>" * (row["administrator"] == "true")
+    row = dict(zip(FINDINGS_COLUMNS, map(safe, finding_row(finding, run))))
+    marks = f"{row['priority']}{' new' * bool(finding.new)}{' p' * finding.production}"
+    what = f"{row['finding']}{' <b>(new)</b>' * bool(finding.new)}"
+    what += "<small>{reasons}</small><small>{controls}</small>".format_map(row)
+    what += "<small>Exempt until {until}: {exception}</small>".format_map(row) * bool(row["until"])
+    where = f"{row['account_name']}<small>{row['account_id']}{', production' * finding.production}"
+    where += f"</small><small>{row['ou']}</small>"
+    who = row["username"] + ", administrator" * (finding.administrator == "true")
+    who += f"<small>{row['access_key_id']}</small><small>Owner: {row['owner']}</small>"
     advice = re.sub("`(.*?)`", r"<code>\1</code>", row["recommendation"])
-    which = (account, row["username"] + admin, row["owner"], row["access_key_id"], row["age_days"])
-    marks = f"{row['priority']}{' p' * production}{' new' * new}"
-    return (marks, row["priority"], what, *which, advice, row["controls"])
+    return (marks, row["priority"], what, where, who, row["age_days"], advice)
 
 
 def accounts_part(summary: Summary) -> str:
-    """The accounts with the most gaps, then all in scope: first those that were not audited."""
-    entries = sorted(summary["accounts"], key=lambda one: bool(one["result"] == "audited"))
-    rows = table("Accounts", "cards accounts", ACCOUNTS_HEADINGS, map(account_cells, entries))
-    return f"{outline(most_gaps_lines(summary))}{FILTERS.format('', '')}{rows}"
+    """The accounts that failed, then those with the most gaps, last those that were skipped."""
+    entries = accounts_of(summary, "audited")
+    entries.sort(key=lambda one: -sum(itemgetter(*MOST_GAPS)(one["gaps"])))
+    entries = [*accounts_of(summary, "failed"), *entries, *accounts_of(summary, "skipped")]
+    rows = map(account_cells, entries)
+    return FILTERS.format("", "") + table("Accounts", "cards accounts", ACCOUNTS_HEADINGS, rows)
 
 
 def account_cells(one: Summary) -> Sequence[str]:
     """An account's class and cells. Of skipped and failed ones little or nothing is known."""
-    name, state, shares = safe(one["name"] or one["id"]), one["result"], ["", ""]
-    levels = ["", ""] if state == "skipped" else [*one["maturity"].values()]
-    verdicts = [one["controls"][each]["verdict"] if "controls" in one else "" for each in CONTROLS]
-    if state == "audited":
-        name, gaps = f'<a href="accounts/{safe(one["id"])}.csv">{name}</a>', one["gaps"]
-        users = (gaps["console_users_without_mfa"], gaps["console_users"])
-        keys = (gaps["active_keys_older_than_max_age"], gaps["active_keys"])
-        shares = [f"{part:,} of {whole:,}{bar(part, whole)}" for part, whole in (users, keys)]
-    elif state == "failed":
-        state += f" at {one['step']}: {one['error']['code']}"
-    else:
-        state += f": {one['state']}"
-    state += "".join(f", without {operation}" for operation in one["not_checked"])
-    production = one["result"] != "skipped" and one["production"]
+    name, production = safe(one["name"] or one["id"]), bool(one.get("production"))
+    cells = [*one.get("maturity", {}).values()]
+    if gaps := one.get("gaps"):
+        name = f'<a href="accounts/{safe(one["id"])}.csv">{name}</a>'
+        for gap, whole in zip(MOST_GAPS, ("console_users", "active_keys", "active_api_keys")):
+            share = BAR.format(100 * gaps[gap] // (gaps[whole] or 1))
+            cells.append(f"{gaps[gap]:,} of {gaps[whole]:,}{share}")
+        if LISTING in one["not_checked"]:
+            cells[-1] = NOT_CHECKED
+        cells += map(itemgetter("verdict"), one["controls"].values())
+    cells += [""] * (len(ACCOUNTS_HEADINGS) - 3 - len(cells))
+    state = STATES.get(one["result"], "audited").format_map(one)
+    state += "".join(map("; {} was denied".format, one["not_checked"]))
     name += f"<small>{safe(one['id'])}{', production' * production}</small>"
     unit = f"{safe(one['ou'])}<small>{safe(one['email'])}</small>"
-    return ("p" * production, name, unit, *levels, *shares, *verdicts, safe(state))
-
-
-def changes_part(run: Run, summary: Summary) -> str:
-    """What is new, fixed and gone, with who did it as far as CloudTrail tells."""
-    text = outline(change_lines(run, summary) + witness_lines(summary))
-    if summary["changes"] is None:
-        return text
-    changes = run.tracking.changes[:CHANGES_ON_PAGE]
-    rows = [("", *map(safe, change_row(change))) for change in changes]
-    text += table("What has changed", "changes", CHANGES_COLUMNS, rows) if rows else ""
-    return f'{text}<p>All changes are in <a href="changes.csv">changes.csv</a>'
+    return ("p" * production, name, unit, *cells, safe(state))
 
 
 def about_part(summary: Summary) -> str:
     """The files, the options and thresholds, and what each word means."""
-    files = '<a href="summary.json">summary.json</a> <a href="credentials.csv">credentials.csv</a>'
-    settings = {**summary["scope"], **summary["options"]}
-    for name in ("version", "role", "max_key_age_days", "max_unused_days", "production_pattern"):
-        settings[name] = summary[name]
-    lines = [f"{name}: {value}" for name, value in settings.items() if value]
-    return f"<p>Files: {files}{outline(lines)}{WORDS}"
+    keys = ("version", "role", "max_key_age_days", "max_unused_days", "production_pattern")
+    settings = dict(zip(keys, itemgetter(*keys)(summary)), **summary["scope"], **summary["options"])
+    lines = [f"{name}: {json.dumps(value)}" for name, value in settings.items() if value]
+    files = ["summary.json", "credentials.csv", *["changes.csv"] * bool(summary["changes"])]
+    links = ", ".join(map('<a href="{0}">{0}</a>'.format, files))
+    return f"<p>Files: {links}</p>{outline(lines)}{WORDS}"
 
 
 # === Documents: what --print prints ==============================================================

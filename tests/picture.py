@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page = make_page(Path(folder) / "reports")
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        tab = browser.new_page(viewport={"width": 1280, "height": 1240})
+        tab = browser.new_page(viewport={"width": 1280, "height": 1130})
         tab.goto(page.as_uri())
         tab.screenshot(path=PICTURE)
         browser.close()

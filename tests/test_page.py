@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 import re
-from datetime import timedelta
+from datetime import date, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -31,13 +32,16 @@ from endpoint import Json, account
 
 from iam_audit import (
     FINDINGS_ON_PAGE,
+    PHASES,
     RUN_GAPS,
     Account,
+    KnownException,
     Run,
     SkippedAccount,
     finished_runs,
     iso,
     link_latest,
+    maturity_part,
     report_page,
     summary_document,
     table,
@@ -146,9 +150,9 @@ def test_figures_are_those_of_summary_json() -> None:
     assert f"{gaps['active_keys_older_than_max_age']} of {gaps['active_keys']} active" in text
     for phase in ("phase1", "phase2"):
         for level, number in summary["maturity"][phase]["accounts"].items():
-            here = " \N{BLACK LEFT-POINTING TRIANGLE} here"
-            mark = here if level == summary["maturity"][phase]["level"] else ""
-            assert f"{level}{mark} {number} account" in text
+            assert f"{level} {number} account" in text
+        here = summary["maturity"][phase]["level"]
+        assert f'<li class="here" aria-current="step"><b>{here}</b>' in page
     for one in summary["accounts"]:
         assert one["id"] in text
         assert one["name"] in text
@@ -206,6 +210,46 @@ def test_what_failed_was_not_checked_or_lacks_root_is_a_warning() -> None:
     assert 'class="warning"' not in page_of(run_of([audited(user("<root_account>"))]))[0]
 
 
+def test_what_could_not_be_read_of_an_account_is_not_a_zero() -> None:
+    read_in_part = dataclasses.replace(
+        audited(user("ann")), not_checked={"ListServiceSpecificCredentials": "AccessDenied"}
+    )
+    page, _ = page_of(run_of([read_in_part]))
+    [rows] = re.findall(r'class="table cards accounts".*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    assert "0 of 0 0 of 0 not checked absent absent absent" in plain(rows)
+    assert plain(rows).endswith("audited; ListServiceSpecificCredentials was denied")
+
+
+def test_accounts_that_failed_come_first_then_those_with_the_most_gaps() -> None:
+    fine, worst = audited(user("ann")), audited(user("bob", password=True), account=PAYMENTS)
+    skipped = SkippedAccount(Account(ONE[::-1], "left", "SUSPENDED"))
+    page, _ = page_of(run_of([skipped, fine, worst, failed()]))
+    [rows] = re.findall(r'class="table cards accounts".*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    states = [plain(row) for row in rows.split("\n<tr")[1:]]
+    for row, words in zip(states, ("AssumeRole", "payments", "sandbox", "SUSPENDED"), strict=True):
+        assert words in row
+
+
+def test_the_baseline_gives_each_phase_its_level_and_number_then() -> None:
+    run = run_of([audited(user("ann", key(DAY * 500), password=True))])
+    figures = dict.fromkeys(RUN_GAPS, 7)
+    run.tracking.runs.append({"started": iso(NOW - DAY), "audited": 1, **figures})
+    summary = summary_document(run, FINISHED)
+    levels = {"then": "In Progress", "now": "In Progress", "compared_now": "In Progress"}
+    summary["changes"] = {"since": iso(NOW - DAY), "maturity": dict.fromkeys(PHASES, levels)}
+    text = plain(maturity_part(summary))
+    since = f"Since {NOW - DAY:%Y-%m-%d}: unchanged (In Progress), then 7"
+    assert f"{since} console users without MFA" in text
+    assert f"{since} active keys older than 90 days" in text
+
+
+def test_an_exception_stands_with_its_finding() -> None:
+    known = KnownException(ONE, "*", "*", "*", date(2027, 1, 31), "leaves <soon>", 2)
+    run = run_of([audited(user("ann", password=True))])
+    run.findings = [one._replace(exception=known) for one in run.findings]
+    assert "Exempt until 2027-01-31: leaves <soon>" in plain(page_of(run)[0])
+
+
 def test_findings_beyond_the_limit_are_counted_and_linked() -> None:
     people = [user(f"user{n}", password=True) for n in range(FINDINGS_ON_PAGE + 5)]
     page, _ = page_of(run_of([audited(*people)]))
@@ -221,8 +265,8 @@ def test_the_page_of_a_large_organization_is_small() -> None:
         place = Account(
             numbered(number), name, "ACTIVE", None, f"aws+{number}@example.com", "Workloads/Europe"
         )
-        keys = [key(DAY * (400 + number % 999), DAY, key_id=key_id(f"{number}{n}")) for n in (1, 2)]
-        people = [user(f"person{n}.{number}", *keys) for n in range(10)]
+        old = key(DAY * (400 + number % 999), DAY, key_id=key_id(str(number)))
+        people = [user(f"person{n}.{number}", old) for n in range(20)]
         outcomes.append(audited(*people, account=place))
     run = run_of(outcomes)
     assert len(run.findings) == 100_000
@@ -234,7 +278,7 @@ def test_the_page_of_a_large_organization_is_small() -> None:
 def test_a_table_has_headings_with_scope_and_numbers_to_the_right() -> None:
     made = table("Title", "css", ["name", "#count"], [("mark", "a", "1")])
     assert '<th scope="col">Name</th><th scope="col" class="n">Count</th>' in made
-    assert '<tr class="mark">\n<td>a\n<td class="n">1</tbody>' in made
+    assert '\n<tr class="mark"><td>a<td class="n">1</tbody>' in made
 
 
 def folder_of(tmp_path: Path, name: str) -> Path:
