@@ -3964,9 +3964,10 @@ BAR = '<svg class="bar" width="{}%"></svg>'  # the page's policy forbids style a
 WORDS = """<dl><dt>Phase 1<dd>In Progress: root or users with a password lack MFA. Complete: none.
 Advanced: a policy also enforces MFA.<dt>Phase 2<dd>In Progress: active access keys or API keys are
 older than the maximum age, or API keys never expire. Complete: none of these. Advanced: no access
-key, API key, service password or signing certificate is active.<dt>Baseline<dd>The newest earlier
-run that audited the account. What it does not have is new.<dt>Enforced, partial, absent<dd>Service
-control policies prevent it for all but those exempt; under conditions only; not at all.</dl>"""
+key, API key, service password or signing certificate is active.<dt>Not Started<dd>Could not be
+audited.<dt>Baseline<dd>The newest earlier run that audited the account. What it lacks is
+new.<dt>Enforced, partial, absent<dd>Policies prevent it for all but those exempt; under conditions;
+not at all.</dl>"""
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;
 --line:#d5d8de;--accent:#0062cc;--tint:#e6f0fc}
@@ -3988,10 +3989,11 @@ a,b,p,td,li,small,code{unicode-bidi:isolate} a,summary{color:var(--accent)}
 .ladder li{display:flex;justify-content:space-between;padding:.375rem .75rem;
 border-left:.25rem solid var(--line);background:var(--soft)}
 li.here{border-color:var(--accent);background:var(--tint)} .here b::after{content:" \\25C0  here"}
-.chart{display:block;max-width:36rem;margin-top:.5rem;font-size:11px;fill:var(--dim)}
+.chart{overflow:visible;display:block;max-width:36rem;margin-top:.5rem;font-size:11px;fill:var(--dim)}
 .chart line{stroke:var(--line)} .chart circle{fill:var(--accent)} polyline{stroke:var(--accent)}
-.bar{display:block;height:.25rem;margin:.25rem 0 0 auto;background:var(--accent)}
-.ages td{white-space:nowrap} .ages .bar{display:inline-block;height:.75rem;margin:0 .5rem 0 0}
+.bar{display:inline-block;height:.5rem;margin-right:.5rem;background:var(--accent)}
+.ages td{white-space:nowrap} .ages td+td{padding-right:4rem}
+.cards .bar{display:block;height:.25rem;margin:.25rem 0 0 auto}
 .table{overflow:auto;max-height:44rem;border:1px solid var(--line);margin:.75rem 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem;vertical-align:top;text-align:left;border-bottom:1px solid var(--line)}
@@ -4174,7 +4176,7 @@ def ages_part(summary: Summary) -> str:
     """A histogram, with the production accounts apart, and the oldest key."""
     rows, (whole, production) = [], map(itemgetter("active_key_ages"), summary["gaps"].values())
     for name, *numbers in zip(KEY_AGES, whole, production):
-        bars = (BAR.format(85 * number // (max(whole) or 1)) + f"{number:,}" for number in numbers)
+        bars = (BAR.format(100 * number // (max(whole) or 1)) + f"{number:,}" for number in numbers)
         rows.append(("", name, *bars))
     text = table("Age of the active access keys", "ages", ("Age", "All", "In production"), rows)
     if oldest := summary["gaps"]["organization"]["oldest_active_key"]:

@@ -65,6 +65,10 @@ OVERLAPS = """() => {
   return found;
 }"""
 
+# What of the histogram is wider than its place: with large numbers it must fit on a phone too
+BARS_OVER_NUMBERS = """() => [...document.querySelectorAll('.ages, .ages td')]
+  .filter(cell => cell.scrollWidth > cell.clientWidth + 1).map(cell => cell.textContent)"""
+
 
 @dataclass
 class Tab:
@@ -253,6 +257,7 @@ def test_it_is_readable_at_every_width(tab: Tab, scheme: str) -> None:
     for width in WIDTHS:
         tab.page.set_viewport_size({"width": width, "height": 900})
         assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.page.evaluate(BARS_OVER_NUMBERS) == []
         if not large:
             assert tab.page.evaluate(MISFITS) == []
             assert tab.page.evaluate(OVERLAPS) == []
