@@ -3962,12 +3962,11 @@ FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></la
 <label><input type="checkbox" value="p"> Production only</label>{}<output></output></div>"""
 BAR = '<svg class="bar" width="{}%"></svg>'  # the page's policy forbids style attributes
 WORDS = """<dl><dt>Phase 1<dd>In Progress: root or users with a password lack MFA. Complete: none.
-Advanced: a policy also enforces MFA.<dt>Phase 2<dd>In Progress: active access keys or API keys are
-older than the maximum age, or API keys never expire. Complete: none of these. Advanced: no access
-key, API key, service password or signing certificate is active.<dt>Not Started<dd>Could not be
-audited.<dt>Baseline<dd>The newest earlier run that audited the account. What it lacks is
-new.<dt>Enforced, partial, absent<dd>Policies prevent it for all but those exempt; under conditions;
-not at all.</dl>"""
+Advanced: a policy also enforces MFA. <dt>Phase 2<dd>In Progress: active access keys or API keys are
+older than the maximum age, or API keys never expire. Complete: none. Advanced: no access key, API
+key, service password or signing certificate is active. <dt>Not Started<dd>Could not be audited.
+<dt>Baseline<dd>The newest run before that audited the account. What it lacks is new.
+<dt>Enforced, partial, absent<dd>Denied to all but the exempt; under conditions; not at all.</dl>"""
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;
 --line:#d5d8de;--accent:#0062cc;--tint:#e6f0fc}
@@ -3989,7 +3988,7 @@ a,b,p,td,li,small,code{unicode-bidi:isolate} a,summary{color:var(--accent)}
 .ladder li{display:flex;justify-content:space-between;padding:.375rem .75rem;
 border-left:.25rem solid var(--line);background:var(--soft)}
 li.here{border-color:var(--accent);background:var(--tint)} .here b::after{content:" \\25C0  here"}
-.chart{overflow:visible;display:block;max-width:36rem;margin-top:.5rem;font-size:11px;fill:var(--dim)}
+.chart{overflow:visible;display:block;max-width:36rem;margin:.5rem 0;font-size:11px;fill:var(--dim)}
 .chart line{stroke:var(--line)} .chart circle{fill:var(--accent)} polyline{stroke:var(--accent)}
 .bar{display:inline-block;height:.5rem;margin-right:.5rem;background:var(--accent)}
 .ages td{white-space:nowrap} .ages td+td{padding-right:4rem}

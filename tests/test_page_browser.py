@@ -126,7 +126,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # until it ends, Playwright's loop keeps others from asyncio.run
 def browser() -> Iterator[Any]:
     if not Path(CHROMIUM).exists():
         if "CI_BROWSER" in os.environ:
@@ -138,7 +138,7 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
-@pytest.fixture(scope="session", params=["demo", *RUNS])
+@pytest.fixture(scope="module", params=["demo", *RUNS])
 def tab(
     request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Tab]:
