@@ -9,9 +9,9 @@ Reads   the AWS profile's credentials, as the SDK finds them;
         the files that --accounts @FILE, --exclude @FILE and --exceptions name;
         in OUTPUT_DIR or --previous DIR, summaries and tables of earlier runs, to compare with.
 Writes  OUTPUT_DIR/<run>/: accounts/<account_id>.csv, credentials.csv, findings.csv, changes.csv (if
-        there is an earlier run), events.csv (with --cloudtrail) and, last, summary.json; files
-        with mode 0600, folders 0700; OUTPUT_DIR/latest, a link to the run. The summary goes to
-        stdout. With --print, a document goes to stdout and nothing else happens.
+        there is an earlier run), events.csv (with --cloudtrail), report.html and, last,
+        summary.json; files with mode 0600, folders 0700; OUTPUT_DIR/latest, a link to the run. The
+        summary goes to stdout. With --print, a document goes to stdout and nothing else happens.
 
 Every AWS action that the program can call:
   with the profile's credentials
@@ -46,6 +46,7 @@ Nothing else opens a connection.
   track      what changed since an account's last audit, with CloudTrail as a witness
   enforce    what the organization's service control policies already prevent
   terminal   the summary as text and as summary.json
+  page       report.html, a page that loads nothing
   documents  the policies and templates that --print prints
   options    the command line, its validators and its help; the progress line
 """
@@ -60,11 +61,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import asyncio
+import base64
 import bisect
 import contextlib
 import contextvars
 import csv
 import functools
+import hashlib
+import html
 import io
 import itertools
 import json
@@ -154,6 +158,8 @@ def run_audit(options: Any, started: datetime) -> int:
         raise
     write_tables(run)
     summary = summary_document(run, utc_now())
+    if plan.page:
+        write_file(folder / "report.html", [report_page(run, summary)])
     write_file(folder / "summary.json", [json.dumps(summary, indent=2), "\n"])
     if (why_not := link_latest(folder)) and options.verbose:
         complain(f"iam_audit.py: {printable(why_not)}")
@@ -384,20 +390,13 @@ class User:
     exposed: bool = False  # AWS has found one of their keys in public
 
 
-class Event(NamedTuple):
-    """A successful IAM event: what `actor` did to `user`."""
-
-    time: datetime
-    name: str
-    user: str
-    key_id: str
-    status: str  # that UpdateAccessKey set
-    actor: str
-    source_ip: str
-    user_agent: str
-    id: str
-    new_name: str = ""  # that UpdateUser set
-    service_name: str = ""  # of the service-specific credential created
+# A successful IAM event: what `actor` did to `user`. `status` is what UpdateAccessKey set,
+# `new_name` what UpdateUser set, `service_name` that of the service-specific credential created.
+Event = namedtuple(
+    "Event",
+    "time name user key_id status actor source_ip user_agent id new_name service_name",
+    defaults=("", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -479,6 +478,7 @@ class Plan:
     max_unused: timedelta
     owner_tags: tuple[str, ...]
     exceptions: tuple[KnownException, ...]
+    page: bool = True  # whether report.html is written
 
 
 @dataclass
@@ -892,8 +892,7 @@ class Pace:
 # as many again if it used less than half of that; never more than there are calls waiting. A
 # throttled account's pauses hold no thread: refusals add none.
 FIRST_THREADS, MOST_THREADS, WAITED, BUSY = 16, 128, 0.5, 0.85
-# One call per account needs few connections: so many, and one more for every 16 threads added
-ASSUME_ROLE_AT_ONCE, THREADS_PER_ASSUME_ROLE = 4, 16
+ASSUME_ROLE_AT_ONCE = 6  # one call per account needs few connections
 
 
 class Threads:
@@ -940,8 +939,6 @@ class Threads:
             of_use = self.size if used < BUSY * seconds / 2 else self.size // 2
         for _ in range(min(of_use, waiting, MOST_THREADS - self.size)):  # none if negative
             self._start()
-            if self.size % THREADS_PER_ASSUME_ROLE == 0:
-                self.assume_role_gate.release()
 
     def _start(self) -> None:
         self.size += 1
@@ -1814,8 +1811,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]])
 
 
 class Spool:
-    """Rows that come account by account, for one CSV file in the order of the accounts' IDs. More
-    than a megabyte of them waits in an unnamed file beside it, so that memory stays flat."""
+    """Rows that come account by account, for a CSV file in the order of IDs; most wait on disk."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._places = path, list[tuple[str, int, int]]()
@@ -2380,43 +2376,28 @@ RUNS_SEARCHED = 30  # earlier runs, for those of the same scope: each costs some
 # The present name (or the last), the earlier one, and the user then and now, if they were there
 Person = tuple[str, str, "UserState | None", "UserState | None"]
 RUN_GAPS = ("console_users_without_mfa", "active_keys", "active_keys_older_than_max_age")
-
-
-class Change(NamedTuple):
-    """A row of changes.csv, with the CloudTrail event that tells of it."""
-
-    account_id: str
-    account_name: str
-    user: str = ""
-    key_id: str = ""
-    change: str = ""
-    before: str = ""
-    after: str = ""
-    witness: str = ""  # confirmed, contradicted, not found, unavailable; "": CloudTrail not asked
-    event: Event | None = None
-    since: datetime | None = None  # when the run began that the account is compared with
-
-
-class EarlierAccount(NamedTuple):
-    """An account in an earlier run. Its CSV has so many `users`, root too, and `keys`."""
-
-    name: str
-    result: str  # audited, failed, skipped or out of scope
-    production: bool = False
-    users: int = 0
-    keys: int = 0
-    levels: Sequence[int] = ()  # in the order of PHASES, as indexes of LEVELS
-    listed: bool = False  # whether its API keys and passwords for services were read
-
-
-class EarlierRun(NamedTuple):
-    folder: Path
-    started: datetime
-    organization_id: str
-    scope: Any  # as in summary.json
-    max_key_age_days: int
-    runs: list[dict[str, Any]]  # those of its scope before it that its summary tells of, and itself
-    accounts: dict[str, EarlierAccount]  # the whole organization, in scope or not
+# A row of changes.csv. `witness` is confirmed, contradicted, not found, unavailable or, without
+# CloudTrail, empty; `since` is when the run began that the account is compared with.
+Change = namedtuple(
+    "Change",
+    "account_id account_name user key_id change before after witness event since",
+    defaults=("", "", "", "", "", "", None, None),
+)
+Changes = Iterable[Change]
+Events = Iterable[Event]
+Findings = Iterable[Finding]
+# An account in an earlier run: audited, failed, skipped or out of scope; how many users, root too,
+# and keys its CSV has; its levels as indexes of LEVELS; whether its API keys were read (`listed`)
+EarlierAccount = namedtuple(
+    "EarlierAccount",
+    "name result production users keys levels listed",
+    defaults=(False, 0, 0, (), False),
+)
+# `runs` are those of its scope before it that its summary tells of, and itself; `accounts` those of
+# the whole organization, in scope or not, by ID; `scope` is as in summary.json
+EarlierRun = namedtuple(
+    "EarlierRun", "folder started organization_id scope max_key_age_days runs accounts"
+)
 
 
 @dataclass
@@ -2440,19 +2421,15 @@ class History:
                 yield run
 
 
-class Baseline(NamedTuple):
-    """What an account is compared with. Without a run, keys created from `since` on are new."""
-
-    run: EarlierRun | None
-    states: States
-    since: datetime | None
-    passed_over: Sequence[str]  # messages on files that cannot be read
-    # Of the run's tables, None if that is unknown: hashes of its findings (account, user, finding,
-    # key) and of the users (account, user) who were no administrators; by account: user, ID, state
-    known: set[int] | None = None
-    others: Mapping[str, list[tuple[str, str, KeyState]]] | None = None
-    unknown: Sequence[str] = KINDS  # where only the dates of creation tell what is new
-    listed: datetime | None = None  # if API keys are unknown: when a run began that read them
+# What an account is compared with. Without a run, keys created from `since` on are new; those of
+# `unknown` kinds by their dates alone (from `listed` on, when a run read them). None if unknown:
+# `known`, hashes of findings (account, user, finding, key) and of users who were no administrators
+# (account, user); `others`, for each account its users' credentials (user, ID, state)
+Baseline = namedtuple(
+    "Baseline",
+    "run states since passed_over known others unknown listed",
+    defaults=(None, None, KINDS, None),
+)
 
 
 @dataclass
@@ -2628,9 +2605,7 @@ def table_rows(path: Path, *columns: str) -> Iterator[tuple[str, ...]]:
             yield tuple(map(original, wanted(row)))
 
 
-def track_account(
-    tracking: Tracking, audited: AuditedAccount, findings: Iterable[Finding]
-) -> list[Finding]:
+def track_account(tracking: Tracking, audited: AuditedAccount, findings: Findings) -> Findings:
     """Compare an account with its baseline. Returns its findings, each with whether it is new."""
     account, trail = audited.account, audited.trail
     baseline = tracking.baselines.pop(account.id, None) or baseline_of(tracking, account.id)
@@ -2653,7 +2628,7 @@ def track_account(
     return mark_new(tracking, findings, changes, baseline)
 
 
-def listed_before(history: History, account_id: str, since: datetime | None) -> datetime | None:
+def listed_before(history: History, account_id: str, since: datetime | None) -> Any:
     """When the last run before `since` began that read the account's API keys; None if none did."""
     for run in itertools.islice(history, RUNS_SEARCHED):
         if isinstance(run, AuditError) or not since or run.started >= since:
@@ -2663,7 +2638,7 @@ def listed_before(history: History, account_id: str, since: datetime | None) -> 
     return None
 
 
-def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) -> Iterator[Change]:
+def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) -> Changes:
     """What has changed in an account. Of credentials of `unknown` kinds only their dates tell."""
     account, trail, unknown = audited.account, audited.trail, baseline.unknown
     before, after, found = baseline.states, states_of(rows_of(audited)), list[Change]()
@@ -2699,15 +2674,13 @@ def changes_of(tracking: Tracking, audited: AuditedAccount, baseline: Baseline) 
         yield with_witness(change, trail)._replace(since=change.since or baseline.since)
 
 
-def mark_new(
-    tracking: Tracking, findings: Iterable[Finding], changes: Iterable[Change], baseline: Baseline
-) -> list[Finding]:
+def mark_new(tracking: Tracking, found: Findings, changes: Changes, baseline: Baseline) -> Findings:
     """The findings, each with whether the baseline lacked it; None if that is unknown. Those of an
     account that has become production since then are told once more."""
-    found, known, run = list[Finding](), baseline.known, baseline.run
+    findings, known, run = list[Finding](), baseline.known, baseline.run
     created = {(one.user, one.key_id) for one in changes if one.change.endswith("-created")}
     old_names = {one.user: one.before for one in changes if one.change == "user-renamed"}
-    for finding in findings:
+    for finding in found:
         user, key, new = finding.user, finding.key, None
         key_id = key.id if key else ""
         row = (finding.account.id, old_names.get(user, user), finding.finding)
@@ -2715,15 +2688,15 @@ def mark_new(
             new = True
         elif known is not None and (key is None or key.kind not in baseline.unknown):
             new = hash((*row, "" if key_id in WITHOUT_ID else key_id)) not in known
-        found.append(finding._replace(new=new))
+        findings.append(finding._replace(new=new))
         risen = run and finding.production and not run.accounts[finding.account.id].production
         told = risen or new is not False
         if told and finding.priority == MOST_URGENT and not finding.exception:
-            tracking.urgent_new.append(found[-1])
-    return found
+            tracking.urgent_new.append(findings[-1])
+    return findings
 
 
-def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> Iterator[Person]:
+def persons_of(before: States, after: States, events: Events = ()) -> Iterator[Person]:
     """All users. Renamed users are recognized by their keys, which they retain, or by CloudTrail.
     Root only if both credential reports had it, because it is never created or deleted."""
     same, moved = {name.lower(): name for name in before}, dict[str, str]()
@@ -2750,7 +2723,7 @@ def persons_of(before: States, after: States, events: Iterable[Event] = ()) -> I
             yield name, name, gone[name], None
 
 
-def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Change]:
+def changes_between(account: Account, persons: Iterable[Person]) -> Changes:
     for name, old_name, then, now in persons:
         of_user = Change(account.id, account.name, name)
         if then is None or now is None:
@@ -2769,7 +2742,7 @@ def changes_between(account: Account, persons: Iterable[Person]) -> Iterator[Cha
         yield from key_changes(of_user, then.keys if then else {}, now.keys if now else {})
 
 
-def key_changes(of_user: Change, before: Keys, after: Keys) -> Iterator[Change]:
+def key_changes(of_user: Change, before: Keys, after: Keys) -> Changes:
     """Keys without an ID are matched by date, because AWS does not guarantee their order."""
     none, sides = ("", KeyState("", "", "")), (dict[str, Any](), dict[str, Any]())
     for side, keys in zip(sides, (before, after)):
@@ -2796,9 +2769,7 @@ GONE = {  # what only events show: by the last event, those it needs before, and
 }
 
 
-def came_and_went(
-    account: Account, before: States, after: States, events: Iterable[Event]
-) -> Iterator[Change]:
+def came_and_went(account: Account, before: States, after: States, events: Events) -> Changes:
     """Keys and console users that came and went between the runs."""
     seen = {""}.union(*(state.keys for state in (*before.values(), *after.values())))
     seen.update(name.lower() for name in (*before, *after))
@@ -2856,7 +2827,7 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
     return change._replace(witness="not found")
 
 
-def accounts_that_came_or_left(run: Run, earlier: EarlierRun) -> Iterator[Change]:
+def accounts_that_came_or_left(run: Run, earlier: EarlierRun) -> Changes:
     """One change for each account that joined or left the organization since the newest run."""
     then, now = earlier.accounts, accounts_now(run)
     for account_id in then.keys() ^ now.keys():
@@ -2915,18 +2886,15 @@ class Control:
     why_not_checked: str | None = None
 
 
-class Policy(NamedTuple):
-    names: Mapping[str, str]  # its own, by its ID
-    targets: frozenset[str]  # the IDs that it is attached to
-    denials: Mapping[str, Any]  # by control, pairs: a Control, the statement if it denies in full
-    allowed: set[str]  # the actions that an Allow without a condition lets everybody do
-
-
-class Enforcement(NamedTuple):
-    policies: tuple[Policy, ...] = ()
-    why_not: str = ""  # why the policies are not known
-    root_credentials_managed: bool | None = None
-    root_why_not: str = ""
+# `names`: its name by its ID; `targets`: where it is attached; `denials`: by control, a Control and
+# the statement if it denies in full; `allowed`: what an Allow without a condition lets everybody do
+Policy = namedtuple("Policy", "names targets denials allowed")
+# The policies, and why they are not known; the same of root credentials
+Enforcement = namedtuple(
+    "Enforcement",
+    "policies why_not root_credentials_managed root_why_not",
+    defaults=((), "", None, ""),
+)
 
 
 async def read_enforcement(aws: Aws, organization: Organization) -> Enforcement:
@@ -2983,8 +2951,7 @@ def controls_of_account(path: Sequence[str], listed: Iterable[Policy]) -> dict[s
 
 
 def judge_together(control: str, path: Sequence[str], policies: Iterable[Policy]) -> Control:
-    """What holds where all of these apply. Full denials of a part of the actions may add up to all
-    actions: of one policy or of several."""
+    """What holds where all apply. Full denials of some of the actions may add up to all of them."""
     whole, added_up, in_full = Control(ABSENT), Control(ABSENT), list[Statement]()
     for policy in policies:
         for judgement, statement in policy.denials.get(control, ()):
@@ -3294,9 +3261,7 @@ PHASE_WORDS = {
 }
 
 
-def terminal_summary(
-    run: Run, summary: Summary, quiet: bool, width: int = TERMINAL_WIDTH, color: bool = False
-) -> str:
+def terminal_summary(run: Run, summary: Summary, quiet: bool, width: int, color: bool) -> str:
     """The text for stdout. With `quiet`, only what needs attention: it may be empty."""
     if quiet:
         title = printable(f"Organization {run.organization.id}, {summary['started']}: {run.folder}")
@@ -3313,6 +3278,8 @@ def terminal_summary(
     blocks += [run_lines(summary)]
     text = "\n".join(filter(None, (laid_out(block, width) for block in blocks)))
     text += f"\nFiles: {printable(str(run.folder))}\n"  # in full, to be copied
+    if summary["page"]:
+        text += f"Page: {printable(str(run.folder / summary['page']))}\n"
     for code, pattern in PAINT.items() if color else ():
         text = re.sub(pattern, f"\x1b[{code}m\\g<0>\x1b[0m", text)
     return text
@@ -3321,19 +3288,16 @@ def terminal_summary(
 def quiet_lines(run: Run, summary: Summary) -> list[str]:
     """Failed accounts, what is new and urgent since each account's baseline, damaged files."""
     new = run.tracking.urgent_new
-    lines = list(failed_lines(summary, quiet=True))
-    lines += titled("New findings of priority 1", finding_lines(run, new, len(new), len(new)))
-    lines += new_lines(run, quiet=True)
-    lines += not_checked_lines(summary, quiet=True)
-    lines += exception_lines(summary, "expired")
+    urgent = titled("New findings of priority 1", finding_lines(run, new, len(new), len(new)))
+    lines = [*failed_lines(summary, quiet=True), *urgent, *new_lines(run, quiet=True)]
+    lines += [*not_checked_lines(summary, quiet=True), *exception_lines(summary, "expired")]
     if lines and (number := summary["findings"][str(MOST_URGENT)] - len(new)):
         lines.append(f"and {count(number, 'finding')} of priority 1, unchanged")
     return lines
 
 
 def laid_out(lines: Iterable[str], width: int) -> str:
-    """The lines as text that does not steer the terminal. They are folded at spaces; a word that is
-    too long, such as a path or an ARN, stays whole."""
+    """The lines, printable and folded at spaces. What is too long, such as an ARN, stays whole."""
     fold, text = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False), ""
     for line in map(printable, lines):
         fold.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 2)
@@ -3450,8 +3414,7 @@ def level_in_words(then: str | None, now: str, compared_now: str | None) -> str:
 
 
 def new_lines(run: Run, quiet: bool = False) -> Iterator[str]:
-    """New keys and users without MFA; earlier files that cannot be read, and the accounts in which
-    new keys therefore cannot be ruled out."""
+    """New keys and users without MFA; damaged earlier files; where new keys may go unnoticed."""
     tracking, keys = run.tracking, list[str]()
     for key in new_keys(run):
         where = "" if key.account_id in tracking.compared else " (account not compared)"
@@ -3520,16 +3483,15 @@ def phase_lines(summary: Summary, phase: str) -> list[str]:
 
 
 def most_gaps_lines(summary: Summary) -> list[str]:
-    sized, days = [], f"over {summary['max_key_age_days']} days"
+    sized, columns = [], ("without MFA", f"over {summary['max_key_age_days']} days")
     for one in accounts_of(summary, "audited"):
         numbers = itemgetter(*MOST_GAPS)(one["gaps"])
         if any(numbers):
             sized.append((-sum(numbers), label(one), *numbers))
-    title = (
-        f"{'Accounts with the most gaps':<35}{'without MFA':>14}{days:>14}{'API, no expiry':>16}"
-    )
+    row = "{:<35}{:>14,}{:>14,}{:>16,}"
+    title = row.replace(",", "").format("Accounts with the most gaps", *columns, "API, no expiry")
     most = (cells for _size, *cells in sorted(sized)[:ACCOUNTS_SHOWN])  # of the same size: by ID
-    return titled(title, ("{}{:>14,}{:>14,}{:>16,}".format(*cells) for cells in most))
+    return titled(title, (row.replace("35", "33").format(*cells) for cells in most))
 
 
 def priority_lines(run: Run, summary: Summary) -> Iterator[str]:
@@ -3556,7 +3518,7 @@ def exception_lines(summary: Summary, which: str) -> list[str]:
     return titled(f"Exceptions that {title}", told, LINES_SHOWN)
 
 
-def finding_lines(run: Run, found: Iterable[Finding], most: int, most_alike: int) -> Iterator[str]:
+def finding_lines(run: Run, found: Findings, most: int, most_alike: int) -> Iterator[str]:
     """The most urgent findings; a line stands in for more of one kind in a row."""
     for _kind, group in itertools.groupby(found, lambda one: (one.priority, one.finding)):
         alike = list(group)
@@ -3696,7 +3658,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
     document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
     document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
-    document.update(caller=vars(run.caller))
+    document.update(page="report.html" if plan.page else None, caller=vars(run.caller))
     document["organization"] = {**vars(run.organization), "management_account_included": included}
     document.update(ous_why_not=run.ous_why_not or None, **figures_document(run))
     document.update(changes=changes_document(run), **policies_and_events_document(run))
@@ -3777,8 +3739,7 @@ def level_changes(run: Run, phase: str) -> dict[str, Any]:
 
 
 def policies_and_events_document(run: Run) -> dict[str, Any]:
-    """How many accounts in scope have each verdict of each control; how many events CloudTrail
-    returned, and where it failed and why: None if it was not asked."""
+    """Accounts by control and verdict; CloudTrail's events and failures, None if not asked."""
     accounts, found, tracking = {}, run.enforcement, run.tracking
     for control in CONTROLS:
         verdicts = Counter(each[control].verdict for each in run.controls.values())
@@ -3838,6 +3799,311 @@ def account_entries(run: Run) -> list[dict[str, Any]]:
             policies = [{"id": each, "name": policy} for each, policy in control.policies.items()]
             entry["controls"][name] = {**vars(control), "policies": policies}
     return sorted(entries, key=itemgetter("id"))
+
+
+# === Page: report.html, which loads nothing; values in, text out =================================
+
+FINDINGS_ON_PAGE = 2000
+# Headings of tables; a # stands before those of numbers
+FINDINGS_HEADINGS = ("#Priority", "Finding", "Account", "User", "#Age in days", "What to do")
+ACCOUNTS_HEADINGS = (
+    *("Account", "OU", "Phase 1", "Phase 2", "#Console users without MFA", "#Old access keys"),
+    *("#API keys without expiry", *CONTROLS.values(), "State"),
+)
+STATES = {"failed": "failed at {step}: {error[code]}", "skipped": "skipped: {state}"}
+OLDEST = "{access_key_id} of {username} in {account_id} {account_name}, {age_days:,} days"
+ROUND_NUMBERS = tuple(step * 10**power for power in range(9) for step in (2, 4, 6, 10))
+FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></label>{}
+<label><input type="checkbox" value="p"> Production only</label>{}<output></output></div>"""
+BAR = '<svg class="bar" width="{}%"></svg>'  # the page's policy forbids style attributes
+WORDS = """<dl><dt>Phase 1<dd>In Progress: root or users with a password lack MFA. Complete: none.
+Advanced: a policy also enforces MFA. <dt>Phase 2<dd>In Progress: active access keys or API keys are
+older than the maximum age, or API keys never expire. Complete: none. Advanced: no access key, API
+key, service password or signing certificate is active. <dt>Not Started<dd>Could not be audited.
+<dt>Baseline<dd>The newest run before that audited the account. What it lacks is new.
+<dt>Enforced, partial, absent<dd>Denied to all but the exempt; under conditions; not at all.</dl>"""
+STYLE = """
+:root{color-scheme:light dark;--back:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;
+--line:#d5d8de;--accent:#0062cc;--tint:#e6f0fc}
+@media screen and (prefers-color-scheme:dark){:root{--back:#0f151d;--soft:#19212c;--ink:#ebeef2;
+--dim:#adb5c1;--line:#38424f;--accent:#5cb3ff;--tint:#15304d}}
+*{box-sizing:border-box} [hidden]{display:none!important} h3::first-letter{text-transform:uppercase}
+html{background:var(--back);color:var(--ink);font:.875rem/1.45 "Segoe UI",Roboto,Arial,sans-serif}
+body{max-width:105rem;margin:0 auto;padding:2rem clamp(1rem,3vw,3rem);overflow-wrap:anywhere}
+h1,.big{font-size:1.75rem;line-height:1.2} h2{font-size:1.25rem} h3,dt{font-size:1rem}
+h1,h2,h3,p{margin:0 0 .375rem} h1,h2,h3,th,dt,.big,.in0:has(+.in2){font-weight:600}
+section{margin-top:2rem;padding-top:1rem;border-top:1px solid var(--line)}
+dd{margin:0 0 .5rem} small,dd{color:var(--dim)} .in2{padding-left:1rem} .in4{padding-left:2rem}
+small{display:block;font-size:.75rem} code{font:.75rem/1.4 Consolas,monospace}
+a,b,p,td,li,small,code{unicode-bidi:isolate} a,summary{color:var(--accent)}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.warning{border-left:.25rem solid var(--ink);background:var(--soft);padding:1rem;margin-top:1rem}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:2rem}
+.ladder{display:flex;flex-direction:column-reverse;gap:.25rem;padding:0;list-style:none}
+.ladder li{display:flex;justify-content:space-between;padding:.375rem .75rem;
+border-left:.25rem solid var(--line);background:var(--soft)}
+li.here{border-color:var(--accent);background:var(--tint)} .here b::after{content:" \\25C0  here"}
+.chart{overflow:visible;display:block;max-width:36rem;margin:.5rem 0;font-size:11px;fill:var(--dim)}
+.chart line{stroke:var(--line)} .chart circle{fill:var(--accent)} polyline{stroke:var(--accent)}
+.bar{display:inline-block;height:.5rem;margin-right:.5rem;background:var(--accent)}
+.ages td{white-space:nowrap} .ages td+td{padding-right:4rem}
+.cards .bar{display:block;height:.25rem;margin:.25rem 0 0 auto}
+.table{overflow:auto;max-height:44rem;border:1px solid var(--line);margin:.75rem 0}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:.5rem;vertical-align:top;text-align:left;border-bottom:1px solid var(--line)}
+th{position:sticky;top:0;background:var(--soft);vertical-align:bottom;overflow-wrap:break-word}
+th.n,td.n{text-align:right} th button{all:unset;cursor:pointer}
+[aria-sort] button::after{content:" \\25B2"} [aria-sort=descending] button::after{content:" \\25BC"}
+.filters{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1.25rem}
+input,select{font:inherit;color:inherit;background:var(--back);border:1px solid;padding:.375rem}
+.cards :is(table,thead,tbody){display:block} .cards thead{position:sticky;top:0}
+.cards tr{display:grid} .cards tr:nth-child(n+31){content-visibility:auto;
+contain-intrinsic-size:auto 4rem} .findings tr{grid-template-columns:7fr 20fr 16fr 21fr 6fr 37fr}
+.accounts tr{grid-template-columns:15fr 14fr 9fr 9fr repeat(6,8fr) 12fr}
+@media print{@page{size:A4;margin:12mm} html{font-size:8pt} body{padding:0}
+.filters,.cards tr:nth-child(n+61){display:none} *{print-color-adjust:exact}
+.table{overflow:visible;max-height:none;border:0} th,td{position:static;padding:.25rem}
+tr,li,.grid{break-inside:avoid} h2,h3,thead,.cards tr:first-child{break-after:avoid}}
+@media screen and (max-width:75rem){.cards thead,.cards td:empty{display:none}
+.cards tr{grid-template-columns:1fr;padding:.5rem 0;border-bottom:1px solid var(--line)}
+.cards td{padding:.125rem .5rem .125rem 9rem;border:0;text-align:left} .cards .bar{margin-left:0}
+.cards td::before{float:left;width:8rem;margin-left:-8.5rem;color:var(--dim)}}
+@media print,(min-width:75rem){.cards td::before{display:none}}
+"""
+SCRIPT = """
+const order = new Intl.Collator("en", {numeric: true});
+for (const box of document.querySelectorAll(".filters")) {
+  const table = box.nextElementSibling.firstChild, rows = [...table.tBodies[0].rows];
+  const words = new Map(rows.map(row => [row, row.textContent.toLowerCase()]));
+  box.hidden = false;
+  box.oninput = () => {
+    const wanted = box.querySelector("input").value.toLowerCase().split(/\\s+/);
+    const marks = [...box.querySelectorAll(":checked")].map(one => one.value).filter(Boolean);
+    for (const row of rows)
+      row.hidden = !wanted.every(word => words.get(row).includes(word))
+        || !marks.every(mark => row.classList.contains(mark));
+    box.lastChild.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} shown`;
+  };
+  box.oninput();
+  for (const head of table.tHead.rows[0].cells) {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.onclick = () => {
+      const sign = head.ariaSort === "ascending" ? -1 : 1;
+      for (const other of head.parentNode.cells) other.ariaSort = null;
+      head.ariaSort = sign > 0 ? "ascending" : "descending";
+      const key = row => row.cells[head.cellIndex].textContent.replaceAll(",", "");
+      table.tBodies[0].append(...rows.sort((a, b) => order.compare(key(a), key(b)) * sign));
+    };
+  }
+}
+"""
+
+
+def report_page(run: Run, summary: Summary) -> str:
+    """The page. By its policy a browser loads nothing, and runs no style or script but these."""
+    style, policy, body = STYLE, "default-src 'none'; base-uri 'none'; form-action 'none'", ""
+    for css, headings in (("findings", FINDINGS_HEADINGS), ("accounts", ACCOUNTS_HEADINGS)):
+        for number, heading in enumerate(headings, 1):  # on narrow screens each cell has its own
+            style += f".{css} td:nth-child({number})::before{{content:{heading.strip('#')!r}}}"
+    for kind, content in (("style", style), ("script", SCRIPT)):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy += f"; {kind}-src 'sha256-{digest}'"
+    changes = [*change_lines(run, summary), *new_lines(run), *witness_lines(summary)]
+    for title, content in (
+        ("Maturity", maturity_part(summary)),
+        ("Trend", trend_part(summary)),
+        ("Age of the active access keys", ages_part(summary)),
+        ("What to fix first", findings_part(run, summary)),
+        ("Accounts", accounts_part(summary)),
+        ("What has changed", outline(changes)),
+        ("What policies enforce", outline(enforcement_lines(summary))),
+        ("About this page", about_part(summary)),
+    ):
+        body += f"<section><h2>{title}</h2>{content}</section>\n"
+    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="referrer" content="no-referrer"><meta name="viewport" content="width=device-width">
+<title>IAM audit {summary["started"]}</title><style>{style}</style>
+<header>{heading_part(summary)}</header><main>{body}</main><script>{SCRIPT}</script></html>
+"""
+
+
+def safe(value: Any) -> str:
+    """A value as text that is neither markup nor steers the display."""
+    return html.escape(printable(str(value)))
+
+
+def outline(lines: Iterable[str]) -> str:
+    """Lines of the terminal, as deep as they are indented there; a column there is a colon here."""
+    text = ""
+    for line in lines:
+        words = safe(re.sub(" {2,}", ": ", line.strip()))
+        text += f'<p class="in{len(line) - len(line.lstrip())}">{words}</p>'
+    return text
+
+
+def table(title: str, css: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls, by keyboard too. Rows have their classes, then their cells in HTML."""
+    head, starts, body = "", list[str](), list[str]()
+    for heading in headings:
+        mark, words = ' class="n"' if heading[0] == "#" else "", heading.strip("#")
+        head += f'<th scope="col"{mark}>{words[0].upper()}{words[1:]}</th>'
+        starts.append(f"<td{mark}>")
+    for marks, *cells in rows:
+        body.append(f'\n<tr class="{marks}">' if marks else "\n<tr>")
+        for start, cell in zip(starts, cells):
+            body += (start, cell)
+    region = f'<div class="table {css}" tabindex="0" role="region" aria-label="{title}">'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f"{region}<table>{inside}</table></div>"
+
+
+def heading_part(summary: Summary) -> str:
+    """What was audited, and a warning of what was not."""
+    title, *facts = heading_lines(summary)
+    name, _, when = title.partition(", ")
+    text = f"<h1>{safe(name)}</h1>{outline([f'IAM audit of {when}', *facts])}"
+    warnings = [*failed_lines(summary, quiet=True), *not_checked_lines(summary)]
+    if why_not := summary["enforcement"]["why_not_checked"]:
+        warnings.append(f"Service control policies were not checked: {why_not}")
+    title = "<h2>Warning: what is not known</h2>"
+    return f'{text}<div class="warning">{title}{outline(warnings)}</div>' if warnings else text
+
+
+def maturity_part(summary: Summary) -> str:
+    """Each phase as a ladder, with what holds the organization on its rung and what has changed."""
+    text, then = "", "There is no earlier run to compare with."
+    for phase, gap in zip(PHASES, (RUN_GAPS[0], RUN_GAPS[2])):
+        (title, reason, *more), maturity = phase_lines(summary, phase), summary["maturity"][phase]
+        text += f'<div><h3>{title}</h3><ol class="ladder">'
+        for level, number in maturity["accounts"].items():
+            here = ' class="here" aria-current="step"' if level == maturity["level"] else ""
+            text += f"<li{here}><b>{level}</b>{count(number, 'account')}</li>"
+        if changes := summary["changes"]:
+            then = f"Since {changes['since'][:10]}: {level_in_words(**changes['maturity'][phase])}"
+            for one in summary["runs"]:
+                if one["started"] == changes["since"]:
+                    then += f", then {one[gap]:,} {in_words(gap, summary['max_key_age_days'])}"
+        reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason.strip()))
+        text += f"</ol><p>{reason}</p>{outline(map(str.strip, [*more[:-1], then]))}</div>"
+    return f'<div class="grid">{text}</div>'
+
+
+def trend_part(summary: Summary) -> str:
+    """Charts of the finished runs of this scope, and their figures as a table."""
+    runs, headings, charts, rows = summary["runs"], ["Run", "#Accounts audited"], "", []
+    for name in RUN_GAPS:
+        title = in_words(name, summary["max_key_age_days"]).replace("active", "active access")
+        headings.append(f"#{title}")
+        charts += chart(title, [(parse_time(one["started"]), one[name]) for one in runs])
+    for one in runs:
+        numbers = itemgetter("audited", *RUN_GAPS)(one)
+        rows.append(("", one["started"], *map("{:,}".format, numbers)))
+    figures = table("The figures of the charts", "runs", headings, rows)
+    text = f'<div class="grid">{charts}</div>{"" if runs[1:] else "This run is the baseline."}'
+    return f"{text}<details><summary>The figures as a table</summary>{figures}</details>"
+
+
+def chart(title: str, points: Sequence[tuple[datetime, int]]) -> str:
+    """A line through the points over time, from 0 to a round number."""
+    (first, before), (last, now), line, dots = points[0], points[-1], "", ""
+    top = next(each for each in ROUND_NUMBERS if each >= max(map(itemgetter(1), points)))
+    for moment, number in points:
+        x = 50 + 300 * ((moment - first) / (last - first) if moment > first else 0)
+        y = 140 - 120 * number / top
+        line += f"{x:.1f},{y:.1f} "
+        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+    end, unit = f"{last:%Y-%m-%d}" if last > first else "", re.findall("users|keys", title)[0]
+    told = f"now, {before:,} on {first:%Y-%m-%d}" if end else "now"
+    return f"""<div><h3>{title}</h3><b class="big">{now:,}</b> {told}
+<svg class="chart" viewBox="0 0 360 165" role="img"><title>{title}: {now:,} {told}</title>
+<line x1="44" x2="356" y1="20" y2="20"/><line x1="44" x2="356" y1="140" y2="140"/>
+<text y="10">{unit}</text><text x="38" y="24" text-anchor="end">{top:,}</text>
+<text x="38" y="144" text-anchor="end">0</text><text x="44" y="160">{first:%Y-%m-%d}</text>
+<text x="356" y="160" text-anchor="end">{end}</text>{dots}
+<polyline points="{line}" fill="none" stroke-width="2"/></svg></div>"""
+
+
+def ages_part(summary: Summary) -> str:
+    """A histogram, with the production accounts apart, and the oldest key."""
+    rows, (whole, production) = [], map(itemgetter("active_key_ages"), summary["gaps"].values())
+    for name, *numbers in zip(KEY_AGES, whole, production):
+        bars = (BAR.format(100 * number // (max(whole) or 1)) + f"{number:,}" for number in numbers)
+        rows.append(("", name, *bars))
+    text = table("Age of the active access keys", "ages", ("Age", "All", "In production"), rows)
+    if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
+        text += f"<p>The oldest: {safe(OLDEST.format(**oldest))}</p>"
+    return text
+
+
+def findings_part(run: Run, summary: Summary) -> str:
+    """The most urgent findings, and the exceptions that no longer serve."""
+    rows = [finding_cells(finding, run) for finding in run.findings[:FINDINGS_ON_PAGE]]
+    options = "".join(map("<option>{}</option>".format, summary["findings"]))
+    which = f'<label>Priority <select><option value="">all</option>{options}</select></label>'
+    new = '<label><input type="checkbox" value="new"> New since the baseline</label>'
+    text = FILTERS.format(which, new) + table("Findings", "cards findings", FINDINGS_HEADINGS, rows)
+    number = f"{len(rows):,} of {count(len(run.findings), 'finding')}"
+    text += f'<p>These are {number}; all are in <a href="findings.csv">findings.csv</a>.</p>'
+    return text + outline(exception_lines(summary, "expired") + exception_lines(summary, "unused"))
+
+
+def finding_cells(finding: Finding, run: Run) -> Sequence[str]:
+    """A finding's classes, for the filters, and cells; what belongs together is in one."""
+    row = dict(zip(FINDINGS_COLUMNS, map(safe, finding_row(finding, run))))
+    marks = [row["priority"], "new" if finding.new else "", "p" if finding.production else ""]
+    what = f"{row['finding']}{' <b>(new)</b>' if finding.new else ''}"
+    what += "<small>{reasons}</small><small>{controls}</small>".format_map(row)
+    if finding.exception:
+        what += "<small>Exempt until {until}: {exception}</small>".format_map(row)
+    place = f"{row['account_id']}{', production' if finding.production else ''}"
+    where = f"{row['account_name']}<small>{place}</small><small>{row['ou']}</small>"
+    who = f"{row['username']}{', administrator' if finding.administrator == 'true' else ''}"
+    who += f"<small>{row['access_key_id']}</small><small>Owner: {row['owner']}</small>"
+    advice = re.sub("`(.*?)`", r"<code>\1</code>", row["recommendation"])
+    return (" ".join(marks), row["priority"], what, where, who, row["age_days"], advice)
+
+
+def accounts_part(summary: Summary) -> str:
+    """The accounts that failed, then those with the most gaps, last those that were skipped."""
+    entries = accounts_of(summary, "audited")
+    entries.sort(key=lambda one: -sum(itemgetter(*MOST_GAPS)(one["gaps"])))
+    entries = [*accounts_of(summary, "failed"), *entries, *accounts_of(summary, "skipped")]
+    rows = map(account_cells, entries)
+    return FILTERS.format("", "") + table("Accounts", "cards accounts", ACCOUNTS_HEADINGS, rows)
+
+
+def account_cells(one: Summary) -> Sequence[str]:
+    """An account's class and cells. Of skipped and failed ones little or nothing is known."""
+    name, cells = safe(one["name"] or one["id"]), [*one.get("maturity", {}).values()]
+    if gaps := one.get("gaps"):
+        name = f'<a href="accounts/{safe(one["id"])}.csv">{name}</a>'
+        for gap, whole in zip(MOST_GAPS, ("console_users", "active_keys", "active_api_keys")):
+            share = BAR.format(100 * gaps[gap] // (gaps[whole] or 1))
+            cells.append(f"{gaps[gap]:,} of {gaps[whole]:,}{share}")
+        if LISTING in one["not_checked"]:
+            cells[-1] = NOT_CHECKED
+        cells += map(itemgetter("verdict"), one["controls"].values())
+    cells += [""] * (len(ACCOUNTS_HEADINGS) - 3 - len(cells))
+    state = STATES.get(one["result"], "audited").format_map(one)
+    state += "".join(map("; {} was denied".format, one["not_checked"]))
+    mark, place = ("p", f"{one['id']}, production") if one.get("production") else ("", one["id"])
+    unit = f"{safe(one['ou'])}<small>{safe(one['email'])}</small>"
+    return (mark, f"{name}<small>{safe(place)}</small>", unit, *cells, safe(state))
+
+
+def about_part(summary: Summary) -> str:
+    """The files, the options and thresholds, and what each word means."""
+    keys = ("version", "role", "max_key_age_days", "max_unused_days", "production_pattern")
+    settings = dict(zip(keys, itemgetter(*keys)(summary)), **summary["scope"], **summary["options"])
+    lines = [f"{name}: {json.dumps(value)}" for name, value in settings.items() if value]
+    files = "summary.json", "credentials.csv", "changes.csv"
+    links = ", ".join(
+        map('<a href="{0}">{0}</a>'.format, files if summary["changes"] else files[:2])
+    )
+    return f"<p>Files: {links}</p>{outline(lines)}{WORDS}"
 
 
 # === Documents: what --print prints ==============================================================
@@ -4074,6 +4340,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", type=parse_name, default="reports",
         help="folder in which each run creates a folder (default: %(default)s)")
+    add("--no-page", action="store_false", dest="page", help="do not write report.html")
     add("--fail-on", metavar="WHAT[,WHAT]", type=parse_fail_on, default=FailOn(),
         help="exit with code 4 (5 if accounts failed too) if there are findings, findings:N of "
              f"priority N ({MOST_URGENT} to {LEAST_URGENT}) or more urgent, or new-keys (access or "

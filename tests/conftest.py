@@ -132,7 +132,7 @@ def check_what_always_holds(result: Result, env: Mapping[str, str], verbose: boo
             assert (path.name, (path / "summary.json").is_file()) == ("latest", True)
             continue
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
-        assert path.suffix in ("", ".csv", ".json"), f"a temporary file is left: {path}"
+        assert path.suffix in ("", ".csv", ".json", ".html"), f"a temporary file is left: {path}"
         assert not path.name.startswith("."), f"a temporary file is left: {path}"
     if result.summary is not None:
         audited = {one for one, entry in result.accounts.items() if entry["result"] == "audited"}

@@ -23,6 +23,7 @@ MAY_USE = {
         "track",
         "enforce",
         "terminal",
+        "page",
         "documents",
         "options",
     },
@@ -34,6 +35,7 @@ MAY_USE = {
     "track": {"data", "files", "assess"},
     "enforce": {"data", "AWS"},
     "terminal": {"data", "files", "assess", "track", "enforce"},
+    "page": {"data", "files", "assess", "track", "enforce", "terminal"},
     "documents": {"data", "AWS"},
     "options": {"data", "assess", "documents"},
 }

@@ -82,7 +82,7 @@ NO_OTHER_CREDENTIALS = {
 
 def shown(found: Run, *, quiet: bool = False, width: int = 100) -> list[str]:
     """The lines that the terminal gets."""
-    text = terminal_summary(found, summary_document(found, FINISHED), quiet, width)
+    text = terminal_summary(found, summary_document(found, FINISHED), quiet, width, False)
     assert text == "" or text.endswith("\n")
     return text.split("\n")[:-1]
 
@@ -626,18 +626,26 @@ def test_a_limit_of_a_policy_is_a_sentence(condition: str, words: str) -> None:
 # --- the last line, colors --------------------------------------------------------------------------------------------
 
 
+def test_the_last_line_names_the_page_if_there_is_one() -> None:
+    found = run_of([audited()])
+    assert shown(found)[-2:] == [f"Files: {found.folder}", f"Page: {found.folder}/report.html"]
+    found.plan = dataclasses.replace(found.plan, page=False)
+    assert shown(found)[-1] == f"Files: {found.folder}"
+    assert document(found)["page"] is None
+
+
 def test_colors_are_never_the_only_sign_and_never_in_the_mail() -> None:
     found = run_of([*OF_PRIORITY.values(), failed()])
     summary = summary_document(found, FINISHED)
     plain, colored = (
-        terminal_summary(found, summary, False, color=color) for color in (False, True)
+        terminal_summary(found, summary, False, 100, color) for color in (False, True)
     )
     codes = re.compile(r"\x1b\[(\d+)m")
     assert codes.sub("", colored) == plain
     assert set(codes.findall(colored)) == {"0", "1", "31", "33"}
     assert "\x1b[31m" in only(colored.splitlines(), "\x1b[1m\x1b[31m1 account could not")
     assert not codes.search(plain)
-    assert not codes.search(terminal_summary(found, summary, True, color=True))
+    assert not codes.search(terminal_summary(found, summary, True, 100, True))
 
 
 @pytest.mark.program

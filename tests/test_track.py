@@ -889,7 +889,7 @@ def passed_over(output_dir: Path, account_id: str = ONE) -> str:
     found = iam_audit.baseline_of(opened(output_dir), account_id)
     assert found.run is None
     [message] = found.passed_over
-    return message
+    return str(message)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -1050,7 +1050,7 @@ def compared(
     not_checked = {LISTING: "AccessDenied"} if denied_now else {}
     found = dataclasses.replace(audited(*now, account=ACCOUNT), not_checked=not_checked)
     findings = list(iam_audit.findings_of(found, plan(), NOW))
-    return Compared(tracking, iam_audit.track_account(tracking, found, findings))
+    return Compared(tracking, [*iam_audit.track_account(tracking, found, findings)])
 
 
 OLD, NEW = api_key("OLD"), api_key("NEW", old=-DAY)
