@@ -891,7 +891,7 @@ class Pace:
 # and the process used less than BUSY of one CPU meanwhile, it adds half as many threads again, or
 # as many again if it used less than half of that; never more than there are calls waiting. A
 # throttled account's pauses hold no thread: refusals add none.
-FIRST_THREADS, MOST_THREADS, WAITED, BUSY = 16, 128, 0.5, 0.85
+FIRST_THREADS, MOST_THREADS, WAITED, BUSY = 16, 256, 0.5, 0.85
 ASSUME_ROLE_AT_ONCE = 6  # one call per account needs few connections
 
 
