@@ -22,7 +22,7 @@ Every AWS action that the program can call:
     organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy   service control policies
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in the accounts that are audited
-  with the assumed role; in the management account with the profile, if that belongs to it
+  with the assumed role; in the management account, with the profile if the profile belongs to it
     iam:GenerateCredentialReport, GetCredentialReport, ListUsers, ListAccessKeys, ListMFADevices,
     GetAccessKeyLastUsed, ListVirtualMFADevices, GetLoginProfile, ListServiceSpecificCredentials,
     GetAccountAuthorizationDetails; with --cloudtrail also cloudtrail:LookupEvents
