@@ -17,8 +17,7 @@ Every AWS action that the program can call:
   with the profile's credentials
     sts:GetCallerIdentity                who runs the audit, and in which partition
     organizations:DescribeOrganization   which account is the management account
-    organizations:ListAccounts           the accounts
-    organizations:DescribeOrganizationalUnit   the names of organizational units
+    organizations:ListAccounts, DescribeOrganizationalUnit   the accounts, the names of their OUs
     organizations:ListPolicies, DescribePolicy, ListTargetsForPolicy   service control policies
     iam:ListOrganizationsFeatures        whether root credentials are managed centrally
     sts:AssumeRole                       the role, in the accounts that are audited
@@ -28,8 +27,8 @@ Every AWS action that the program can call:
     GetAccountAuthorizationDetails; with --cloudtrail also cloudtrail:LookupEvents
 
 GenerateCredentialReport makes IAM prepare a report; no other call changes anything in AWS. Every
-session of the role has a policy that allows only the role's actions above: here even an
-administrator role is read-only. The profile's own credentials are not restricted like this. To get
+session of the role has a policy that allows only the role's actions above: even an administrator
+role is read-only here. The profile's own credentials are not restricted like this. To get
 and refresh them, the SDK may call other services, run a credential_process (which is ended if it
 hangs) and write its own token cache. The program itself never writes or logs credentials or puts
 them on a command line. An account that cannot be read in full gets no CSV file: it is reported as
@@ -573,7 +572,7 @@ def clock(span: timedelta) -> str:
 ROLE_READS = {
     "iam:GenerateCredentialReport": "makes IAM prepare the credential report; not a pure read",
     "iam:GetCredentialReport": "passwords, their last use, and the root user",
-    "iam:ListUsers": "when new passwords were last used; the users, if the last is denied",
+    "iam:ListUsers": "last use of passwords newer than the report; users, if details are denied",
     "iam:ListAccessKeys": "each user's access keys, their status and creation date",
     "iam:GetAccessKeyLastUsed": "when and for which service each access key was last used",
     "iam:ListMFADevices": "the kind of MFA device of each user who has a password or MFA",
@@ -889,7 +888,7 @@ class Pace:
 
 # --workers auto begins with FIRST_THREADS. Once calls have waited for a thread for WAITED seconds
 # and the process used less than BUSY of one CPU meanwhile, it adds half as many threads again, or
-# as many again if it used less than half of that; never more than there are calls waiting. A
+# as many again if it used less than half of BUSY; never more than there are calls waiting. A
 # throttled account's pauses hold no thread: refusals add none.
 FIRST_THREADS, MOST_THREADS, WAITED, BUSY = 16, 256, 0.5, 0.85
 ASSUME_ROLE_AT_ONCE = 6  # one call per account needs few connections
@@ -1588,6 +1587,7 @@ async def read_lists(session: AccountSession) -> Lists:
     details = await unless_denied(get_account_authorization_details)
     step = "ListUsers" if details is None else "GetAccountAuthorizationDetails"
     entries = await listing() if details is None else details
+    STEP.set(step)
     for entry in entries:
         check_account(entry["Arn"], session.account.id, step)
     users = [entry for entry in entries if "UserId" in entry]
@@ -2402,8 +2402,7 @@ EarlierRun = namedtuple(
 
 @dataclass
 class History:
-    """The earlier runs of an organization, newest first. Each summary is read once, if at all; in
-    place of a run that cannot be read there is the AuditError that says why."""
+    """The earlier runs, newest first, each read once; for a damaged one, the AuditError."""
 
     folders: Sequence[Path] = ()
     organization_id: str = ""
@@ -2457,8 +2456,7 @@ class Tracking:
 def open_tracking(
     history: History, previous: Path | timedelta | None, scope: Scope, now: datetime
 ) -> Tracking:
-    """The last runs of this scope, and what to compare with: `previous`, or the newest so old.
-    Raises AuditError if the run that `previous` names is damaged or of another organization."""
+    """The last runs of this scope, and what to compare with; AuditError if `previous` is unfit."""
     tracking = Tracking(history)
     for run in itertools.islice(history, RUNS_SEARCHED):
         if isinstance(run, AuditError):
@@ -3027,8 +3025,7 @@ def judge_policy(content: str, partition: str, organization: str) -> tuple[Any, 
 
 
 def judge_statement(statement: Statement, control: str, known: Known) -> tuple[Control, bool]:
-    """What a statement does for a control: enforced, unless an element or a condition narrows it;
-    and whether at least all actions that it names are denied in full."""
+    """Its verdict, enforced unless something narrows it; whether its actions are denied in full."""
     effects = {each: effect_of(each, control, known) for each in statement.conditions}
     everywhere, somewhere = reach(statement, ALL if control == MFA_REQUIRED else known[ARN])
     if not somewhere or FAILS in effects.values() or not concerns(statement, control, effects):
@@ -3117,8 +3114,7 @@ def any_covers(patterns: Iterable[str], action: str) -> bool:
 
 
 def covers(pattern: str, other: str) -> bool:
-    """Whether an IAM pattern matches all that `other` stands for: only a * matches its *. ARNs are
-    compared segment by segment, as AWS does."""
+    """Whether an IAM pattern matches all that `other` does, * by * and ARNs segment by segment."""
     if other.startswith("arn:"):
         segments = pattern.split(":", 5)
         return len(segments) == 6 and all(map(covers, segments, other.split(":", 5)))
@@ -3466,8 +3462,7 @@ def witness_lines(summary: Summary) -> Iterator[str]:
 
 
 def phase_lines(summary: Summary, phase: str) -> list[str]:
-    """The organization's level, `7 of 15 console users without MFA` or what else decides it, and
-    last how many accounts are at each level."""
+    """The level, what decides it (`7 of 15 console users without MFA`), the accounts by level."""
     gaps, told, maturity = summary["gaps"]["organization"], [], summary["maturity"][phase]
     title, nothing, deciding = PHASE_WORDS[phase]
     for gap in filter(re.compile(deciding).fullmatch, GAP_COUNTS):
@@ -3478,8 +3473,11 @@ def phase_lines(summary: Summary, phase: str) -> list[str]:
             told.append(f"{number} {words.removesuffix('s') if number == '1' else words}")
     if maturity["level"] == IN_PROGRESS and not maturity["accounts"][IN_PROGRESS]:
         told = [f"{count(summary['totals']['failed'], 'account')} could not be audited"]
+    told = told or [nothing if summary["totals"]["audited"] else "no account was audited"]
+    if phase == "phase2" and (unread := summary["not_checked"].get(LISTING)):
+        told.append(f"API keys were not checked in {count(sum(unread.values()), 'account')}")
     accounts = f"accounts: {numbers_in_words(maturity['accounts']) or 'none'}"
-    return titled(f"{title}: {maturity['level']}", [*(told or [nothing]), accounts])
+    return titled(f"{title}: {maturity['level']}", [*told, accounts])
 
 
 def most_gaps_lines(summary: Summary) -> list[str]:
@@ -3757,8 +3755,7 @@ def policies_and_events_document(run: Run) -> dict[str, Any]:
 
 
 def exceptions_document(run: Run) -> dict[str, Any]:
-    """How many findings are covered; exceptions that have expired, and those that cover nothing.
-    Exceptions for accounts that failed, are out of scope or were read in part are not judged."""
+    """Findings covered; exceptions expired, and unused where all accounts they name were read."""
     covered = [one for one in run.findings if one.exception]
     covering = {one.exception for one in covered}  # of several, the one that lasts longest
     unknown = set(map(attrgetter("account.id"), [*run.failed, *run.out_of_scope]))
@@ -3778,13 +3775,15 @@ def exceptions_document(run: Run) -> dict[str, Any]:
 def account_entries(run: Run) -> list[dict[str, Any]]:
     """The accounts in scope, by ID."""
     entries = list[dict[str, Any]]()
-    for skipped in run.skipped:
-        entries.append({**vars(skipped.account), "result": "skipped", "not_checked": {}})
-    for failed in run.failed:
-        entry = {**vars(failed.account), "result": "failed", "not_checked": {}, "step": failed.step}
-        entry["error"] = {"code": failed.code, "message": failed.message}
-        entry["production"] = is_production(failed.account, run.plan.production)
-        entries.append({**entry, "maturity": dict.fromkeys(PHASES, NOT_STARTED)})
+    others: list[Any] = [*run.skipped, *run.failed]
+    for other in others:
+        entry = {**vars(other.account), "result": "skipped", "not_checked": {}}
+        entry["production"] = is_production(other.account, run.plan.production)
+        if isinstance(other, FailedAccount):
+            error = {"code": other.code, "message": other.message}
+            levels = dict.fromkeys(PHASES, NOT_STARTED)
+            entry.update(result="failed", step=other.step, error=error, maturity=levels)
+        entries.append(entry)
     for one in run.audited:
         earlier = run.tracking.compared.get(one.account.id)
         entry = {**vars(one.account), "result": "audited", "root": one.has_root, "users": one.users}
@@ -3820,7 +3819,7 @@ WORDS = """<dl><dt>Phase 1<dd>In Progress: root or users with a password lack MF
 Advanced: a policy also enforces MFA. <dt>Phase 2<dd>In Progress: active access keys or API keys are
 older than the maximum age, or API keys never expire. Complete: none. Advanced: no access key, API
 key, service password or signing certificate is active. <dt>Not Started<dd>Could not be audited.
-<dt>Baseline<dd>The newest run before that audited the account. What it lacks is new.
+<dt>Baseline<dd>The newest earlier run that audited the account. What it did not have is new.
 <dt>Enforced, partial, absent<dd>Denied to all but the exempt; under conditions; not at all.</dl>"""
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;
@@ -3910,11 +3909,12 @@ def report_page(run: Run, summary: Summary) -> str:
     for kind, content in (("style", style), ("script", SCRIPT)):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {kind}-src 'sha256-{digest}'"
+    audited, nothing = summary["totals"]["audited"], "<p>No account was audited.</p>"
     changes = [*change_lines(run, summary), *new_lines(run), *witness_lines(summary)]
     for title, content in (
         ("Maturity", maturity_part(summary)),
-        ("Trend", trend_part(summary)),
-        ("Age of the active access keys", ages_part(summary)),
+        ("Trend", trend_part(summary) if audited else nothing),
+        ("Age of the active access keys", ages_part(summary) if audited else nothing),
         ("What to fix first", findings_part(run, summary)),
         ("Accounts", accounts_part(summary)),
         ("What has changed", outline(changes)),
@@ -3974,7 +3974,7 @@ def heading_part(summary: Summary) -> str:
 
 def maturity_part(summary: Summary) -> str:
     """Each phase as a ladder, with what holds the organization on its rung and what has changed."""
-    text, then = "", "There is no earlier run to compare with."
+    text, then = "", "There is no run to compare with."
     for phase, gap in zip(PHASES, (RUN_GAPS[0], RUN_GAPS[2])):
         (title, reason, *more), maturity = phase_lines(summary, phase), summary["maturity"][phase]
         text += f'<div><h3>{title}</h3><ol class="ladder">'
@@ -3983,9 +3983,10 @@ def maturity_part(summary: Summary) -> str:
             text += f"<li{here}><b>{level}</b>{count(number, 'account')}</li>"
         if changes := summary["changes"]:
             then = f"Since {changes['since'][:10]}: {level_in_words(**changes['maturity'][phase])}"
+            days = changes["max_key_age_days_then"]
             for one in summary["runs"]:
                 if one["started"] == changes["since"]:
-                    then += f", then {one[gap]:,} {in_words(gap, summary['max_key_age_days'])}"
+                    then += f"; then {one[gap]:,} {in_words(gap, days)}"
         reason = re.sub(r"^[\d,]+", r'<b class="big">\g<0></b>', safe(reason.strip()))
         text += f"</ol><p>{reason}</p>{outline(map(str.strip, [*more[:-1], then]))}</div>"
     return f'<div class="grid">{text}</div>'
@@ -3997,12 +3998,12 @@ def trend_part(summary: Summary) -> str:
     for name in RUN_GAPS:
         title = in_words(name, summary["max_key_age_days"]).replace("active", "active access")
         headings.append(f"#{title}")
-        charts += chart(title, [(parse_time(one["started"]), one[name]) for one in runs])
+        charts += chart(title, sorted((parse_time(one["started"]), one[name]) for one in runs))
     for one in runs:
         numbers = itemgetter("audited", *RUN_GAPS)(one)
         rows.append(("", one["started"], *map("{:,}".format, numbers)))
     figures = table("The figures of the charts", "runs", headings, rows)
-    text = f'<div class="grid">{charts}</div>{"" if runs[1:] else "This run is the baseline."}'
+    text = f'<div class="grid">{charts}</div>{"" if runs[1:] else "The baseline of this scope."}'
     return f"{text}<details><summary>The figures as a table</summary>{figures}</details>"
 
 
@@ -4031,7 +4032,7 @@ def ages_part(summary: Summary) -> str:
     rows, (whole, production) = [], map(itemgetter("active_key_ages"), summary["gaps"].values())
     for name, *numbers in zip(KEY_AGES, whole, production):
         bars = (BAR.format(100 * number // (max(whole) or 1)) + f"{number:,}" for number in numbers)
-        rows.append(("", name, *bars))
+        rows.append(("", safe(name), *bars))
     text = table("Age of the active access keys", "ages", ("Age", "All", "In production"), rows)
     if oldest := summary["gaps"]["organization"]["oldest_active_key"]:
         text += f"<p>The oldest: {safe(OLDEST.format(**oldest))}</p>"
@@ -4085,8 +4086,8 @@ def account_cells(one: Summary) -> Sequence[str]:
             cells.append(f"{gaps[gap]:,} of {gaps[whole]:,}{share}")
         if LISTING in one["not_checked"]:
             cells[-1] = NOT_CHECKED
-        cells += map(itemgetter("verdict"), one["controls"].values())
-    cells += [""] * (len(ACCOUNTS_HEADINGS) - 3 - len(cells))
+    cells += [""] * (len(PHASES) + len(MOST_GAPS) - len(cells))
+    cells += [found["verdict"] for found in one.get("controls", {}).values()] or [""] * 3
     state = STATES.get(one["result"], "audited").format_map(one)
     state += "".join(map("; {} was denied".format, one["not_checked"]))
     mark, place = ("p", f"{one['id']}, production") if one.get("production") else ("", one["id"])

@@ -363,6 +363,14 @@ def test_a_role_without_the_new_permissions_costs_that_part_alone(
     assert asked.get("ListUsers", 0) == (NEW_ACTIONS[1] in denied)
 
 
+def test_a_damaged_list_of_users_is_named(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the details are denied, ListUsers is what failed."""
+    body = "<Users><member><UserName>ana</UserName></member></Users>"
+    rules = [rule("ListUsers", ONE, raw=answer_of("ListUsers", body))]
+    endpoint = serve(account(ONE, "one", deny=[NEW_ACTIONS[1]]), rules=rules)
+    assert read(endpoint, monkeypatch).failure() == ("ListUsers", "KeyError")
+
+
 @pytest.mark.parametrize("action", NEW_ACTIONS)
 def test_any_other_failure_fails_the_account(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, action: str

@@ -19,6 +19,7 @@ from builders import (
     ONE,
     PAYMENTS,
     SANDBOX,
+    TWO,
     audited,
     failed,
     key,
@@ -36,6 +37,7 @@ from iam_audit import (
     RUN_GAPS,
     Account,
     KnownException,
+    Outcome,
     Run,
     SkippedAccount,
     finished_runs,
@@ -158,7 +160,7 @@ def test_figures_are_those_of_summary_json() -> None:
         assert one["name"] in text
     assert f"{len(run.findings)} of {len(run.findings)} findings" in text
     assert "1 account could not be audited" in text
-    assert "This run is the baseline." in text
+    assert "The baseline of this scope." in text
     assert f"The oldest: {key_id('1')} of ann in {PAYMENTS.id} {PAYMENTS.name}, 3,000 days" in text
 
 
@@ -236,11 +238,53 @@ def test_the_baseline_gives_each_phase_its_level_and_number_then() -> None:
     run.tracking.runs.append({"started": iso(NOW - DAY), "audited": 1, **figures})
     summary = summary_document(run, FINISHED)
     levels = {"then": "In Progress", "now": "In Progress", "compared_now": "In Progress"}
-    summary["changes"] = {"since": iso(NOW - DAY), "maturity": dict.fromkeys(PHASES, levels)}
+    changes = {"since": iso(NOW - DAY), "max_key_age_days_then": 45}
+    summary["changes"] = {**changes, "maturity": dict.fromkeys(PHASES, levels)}
     text = plain(maturity_part(summary))
-    since = f"Since {NOW - DAY:%Y-%m-%d}: unchanged (In Progress), then 7"
+    since = f"Since {NOW - DAY:%Y-%m-%d}: unchanged (In Progress); then 7"
     assert f"{since} console users without MFA" in text
-    assert f"{since} active keys older than 90 days" in text
+    assert f"{since} active keys older than 45 days" in text
+
+
+def test_where_no_account_was_audited_nothing_is_counted() -> None:
+    skipped = SkippedAccount(Account(TWO, "left-prod", "SUSPENDED"))
+    cases: list[list[Outcome]] = [[failed()], [skipped], [failed(), skipped]]
+    for outcomes in cases:
+        page, _ = page_of(run_of(outcomes))
+        text = plain(page)
+        assert text.count("No account was audited.") == 2
+        assert "now" not in text.partition("What to fix first")[0].partition("Trend")[2]
+        assert "no console users" not in text
+        assert "no active keys" not in text
+
+
+def test_a_phase_says_that_api_keys_were_not_checked() -> None:
+    denied = {"ListServiceSpecificCredentials": "AccessDenied"}
+    read_in_part = dataclasses.replace(audited(user("ann")), not_checked=denied)
+    page, _ = page_of(run_of([read_in_part]))
+    assert "no active keys API keys were not checked in 1 account" in plain(page)
+
+
+def test_failed_and_skipped_accounts_have_what_is_known_of_them() -> None:
+    """Whether they are production and, of failed ones, what policies enforce there."""
+    skipped = SkippedAccount(Account(TWO, "left-prod", "SUSPENDED"))
+    page, _ = page_of(run_of([skipped, failed()]))
+    [rows] = re.findall(r'class="table cards accounts".*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    of_failed, of_skipped = rows.split("\n<tr")[1:]
+    assert plain(of_failed).count("absent") == 3
+    assert f"{TWO}, production" in of_skipped
+    assert of_skipped.startswith(' class="p"')
+
+
+def test_runs_later_than_this_one_do_not_stop_the_page() -> None:
+    """The clock was set back, or somebody has edited a summary."""
+    run = run_of([audited(user("ann"))])
+    for days in (-3, 0):
+        run.tracking.runs.append(
+            {"started": iso(NOW - days * DAY), "audited": 1, **dict.fromkeys(RUN_GAPS, 7)}
+        )
+    page, _ = page_of(run)
+    assert "<polyline" in page
 
 
 def test_an_exception_stands_with_its_finding() -> None:
