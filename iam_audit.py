@@ -933,11 +933,10 @@ class Threads:
         if waiting > 0 and seconds < WAITED:
             return
         self._measured = now, cpu
-        of_use = 0
+        of_use = self.size if used < BUSY * seconds / 2 else self.size // 2
         if used < BUSY * seconds:
-            of_use = self.size if used < BUSY * seconds / 2 else self.size // 2
-        for _ in range(min(of_use, waiting, MOST_THREADS - self.size)):  # none if negative
-            self._start()
+            for _ in range(min(of_use, waiting, MOST_THREADS - self.size)):  # none if negative
+                self._start()
 
     def _start(self) -> None:
         self.size += 1
@@ -3656,6 +3655,7 @@ def summary_document(run: Run, finished: datetime) -> dict[str, Any]:
     document.update(production_pattern=plan.production.pattern, scope=scope_document(plan.scope))
     document.update(max_key_age_days=plan.max_key_age.days, max_unused_days=plan.max_unused.days)
     document["options"] = {"workers": plan.workers, "owner_tags": plan.owner_tags}
+    document["options"].update(cloudtrail=bool(plan.events_since), exceptions=len(plan.exceptions))
     document.update(page="report.html" if plan.page else None, caller=vars(run.caller))
     document["organization"] = {**vars(run.organization), "management_account_included": included}
     document.update(ous_why_not=run.ous_why_not or None, **figures_document(run))
@@ -3817,10 +3817,10 @@ FILTERS = """<div class="filters" hidden><label>Filter <input type="search"></la
 BAR = '<svg class="bar" width="{}%"></svg>'  # the page's policy forbids style attributes
 WORDS = """<dl><dt>Phase 1<dd>In Progress: root or users with a password lack MFA. Complete: none.
 Advanced: a policy also enforces MFA. <dt>Phase 2<dd>In Progress: active access keys or API keys are
-older than the maximum age, or API keys never expire. Complete: none. Advanced: no access key, API
-key, service password or signing certificate is active. <dt>Not Started<dd>Could not be audited.
-<dt>Baseline<dd>The newest earlier run that audited the account. What it did not have is new.
-<dt>Enforced, partial, absent<dd>Denied to all but the exempt; under conditions; not at all.</dl>"""
+older than the maximum age, or API keys never expire. Complete: none. Advanced: no key, service
+password or certificate is active. <dt>Not Started<dd>Could not be audited. <dt>Baseline<dd>The
+newest earlier run that audited the account. What it did not have is new. <dt>Enforced, partial,
+absent<dd>Denied to all but the exempt; under conditions; not at all.</dl>"""
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--soft:#f4f5f7;--ink:#0f141a;--dim:#4a505c;
 --line:#d5d8de;--accent:#0062cc;--tint:#e6f0fc}
