@@ -277,6 +277,7 @@ def audited(
     server: MotoServer, organization: MadeOrganization, run_program: Program
 ) -> tuple[Result, Mapping[tuple[str, str], int]]:
     """A run over the whole organization, and the requests that it took."""
+    server.heal()  # this is made before `healthy` comes, and after any other test
     server.prepare_reports(organization.accounts)
     server.clear_counts()
     result = run_program(server.env(), role=DEFAULT_ROLE)
