@@ -84,7 +84,6 @@ import time
 import traceback
 from collections import Counter, namedtuple
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
@@ -97,6 +96,7 @@ import boto3
 import botocore.exceptions
 import botocore.session
 import botocore.utils
+from botocore.awsrequest import AWSHTTPSConnection, AWSHTTPSConnectionPool
 from botocore.config import Config
 from botocore.credentials import Credentials, RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
@@ -396,12 +396,8 @@ Event = namedtuple(
     "time name user key_id status actor source_ip user_agent id new_name service_name",
     defaults=("", ""),
 )
-
-
-@dataclass(frozen=True)
-class Trail:
-    events: tuple[Event, ...] = ()  # CloudTrail's of one account, oldest first
-    error: str = ""  # why the lookup failed
+# CloudTrail's events of one account, oldest first; why the lookup failed
+Trail = namedtuple("Trail", "events error", defaults=((), ""))
 
 
 @dataclass(frozen=True)
@@ -581,9 +577,7 @@ ROLE_READS = {
     "iam:ListServiceSpecificCredentials": "the API keys and service passwords of all users",
     "iam:GetAccountAuthorizationDetails": "the current users, their tags, groups and policies",
 }
-CLOUDTRAIL_READS = {
-    "cloudtrail:LookupEvents": "who changed users, passwords, access keys and MFA devices",
-}
+CLOUDTRAIL_READS = {"cloudtrail:LookupEvents": "who changed users, credentials and MFA devices"}
 CALLER_READS = {
     "sts:GetCallerIdentity": "the caller's account and partition (needs no permission)",
     "organizations:DescribeOrganization": "which account is the management account",
@@ -631,12 +625,29 @@ def open_session(profile: str | None) -> boto3.Session:
     session = boto3.Session(botocore_session=core)
     # Built once: the SDK's own way, for each request, takes a fifth of the CPU time of a call.
     core.set_default_client_config(Config(user_agent=f"{core.user_agent()} iam-audit/{VERSION}"))
-    parsers = core.get_component("response_parser_factory")
-    parsers.set_parser_defaults(timestamp_parser=parse_timestamp)
+    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=timestamp_of)
+    AWSHTTPSConnectionPool.ConnectionCls = OneBundleConnection
     return session
 
 
-def parse_timestamp(value: Any) -> datetime:
+class OneBundleConnection(AWSHTTPSConnection):
+    """Loads the CA bundle into its client's SSL context once. urllib3 does so for each connection,
+    which takes 17 ms of CPU or more (its issue 3623). What is verified stays the same."""
+
+    loading = threading.Lock()
+
+    def connect(self) -> None:
+        context, bundle = self.ssl_context, self.ca_certs
+        # urllib3 also checks the certificate of a proxy that speaks TLS by `ca_certs`.
+        if context and bundle and getattr(getattr(self, "proxy", 0), "scheme", "http") == "http":
+            with self.loading, contextlib.suppress(OSError):  # urllib3 raises it
+                if not context.cert_store_stats()["x509"]:
+                    context.load_verify_locations(bundle)
+                self.ca_certs = None
+        super().connect()
+
+
+def timestamp_of(value: Any) -> datetime:
     """IAM and STS send ISO 8601; botocore's parser guesses the format, ten times as slowly."""
     with contextlib.suppress(TypeError, ValueError):  # a number, another format
         return parse_time(value)
@@ -713,11 +724,11 @@ class Aws:
             return frozen(found)
         # It may hang, as a credential_process that waits for a person: then it is not tried again.
         if not self._refresh_failure:
-            answer: Future[Credentials] = Future()
+            answer: asyncio.Future[Credentials] = asyncio.get_running_loop().create_future()
             work = (answer, functools.partial(frozen, found))
             threading.Thread(target=settle, args=work, daemon=True).start()
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(answer), REFRESH_TIMEOUT)
+                return await asyncio.wait_for(answer, REFRESH_TIMEOUT)
             except SDK_ERRORS as error:
                 if not self._refresh_failure:  # else its process was ended for another account
                     raise step_failed(PROFILE_STEP, error) from None
@@ -819,14 +830,10 @@ class AccountSession:
         rank, attempts = (step not in URGENT_STEPS, self._turn), 0
         request = functools.partial(call_as, credentials, operation, parameters)
         pace = self._cloudtrail_pace if step == "LookupEvents" else self._pace
-        gates: Any = {"AssumeRole": self.aws.threads.assume_role_gate}
-        gate = gates.get(step, contextlib.AsyncExitStack())  # which lets everything pass
         while True:
             await pace.wait()
             try:
-                # Only attempts pass the gate, not pauses: a throttled account holds up no other.
-                async with gate:
-                    answer = await self.aws.threads.run(rank, request)
+                answer = await self.aws.threads.run(rank, request)
                 pace.answered()
                 return answer
             except SDK_ERRORS as error:
@@ -891,7 +898,6 @@ class Pace:
 # as many again if it used less than half of BUSY; never more than there are calls waiting. A
 # throttled account's pauses hold no thread: refusals add none.
 FIRST_THREADS, MOST_THREADS, WAITED, BUSY = 16, 256, 0.5, 0.85
-ASSUME_ROLE_AT_ONCE = 6  # one call per account needs few connections
 
 
 class Threads:
@@ -905,23 +911,21 @@ class Threads:
         # Python runs one thread at a time: on several CPUs a run costs a fifth more CPU and time.
         with contextlib.suppress(AttributeError, OSError):  # not on Linux; in some containers
             os.sched_setaffinity(0, {random.choice(tuple(os.sched_getaffinity(0)))})
+        # A thread that waits for its turn asks for it this often, by default every 5 ms, for which
+        # 256 of them use up to a fifth of the CPU. Calls give way whenever they wait for AWS.
+        sys.setswitchinterval(0.02)
         for _ in range(size or FIRST_THREADS):
             self._start()
 
-    @functools.cached_property
-    def assume_role_gate(self) -> asyncio.Semaphore:
-        """Created on first use, because Python 3.9 binds it to the current event loop."""
-        return asyncio.Semaphore(min(self.size, ASSUME_ROLE_AT_ONCE))
-
     async def run(self, rank: tuple[bool, int], call: Callable[[], T]) -> T:
         """Make a call in a thread when its turn has come; the lowest rank goes first."""
-        answer: Future[T] = Future()
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._calls.put((rank, next(self._order), call, answer))
         self._unanswered += 1
         try:
             if self._automatic:
                 self._adapt()
-            return await asyncio.wrap_future(answer)
+            return await answer
         finally:
             self._unanswered -= 1
 
@@ -948,13 +952,16 @@ class Threads:
             settle(answer, call)
 
 
-def settle(answer: Future[T], call: Callable[[], T]) -> None:
-    """Make the call, unless nobody waits for the answer any more."""
-    if answer.set_running_or_notify_cancel():
-        try:
-            answer.set_result(call())
-        except BaseException as error:  # it belongs to the caller, not to this thread
-            answer.set_exception(error)
+def settle(answer: asyncio.Future[T], call: Callable[[], T]) -> None:
+    """Make the call in this thread, unless nobody waits for the answer any more."""
+    if answer.cancelled():
+        return
+    try:
+        done = functools.partial(answer.set_result, call())
+    except BaseException as error:  # it belongs to the caller, not to this thread
+        done = functools.partial(answer.set_exception, error)
+    with contextlib.suppress(RuntimeError):  # the event loop has ended
+        answer.get_loop().call_soon_threadsafe(lambda: answer.cancelled() or done())
 
 
 # --- operations with the profile's credentials, most of them called by `Aws.ask` ---
@@ -1088,8 +1095,7 @@ async def list_service_specific_credentials(session: AccountSession) -> dict[str
         kind = SERVICE_PASSWORD if service in PASSWORD_SERVICES else API_KEY
         created, expires = to_second(entry["CreateDate"]), expires and to_second(expires)
         known = (entry["ServiceSpecificCredentialId"], entry["Status"], created, None)
-        made = Credential(*known, service, kind, expires)
-        found.setdefault(entry["UserName"], []).append(made)
+        found.setdefault(entry["UserName"], []).append(Credential(*known, service, kind, expires))
     return found
 
 
@@ -1259,7 +1265,7 @@ def frames_of(error: BaseException) -> list[str]:
 # Accounts in hand; most of them wait for their report and hold no thread
 ACCOUNTS_PER_WORKER, ACCOUNTS_IF_AUTO = 8, 256
 # IAM throttles per account: more calls at a time gain nothing and disturb the account's owner.
-READERS_PER_ACCOUNT = 7  # with the report's own, at most 8 calls at a time
+READERS = 7  # per account; with the report's own, at most 8 calls at a time
 
 
 async def audit_accounts(aws: Aws, run: Run, finish: Callable[[Outcome], None], log: Log) -> None:
@@ -1362,8 +1368,7 @@ async def naming_step(session: AccountSession, work: Callable[..., Awaitable[T]]
     except Exception as error:
         for line in frames_of(error):
             session.log(line)
-        message = without_secrets(str(error))
-        raise StepFailed(STEP.get(), type(error).__name__, message) from None
+        raise StepFailed(STEP.get(), type(error).__name__, without_secrets(str(error))) from None
 
 
 async def read_account(session: AccountSession) -> AuditedAccount:
@@ -1447,8 +1452,7 @@ async def wait_for_report(
 def parse_report(content: bytes, account_id: str) -> dict[str, ReportRow]:
     """The credential report's rows by user name; StepFailed if it is not one of this account."""
     try:
-        text = io.StringIO(content.decode("utf-8"), newline="")
-        rows = list(csv.DictReader(text, strict=True))
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise damaged_report(f"it is not a CSV file ({error})") from None
     if not rows or not {"user", "arn"} <= rows[0].keys():
@@ -1551,7 +1555,7 @@ async def read_users(
         asked, gone = utc_now(), None
         lists = await read_lists(session)
         unread = [entry for entry in lists.users if name_and_id(entry) not in read]
-        await side_by_side(READERS_PER_ACCOUNT, unread, read_one)
+        await side_by_side(READERS, unread, read_one)
         if gone is None:
             name = unlisted_user(lists, await report, asked)
             if name is None or (attempt and name not in lists.credentials):
@@ -1697,8 +1701,7 @@ def complete(user: User, entry: Entry, lists: Lists, owner_tags: Sequence[str]) 
     tags = {tag["Key"]: tag["Value"] for tag in entry.get("Tags", ())}
     owner = next(filter(None, map(tags.get, owner_tags)), user.owner)
     attached = map(itemgetter("PolicyArn"), entry.get("AttachedManagedPolicies", ()))
-    exposed = any(QUARANTINE in arn for arn in attached)
-    rights = administrator(entry, lists.groups)
+    exposed, rights = any(QUARANTINE in arn for arn in attached), administrator(entry, lists.groups)
     return replace(user, others=others, owner=owner, administrator=rights, exposed=exposed)
 
 
@@ -2610,7 +2613,7 @@ def track_account(tracking: Tracking, audited: AuditedAccount, findings: Finding
     tracking.passed_over.update(dict.fromkeys(baseline.passed_over))
     if trail is not None:  # --since may ask for older events, which explain nothing
         events = tuple(event for event in trail.events if since and event.time >= since)
-        audited = replace(audited, trail=replace(trail, events=events))
+        audited = replace(audited, trail=trail._replace(events=events))
     if LISTING in audited.not_checked:
         baseline = baseline._replace(unknown=(*KINDS_LISTED, *baseline.unknown))
     elif baseline.unknown == KINDS_LISTED:
@@ -2818,8 +2821,7 @@ def with_witness(change: Change, trail: Trail | None) -> Change:
         for event in reversed(trail.events):
             user = event.new_name if change.change == "user-renamed" else event.user
             same = event.key_id == change.key_id if by_id else user.lower() == change.user.lower()
-            told = {event.name, f"{event.name}={event.status}"}.intersection(names.split("+"))
-            if same and told:
+            if same and {event.name, f"{event.name}={event.status}"}.intersection(names.split("+")):
                 return change._replace(witness=witness, event=event)
     return change._replace(witness="not found")
 
@@ -2932,9 +2934,8 @@ def apply_enforcement(run: Run) -> None:
     everyone: list[Any] = [*run.audited, *run.failed]
     unknown = None if run.enforcement.why_not else "ListAccounts did not give its place (Paths)"
     for account in map(attrgetter("account"), everyone):
-        path = account.path
-        if account.id == run.organization.management_account:
-            path = ""  # no service control policy applies to it
+        # No service control policy applies to the management account.
+        path = "" if account.id == run.organization.management_account else account.path
         if run.enforcement.why_not or path is None:
             controls = dict.fromkeys(CONTROLS, Control(NOT_CHECKED, why_not_checked=unknown))
         else:
@@ -3424,8 +3425,7 @@ def new_lines(run: Run, quiet: bool = False) -> Iterator[str]:
     if blind := [f"{account.id} {account.name}" for account in tracking.blind]:
         title = f"New keys cannot be ruled out in {count(len(blind), 'account')}"
         yield from titled(f"{title}: no earlier run can be read", blind, ACCOUNTS_SHOWN)
-        access = "give the user who runs the audit read access to the earlier runs"
-        yield f"  Next: {access}, or restore the files."
+        yield "  Next: let the user who runs the audit read the earlier runs, or restore the files."
 
 
 def new_keys(run: Run) -> list[Change]:
@@ -4100,10 +4100,8 @@ def about_part(summary: Summary) -> str:
     keys = ("version", "role", "max_key_age_days", "max_unused_days", "production_pattern")
     settings = dict(zip(keys, itemgetter(*keys)(summary)), **summary["scope"], **summary["options"])
     lines = [f"{name}: {json.dumps(value)}" for name, value in settings.items() if value]
-    files = "summary.json", "credentials.csv", "changes.csv"
-    links = ", ".join(
-        map('<a href="{0}">{0}</a>'.format, files if summary["changes"] else files[:2])
-    )
+    files = ("summary.json", "credentials.csv", *(["changes.csv"] if summary["changes"] else ()))
+    links = ", ".join(map('<a href="{0}">{0}</a>'.format, files))
     return f"<p>Files: {links}</p>{outline(lines)}{WORDS}"
 
 

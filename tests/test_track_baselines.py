@@ -779,7 +779,7 @@ def test_without_a_run_to_compare_with_new_keys_cannot_be_ruled_out(
     said = f"New keys cannot be ruled out in {len(blind)} account{'s' * (len(blind) - 1)}: "
     assert said in result.stdout
     assert (
-        "Next: give the user who runs the audit read access to the earlier runs, or"
+        "Next: let the user who runs the audit read the earlier runs, or restore the"
         in result.stdout
     )
     loud = nights.run([machine(ONE, OLD_KEY), machine(TWO)])
@@ -814,8 +814,9 @@ def test_a_run_that_may_not_be_read_is_not_no_run(nights: Nights, what: str) -> 
     assert (process.returncode, stderr) == (4, "")
     assert f"{nights.folder(1).name}/{what or SUMMARY}: Permission denied " in unfolded(stdout)
     assert "New keys cannot be ruled out in 1 account: " in stdout
-    assert "Next: give the user who runs the audit read access to the earlier runs, or" in unfolded(
-        stdout
+    assert (
+        "Next: let the user who runs the audit read the earlier runs, or restore the"
+        in unfolded(stdout)
     )
 
 
