@@ -212,7 +212,7 @@ async def audit_into(run: Run, aws: Aws, options: Any) -> None:
         keep(run, outcome)
         status.log(outcome_line(outcome))
         if isinstance(outcome, FailedAccount):
-            warn_of_role(run, status)
+            warn_of_role(run, aws, status)
 
     enforcement = asyncio.create_task(read_enforcement(aws, run.organization))
     drawing = asyncio.create_task(status.draw())  # after an error, asyncio.run cancels it
@@ -236,10 +236,10 @@ def keep(run: Run, outcome: Outcome) -> None:
         run.trails.append((outcome.account, outcome.trail))
 
 
-def warn_of_role(run: Run, status: Status) -> None:
+def warn_of_role(run: Run, aws: Aws, status: Status) -> None:
     """Once the first accounts have all failed with the same denial, say so."""
     causes = set(map(attrgetter("step", "code"), run.failed))
-    just_now = len(run.failed) == FIRST_ACCOUNTS and not run.audited
+    just_now = len(run.failed) == FIRST_ACCOUNTS and not aws.role_assumed
     if just_now and causes == {("AssumeRole", "AccessDenied")}:
         wrong = f"the name of role {run.plan.role} or its trust policy is probably wrong"
         status.warn(f"AssumeRole was denied in all of the first {FIRST_ACCOUNTS} accounts: {wrong}")
@@ -715,7 +715,7 @@ class Aws:
         self.iam = signed_client(session, "iam", home, **most)
         self.cloudtrail = signed_client(session, "cloudtrail", iam_home, **most)
         self.organizations = signed_client(session, "organizations", home, retries=9)
-        self._refresh_failure = ""
+        self._refresh_failure, self.role_assumed = "", False  # the second: at least once
 
     async def profile_credentials(self) -> Credentials:
         """The profile's own credentials. Raises StepFailed if they cannot be refreshed."""
@@ -805,6 +805,7 @@ class AccountSession:
         if self.plan.own_account != self.account.id:
             arguments = {"aws": self.aws, "plan": self.plan, "account_id": self.account.id}
             credentials = await self._retry("AssumeRole", credentials, assume_role, arguments)
+            self.aws.role_assumed = True
         self._credentials = credentials
 
     async def call(self, operation: Any, **parameters: Any) -> Any:
