@@ -24,6 +24,7 @@ SECTIONS = re.split(r"^(?=## )", README, flags=re.MULTILINE)[1:]
 def masked(output: str) -> str:
     """The output without what differs from run to run: when it was and how long it took."""
     output = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "<time>", output)
+    output = re.sub(r"until \d{4}-\d\d-\d\d", "until <date>", output)
     return re.sub(r"took \d+:\d\d|\d+ minutes?\b", "<span>", output)
 
 

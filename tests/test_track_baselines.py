@@ -463,6 +463,7 @@ def with_format_1(nights: Nights, days: float) -> Path:
     folder = nights.folder(days)
     shutil.copytree(Path(__file__).parent / "run_of_format_1", folder)
     backdate(folder, ago(days))
+    edit_summary(folder, runs=[])
     where = f"{ONE},one-prod,true,ana"
     rows = [
         ",".join(iam_audit.FINDINGS_COLUMNS[:12]),
