@@ -751,7 +751,7 @@ def scenario_history(bench: Bench) -> list[Verdict]:
 
 
 def scenario_latency(bench: Bench) -> list[Verdict]:
-    """Wall time against CPU time at 20, 50, 100 and 200 ms: 150 accounts of 20 users."""
+    """Wall time, CPU and memory at 20, 50, 100 and 200 ms: 150 accounts of 20 users."""
     verdicts = []
     accounts = bench.options.accounts or bench.size(150, 15)
     users = bench.options.users or bench.size(20, 10)
@@ -759,9 +759,12 @@ def scenario_latency(bench: Bench) -> list[Verdict]:
         plans = endpoint.world.described["generate"]
         for latency, limit in ((0.02, 1.25), (0.05, 1.15), (0.1, 1.25), (0.2, 1.5)):
             endpoint.update({"latency": latency, "generate": plans})  # reports start anew
-            made = run(bench, endpoint)
-            show(f"{accounts} accounts of {users} users, {1000 * latency:g} ms a call", made)
-            verdicts.append(at_most(f"wall / CPU at {latency:g} s", made.wall / made.cpu, limit))
+            made, call = run_beside_floor(bench, endpoint)
+            show(f"{accounts} accounts of {users} users, {1000 * latency:g} ms a call", made, call)
+            against_floor, where = made.cpu / (call * made.requests), f"at {latency:g} s"
+            verdicts.append(at_most(f"wall / CPU {where}", made.wall / made.cpu, limit))
+            verdicts.append(at_most(f"CPU / floor {where}", against_floor, 1.10))
+            verdicts.append(at_most(f"peak memory {where}, MB", made.memory, 130))
             verdicts.append(exit_code(made, 0))
     return verdicts
 
