@@ -46,6 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """`import iam_audit` in a test is the same copy that runs as a process."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the program would inherit it
     sys.path.insert(0, str(Path(config.getoption("--program")).resolve().parent))
     # No time limit per example: a loaded machine would exceed any.
     unhurried = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
