@@ -71,7 +71,7 @@ def opened(scope):
     before = time.monotonic()
     folders = program.finished_runs(reports, program.utc_now())
     tracking = program.open_tracking(
-        program.History(folders, organization), None, scope, datetime.now(timezone.utc)
+        program.History(folders, organization), None, scope, program.utc_now()
     )
     print(time.monotonic() - before)
     return tracking
@@ -750,6 +750,19 @@ def scenario_history(bench: Bench) -> list[Verdict]:
     ]
 
 
+def scenario_comparison(bench: Bench) -> list[Verdict]:
+    """1,000 accounts of 51 users, compared with an earlier run: no AWS, only files. The least of five."""
+    sys.path.append(str(PROGRAM.parent))
+    from builders import cost_of_comparison, write_large_run  # it imports the program
+
+    write_large_run(reports := bench.folder / "comparison")
+    program = Path(shutil.copy(bench.options.program, bench.folder / "iam_audit.py"))
+    costs = [cost_of_comparison(bench.options.python, program, reports) for _ in range(5)]
+    seconds, floor = (min(cost[name] for cost in costs) for name in ("seconds", "floor"))
+    print(f"\n  {seconds:.2f} s of CPU; reading the same CSVs and no more: {floor:.2f} s")
+    return [at_most("CPU against reading the same CSVs", seconds / floor, 12)]
+
+
 def scenario_latency(bench: Bench) -> list[Verdict]:
     """Wall time, CPU and memory at 20, 50, 100 and 200 ms: 150 accounts of 20 users."""
     verdicts = []
@@ -813,6 +826,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Verdict]]] = {
     "many": scenario_many,
     "first-account": scenario_first_account,
     "history": scenario_history,
+    "comparison": scenario_comparison,
 }
 
 

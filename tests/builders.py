@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -391,6 +393,35 @@ def write_run(reports: Path, outcomes: Iterable[Outcome]) -> Path:
     summary = iam_audit.summary_document(found, FINISHED)
     iam_audit.write_file(found.folder / "summary.json", [json.dumps(summary)])
     return found.folder
+
+
+def write_large_run(reports: Path) -> Path:
+    """Write the folder of a run that began at NOW: 1,000 accounts, root and 50 users in each, up to two keys a user."""
+    users = [user(ROOT)]
+    for n in range(50):
+        keys = [key(DAY, key_id=f"AKIA{n:010}{k}00000") for k in range(n % 3)]
+        mfa = ["Virtual"] * (n % 4 // 2)
+        users.append(user(f"person-number-{n:03}", *keys, password=n % 2 == 0, mfa=mfa))
+    first = "100000000000"
+    folder = write_run(reports, [audited(*users, account=Account(first, "some name", "ACTIVE"))])
+    [entry] = json.loads((folder / "summary.json").read_text("utf-8"))["accounts"]
+    text = (folder / "accounts" / f"{first}.csv").read_text("utf-8")
+    ids = [str(int(first) + number) for number in range(1000)]
+    for one in ids:
+        (folder / "accounts" / f"{one}.csv").write_text(text.replace(first, one), "utf-8")
+    edit_summary(folder, accounts=[{**entry, "id": one} for one in ids])
+    return folder
+
+
+def cost_of_comparison(python: str, program: Path, reports: Path) -> Json:
+    """What comparison.py prints of the run that write_large_run has written."""
+    command = [python, str(Path(__file__).with_name("comparison.py")), str(reports)]
+    env = {**os.environ, "PYTHONPATH": str(program.parent)}
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=env, cwd=reports, timeout=TIMEOUT
+    )
+    cost: Json = json.loads(done.stdout)
+    return cost
 
 
 def edit_summary(folder: Path, **changed: Any) -> None:
