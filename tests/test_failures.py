@@ -1099,12 +1099,18 @@ MOMENTS = {
 def test_a_signal_at_the_worst_moment_ends_the_run(
     serve: Serve, program: Program, tmp_path: Path, moment: str
 ) -> None:
-    """A signal can come between any two steps. Here some accounts are finished, some at work, one waits."""
+    """A signal can come between any two steps. Here some accounts are finished, some at work, others wait.
+
+    Those that wait are many, so that at any time a wait is soon over.
+    """
     (tmp_path / "iam_audit.py").write_text(AT_THAT_MOMENT, encoding="utf-8")
     at_that_moment = Program(str(tmp_path / "iam_audit.py"), program.python, lambda: tmp_path)
     endpoint = serve(
         account(TWO, "waits for its report", report_delay=None),
-        generate=generate(100, 6),
+        generate=[
+            generate(100, 6),
+            generate(40, 0, first=201, account={"report_delay": None}),
+        ],
         latency=0.2,
     )
     function, after = MOMENTS[moment]
