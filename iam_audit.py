@@ -631,7 +631,7 @@ def open_session(profile: str | None) -> boto3.Session:
 
 
 class OneBundleConnection(AWSHTTPSConnection):
-    """Loads the CA bundle into its client's SSL context once. urllib3 does so for each connection,
+    """Loads the CA bundle into a client's SSL context once. urllib3 loads it for each connection,
     which takes 17 ms of CPU or more (its issue 3623). What is verified stays the same."""
 
     loading = threading.Lock()
@@ -640,7 +640,7 @@ class OneBundleConnection(AWSHTTPSConnection):
         context, bundle = self.ssl_context, self.ca_certs
         # urllib3 also checks the certificate of a proxy that speaks TLS by `ca_certs`.
         if context and bundle and getattr(getattr(self, "proxy", 0), "scheme", "http") == "http":
-            with self.loading, contextlib.suppress(OSError):  # urllib3 raises it
+            with self.loading, contextlib.suppress(OSError):  # then urllib3 reports the file
                 if not context.cert_store_stats()["x509"]:
                     context.load_verify_locations(bundle)
                 self.ca_certs = None
@@ -715,7 +715,7 @@ class Aws:
         self.iam = signed_client(session, "iam", home, **most)
         self.cloudtrail = signed_client(session, "cloudtrail", iam_home, **most)
         self.organizations = signed_client(session, "organizations", home, retries=9)
-        self._refresh_failure, self.role_assumed = "", False  # the second: at least once
+        self._refresh_failure, self.role_assumed = "", False  # in any account
 
     async def profile_credentials(self) -> Credentials:
         """The profile's own credentials. Raises StepFailed if they cannot be refreshed."""
