@@ -548,7 +548,8 @@ def days_between(earlier: datetime, later: datetime) -> int:
 
 def printable(text: str) -> str:
     """The text without what could steer a terminal, such as escapes and reordering marks."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    shown = (char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return text if text.isprintable() else "".join(shown)
 
 
 def count(number: int, noun: str) -> str:
