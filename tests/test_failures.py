@@ -1099,18 +1099,15 @@ MOMENTS = {
 def test_a_signal_at_the_worst_moment_ends_the_run(
     serve: Serve, program: Program, tmp_path: Path, moment: str
 ) -> None:
-    """A signal can come between any two steps. Here some accounts are finished, some at work, others wait.
+    """A signal can come between any two steps. Here some accounts are finished, some at work, one waits for its report.
 
-    Those that wait are many, so that at any time a wait is soon over.
+    One of those at work is slow: it is still at work when all others are finished, and often waits for its turn.
     """
     (tmp_path / "iam_audit.py").write_text(AT_THAT_MOMENT, encoding="utf-8")
     at_that_moment = Program(str(tmp_path / "iam_audit.py"), program.python, lambda: tmp_path)
     endpoint = serve(
         account(TWO, "waits for its report", report_delay=None),
-        generate=[
-            generate(100, 6),
-            generate(40, 0, first=201, account={"report_delay": None}),
-        ],
+        generate=[generate(100, 6), generate(1, 100, first=201, account={"rate": 2})],
         latency=0.2,
     )
     function, after = MOMENTS[moment]
@@ -1123,8 +1120,8 @@ def test_a_signal_at_the_worst_moment_ends_the_run(
     with at_that_moment.start(env, "--report-timeout", str(TIMEOUT // 2)) as (process, output_dir):
         result = program.finish(process, output_dir, env)
     assert (result.exit_code, result.summary) == (143, None)
-    assert 1 <= len(result.csvs) < 100
-    assert TWO not in result.csvs
+    assert result.csvs
+    assert result.csvs.isdisjoint([TWO, "100000000201"])
 
 
 def test_the_files_are_written_though_the_reader_of_stdout_goes_away(
